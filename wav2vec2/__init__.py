@@ -1,0 +1,31 @@
+"""A prunable wav2vec 2.0, HuBERT and WavLM, after DPHuBERT (Peng et al. 2023)."""
+
+from .hardconcrete import HardConcrete
+from .model import (
+    Wav2Vec2Model,
+    hubert_base,
+    hubert_large,
+    hubert_xlarge,
+    wav2vec2_base,
+    wav2vec2_large,
+    wav2vec2_large_lv60k,
+    wav2vec2_model,
+    wavlm_base,
+    wavlm_large,
+)
+from .pruning_utils import PruningError
+
+__all__ = [
+    "HardConcrete",
+    "PruningError",
+    "Wav2Vec2Model",
+    "hubert_base",
+    "hubert_large",
+    "hubert_xlarge",
+    "wav2vec2_base",
+    "wav2vec2_large",
+    "wav2vec2_large_lv60k",
+    "wav2vec2_model",
+    "wavlm_base",
+    "wavlm_large",
+]

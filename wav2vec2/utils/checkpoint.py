@@ -1,0 +1,183 @@
+"""The one place that knows what a checkpoint file looks like:
+``{"config": dict, "state_dict": dict[, "distill_linear_projs": dict]}``, plain values and CPU tensors only.
+"""
+
+import inspect
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..components import WeightNormConv1d
+from ..model import Wav2Vec2Model, wav2vec2_model
+from .files import UserError, written_whole
+
+REQUIRED_KEYS = frozenset(
+    name
+    for name, parameter in inspect.signature(wav2vec2_model).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+)
+
+
+def read_file(path: str | Path) -> dict:
+    """Reads a file of plain values and tensors; nothing in it is run.
+
+    Raises:
+        UserError: there is no such file, or it is not one that ``torch.load(weights_only=True)`` reads.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; check the path, or make the file with the step before this one"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        UnicodeDecodeError,
+    ) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{path}: not a checkpoint, or a damaged one ({reason}); make or copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")
+    return content
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Reads a model's checkpoint.
+
+    Returns:
+        A dict with ``config`` and ``state_dict``, and ``distill_linear_projs`` where the file has it.
+    Raises:
+        UserError: it cannot be read or lacks one of the two.
+    """
+    content = read_file(path)
+    for key in ("config", "state_dict"):
+        if not isinstance(content.get(key), dict):
+            hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
+            raise UserError(f'{path}: has no "{key}", so it is not a checkpoint of this project{hint}')
+    return content
+
+
+def build_model(config: Mapping, state_dict: Mapping[str, Tensor], source: str | Path) -> Wav2Vec2Model:
+    """A model of ``config`` that holds the very tensors of ``state_dict`` (no copy is made of float32 ones).
+
+    Gates that the config asks for and the state dict lacks start anew; anything else must match.
+
+    Args:
+        config: keyword arguments of :func:`wav2vec2.wav2vec2_model`.
+        state_dict: its tensors, under either spelling of the weight norm's names.
+        source: what the two come from, named in errors.
+    Raises:
+        UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
+    """
+    missing = REQUIRED_KEYS - config.keys()
+    if missing:
+        raise UserError(
+            f"{source}: the config lacks {', '.join(sorted(missing))}; convert or prune the model again"
+        )
+    try:
+        with torch.device("meta"):
+            model = wav2vec2_model(**config)
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{source}: {error}") from error
+    expected = model.state_dict()
+    given = _our_names(state_dict)
+    absent = [key for key in expected.keys() - given.keys() if not key.endswith("log_alpha")]
+    unexpected = given.keys() - expected.keys()
+    for problem, keys in (("lacks the tensor", absent), ("has the unexpected tensor", unexpected)):
+        if keys:
+            raise UserError(
+                f"{source}: the state dict {problem} {_some(keys)}, so it does not belong to its config"
+            )
+    wrong = [key for key, tensor in given.items() if tensor.shape != expected[key].shape]
+    if wrong:
+        key = min(wrong)
+        shapes = f"is {tuple(given[key].shape)}, by the config it should be {tuple(expected[key].shape)}"
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(f"{source}: the tensor {key} {shapes}{more}")
+    model.load_state_dict({key: value.float() for key, value in given.items()}, strict=False, assign=True)
+    for gate in model.gates():
+        if gate.log_alpha.is_meta:
+            gate.log_alpha = torch.nn.Parameter(torch.empty(gate.n_in))
+            gate.reset_parameters()
+    return model
+
+
+def load_model(path: str | Path, **changes) -> Wav2Vec2Model:
+    """The model of a checkpoint file, in training mode as torch builds it.
+
+    Args:
+        path: the file.
+        changes: config keys to change, the gates to add, say.
+    Raises:
+        UserError: as :func:`read_checkpoint` and :func:`build_model` say.
+    """
+    checkpoint = read_checkpoint(path)
+    return build_model({**checkpoint["config"], **changes}, checkpoint["state_dict"], path)
+
+
+def save_checkpoint(path: str | Path, model: Wav2Vec2Model, **extra: dict) -> None:
+    """Writes ``model``, whole or not at all.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        model: its config and tensors are written.
+        extra: further entries of the file, ``distill_linear_projs`` say.
+    """
+    content = {"config": plain(model.config), "state_dict": on_cpu(model.state_dict())}
+    with written_whole(path) as temporary:
+        torch.save({**content, **{key: on_cpu(value) for key, value in extra.items()}}, temporary)
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached, contiguous CPU tensors that share memory with nothing larger than themselves."""
+    result = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    whole = {key: t.untyped_storage().nbytes() == t.numel() * t.element_size() for key, t in result.items()}
+    return {key: tensor if whole[key] else tensor.clone() for key, tensor in result.items()}
+
+
+def plain(value):
+    """``value`` with numpy's and torch's scalars and foreign containers made Python's own."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (
+            type(value)(plain(item) for item in value)
+            if type(value) in (list, tuple)
+            else [plain(v) for v in value]
+        )
+    return value.item() if hasattr(value, "item") else value
+
+
+def difference(first: Wav2Vec2Model, second: Wav2Vec2Model, seconds: float = 2.0) -> float:
+    """The largest difference of two models' outputs on the same noise, relative to the largest output."""
+    generator = torch.Generator().manual_seed(0)
+    waveforms = torch.randn(1, int(16_000 * seconds), generator=generator) * 0.1
+    with torch.no_grad():
+        states = [torch.stack(model.eval().extract_features(waveforms)[0]) for model in (first, second)]
+    return ((states[0] - states[1]).abs().max() / states[0].abs().max()).item()
+
+
+def _our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = WeightNormConv1d.NAMES
+    result = {}
+    for key, tensor in state_dict.items():
+        for new, ours in names.items():
+            if key.endswith(new):
+                key = key.removesuffix(new) + ours
+        result[key] = tensor
+    return result
+
+
+def _some(keys) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

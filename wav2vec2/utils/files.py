@@ -1,0 +1,53 @@
+"""Files written whole or not at all, and the words for a user's mistake."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake in a path, file, flag or value, in one sentence that names it and the remedy."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's ``main``; a user's mistake or a failing disk is one sentence and exit status 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = str(error)
+        if error.filename is None and error.errno is None:
+            raise
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` to write to, which replaces ``path`` when the block ends without an error.
+
+    Missing folders are made. On an error, or if the process dies, an existing ``path`` stays as it was.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
