@@ -22,11 +22,8 @@ MASKED = -10_000.0
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """``norm(x)`` computed in float32 under autocast on every device, as CUDA's own autocast does."""
-    if x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-        return norm(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return norm(x.float())
+    """``norm(x)`` in the precision of its weights, under autocast on every device (CUDA's does so by itself)."""
+    return norm(x.to(norm.weight.dtype))
 
 
 class ConvLayerBlock(nn.Module):
@@ -77,6 +74,7 @@ class ConvLayerBlock(nn.Module):
         if per_frame:
             x = units.select(layer_norm(norm, x.transpose(1, 2)), -1).transpose(1, 2)
         elif norm is not None:
+            x = x.to(norm.weight.dtype)
             x = F.group_norm(x, x.size(1), units.rows(norm.weight), units.rows(norm.bias), norm.eps)
         x = F.gelu(x)
         if length is not None:

@@ -90,6 +90,11 @@ class HardConcrete(nn.Module):
             self._evaluation = (key, self.evaluation_mask())
         return self._evaluation[1]
 
+    def train(self, mode: bool = True) -> "HardConcrete":
+        if mode:
+            self._evaluation = None
+        return super().train(mode)
+
     def units(self) -> "Units":
         """The units of the forward pass under way (:func:`draw_gates`), or of this call alone."""
         return self._units if self._units is not None else Units(self())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import components as parts
 from .hardconcrete import HardConcrete, draw_gates
-from .pruning_utils import ExpectedSize, Size
+from .pruning_utils import NO_GATES, ExpectedSize, Size
 
 
 class Wav2Vec2Model(nn.Module):
@@ -131,7 +131,9 @@ class Wav2Vec2Model(nn.Module):
             if feed_forward is not None:
                 widths[i] = feed_forward.intermediate_features
         self.train(training)
-        self.config = {key: False if "_prune_" in key else value for key, value in self.config.items()} | {
+        self.config = {
+            **self.config,
+            **NO_GATES,
             "extractor_conv_layer_config": self.feature_extractor.config,
             "encoder_use_attention": [layer.attention is not None for layer in layers],
             "encoder_use_feed_forward": [layer.feed_forward is not None for layer in layers],
@@ -375,15 +377,7 @@ def base_config(
         config |= {"encoder_num_buckets": 320, "encoder_max_distance": 800}
     else:
         config |= {"encoder_num_heads": [num_heads] * num_layers, "encoder_head_dim": embed_dim // num_heads}
-    for gate in (
-        "extractor_prune_conv_channels",
-        "encoder_prune_attention_heads",
-        "encoder_prune_attention_layer",
-        "encoder_prune_feed_forward_intermediate",
-        "encoder_prune_feed_forward_layer",
-    ):
-        config[gate] = False
-    return {**config, **changes}
+    return {**config, **NO_GATES, **changes}
 
 
 LARGE = {"num_layers": 24, "num_heads": 16, "embed_dim": 1024, "ff_interm_features": 4096}

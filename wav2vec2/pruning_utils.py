@@ -9,6 +9,17 @@ from torch import Tensor, nn
 
 from .hardconcrete import HardConcrete
 
+PRUNING_UNITS = {
+    "conv": "extractor_prune_conv_channels",
+    "head": "encoder_prune_attention_heads",
+    "attlayer": "encoder_prune_attention_layer",
+    "interm": "encoder_prune_feed_forward_intermediate",
+    "ffnlayer": "encoder_prune_feed_forward_layer",
+}
+"""What may be pruned, by its name in --pruning_units: the config key of its gates."""
+
+NO_GATES = dict.fromkeys(PRUNING_UNITS.values(), False)
+
 
 class PruningError(ValueError):
     """A model that its gates leave unable to compute anything."""

@@ -1,0 +1,350 @@
+"""Bucketed batches of crops: which samples of which utterances make a batch, and how they are read."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from wav2vec2.utils.files import UserError
+
+from .manifest import SAMPLE_RATE, format_complaint, read_manifest
+
+MIN_SAMPLES = 32_000
+MAX_SAMPLES = 250_000
+
+Crop = tuple[int, int, int]
+
+
+class AudioError(UserError):
+    """An audio file that is missing, broken, or not what its manifest says, in one sentence that names it."""
+
+    def __init__(self, message: str):
+        # A DataLoader raises a worker's error again with the whole traceback as its message, ours at the end.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
+    """Hashes whole numbers, arrays element by element, to 64 random bits: SplitMix64 (Steele et al. 2014).
+
+    Unlike a generator's, a hash's number does not depend on what was drawn before it.
+    """
+    bits = np.zeros(1, dtype=np.uint64)
+    for key in keys:
+        if isinstance(key, int):
+            key = np.array([key % 2**64], dtype=np.uint64)
+        bits = (bits ^ key.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        bits = bits ^ (bits >> np.uint64(31))
+    return bits
+
+
+# What a random number is for: batch 7's place and utterance 7's crop must not be drawn alike.
+_FOR_ORDER, _FOR_CROPS = 0, 1
+
+
+class BucketedBatches(Sampler[list[Crop]]):
+    """The batches of one rank: lists of crops ``(utterance, first sample, number of samples)``.
+
+    Utterances of ``min_samples`` to ``max_samples`` (both included) are sorted into ``num_buckets`` equal
+    ranges of length, and stay in their order within one. From the shortest bucket to the longest, a batch
+    takes utterances until the next would bring the sum of their whole lengths above ``seconds_per_batch``;
+    an utterance longer than that is a batch of its own. A batch is cropped to its shortest member. Where a
+    crop starts follows from the seed, the epoch, the utterance and the room that the crop leaves in it, not
+    from rank or worker.
+
+    All ranks have the same number of batches, and an epoch has every utterance once: where the batches
+    cannot be shared out evenly, those of the most utterances are halved until they can. Only where every
+    batch has come down to one utterance, and the ranks still differ, are some batches given twice.
+
+    Iterating again without ``set_epoch`` gives the same batches again.
+
+    Args:
+        lengths: (utterance,), in samples.
+        seconds_per_batch: the most seconds of audio in a batch, before cropping.
+        min_samples: the shortest utterance to use.
+        max_samples: the longest utterance to use.
+        num_buckets: how many ranges of length to sort by.
+        shuffle: whether batches and crops change with the epoch. Without it, batches come from short to long
+            and crops are those of epoch 0 at any epoch, so that validation always sees the same samples.
+        seed: what the order and the crops follow from.
+        rank: which of the ``world_size`` shares of the batches to give.
+        world_size: how many processes share the batches.
+
+    Attributes:
+        epoch: the epoch that iterating gives.
+        num_utterances: how many utterances are in the range of lengths, over all ranks.
+
+    Raises:
+        UserError: ``seconds_per_batch`` is not above 0.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray | Tensor,
+        seconds_per_batch: float,
+        *,
+        min_samples: int = MIN_SAMPLES,
+        max_samples: int = MAX_SAMPLES,
+        num_buckets: int = 1000,
+        shuffle: bool = True,
+        seed: int = 2022,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if not seconds_per_batch > 0:
+            raise UserError(f"seconds_per_batch is {seconds_per_batch}: give more than 0 seconds")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size}")
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._start = 0
+
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        usable = np.flatnonzero((self._lengths >= min_samples) & (self._lengths <= max_samples))
+        self.num_utterances = len(usable)
+        self._utterances = usable[np.argsort(self._buckets(usable, num_buckets), kind="stable")]
+        # Batch n is _utterances[_bounds[n]:_bounds[n + 1]], so halving one is one more bound.
+        self._bounds = self._fill(seconds_per_batch * SAMPLE_RATE)
+        self._halve_largest_until_even()
+        self._num_batches = -(-(len(self._bounds) - 1) // world_size)
+
+    def _buckets(self, utterances: np.ndarray, num_buckets: int) -> np.ndarray:
+        lengths = self._lengths[utterances]
+        if len(lengths) == 0:
+            return lengths
+        return (lengths - lengths.min()) * num_buckets // (lengths.max() - lengths.min() + 1)
+
+    def _fill(self, max_batch_samples: float) -> np.ndarray:
+        bounds, samples = [0], 0
+        for position, length in enumerate(self._lengths[self._utterances].tolist()):
+            if samples + length > max_batch_samples and position > bounds[-1]:
+                bounds.append(position)
+                samples = 0
+            samples += length
+        if len(self._utterances):
+            bounds.append(len(self._utterances))
+        return np.array(bounds, dtype=np.int64)
+
+    def _halve_largest_until_even(self) -> None:
+        while (len(self._bounds) - 1) % self.world_size:
+            sizes = np.diff(self._bounds)
+            largest = sizes.argmax()
+            if sizes[largest] == 1:
+                break
+            middle = self._bounds[largest] + sizes[largest] // 2
+            self._bounds = np.insert(self._bounds, largest + 1, middle)
+
+    def __len__(self) -> int:
+        """The number of batches of this rank in a whole epoch, wherever ``start`` is."""
+        return self._num_batches
+
+    @property
+    def start(self) -> int:
+        """The batch of this rank at which iterating the current epoch begins; another epoch begins at 0.
+
+        It stays until ``set_epoch`` names another epoch, because a DataLoader with workers asks for two
+        iterators and uses one. Workers run ahead of training, which has to count what it has done itself.
+        """
+        return self._start
+
+    @start.setter
+    def start(self, batch: int) -> None:
+        if not 0 <= batch <= len(self):
+            raise ValueError(f"cannot start at batch {batch} of an epoch of {len(self)}")
+        self._start = batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that iterating gives: the current one from ``start`` still, another from 0."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._start = 0
+
+    def __iter__(self) -> Iterator[list[Crop]]:
+        epoch = self.epoch if self.shuffle else 0
+        batches = np.arange(len(self._bounds) - 1)
+        if self.shuffle:
+            batches = np.argsort(_random_bits(self.seed, epoch, _FOR_ORDER, batches), kind="stable")
+        dealt = np.resize(batches, len(self) * self.world_size)[self.rank :: self.world_size]
+        for batch in dealt[self._start :].tolist():
+            yield self._crops(self._utterances[self._bounds[batch] : self._bounds[batch + 1]], epoch)
+
+    def _crops(self, utterances: np.ndarray, epoch: int) -> list[Crop]:
+        lengths = self._lengths[utterances]
+        length = lengths.min()
+        choices = (lengths - length + 1).astype(np.uint64)
+        fractions = _random_bits(self.seed, epoch, _FOR_CROPS, utterances) >> np.uint64(32)
+        starts = fractions * choices >> np.uint64(32)
+        return [
+            (index, start, int(length))
+            for index, start in zip(utterances.tolist(), starts.tolist(), strict=True)
+        ]
+
+
+class BatchStream(Sampler[list[Crop]]):
+    """The batches from ``start`` on of a run over ``batches``, through as many epochs as it takes.
+
+    Args:
+        batches: one epoch of this rank.
+        start: how many batches of the run are done.
+        total: how many batches the whole run has.
+    """
+
+    def __init__(self, batches: BucketedBatches, start: int, total: int) -> None:
+        self.batches = batches
+        self.start = start
+        self.total = total
+
+    def __len__(self) -> int:
+        """The batches of the whole run, wherever it starts."""
+        return self.total
+
+    def __iter__(self) -> Iterator[list[Crop]]:
+        place = self.start
+        while place < self.total:
+            epoch, first = divmod(place, len(self.batches))
+            self.batches.set_epoch(epoch)
+            self.batches.start = first
+            for batch in self.batches:
+                if place == self.total:
+                    return
+                yield batch
+                place += 1
+
+
+class AudioDataset(Dataset[Tensor]):
+    """The utterances of ``tsv_dir/name.tsv``, read crop by crop.
+
+    Args:
+        tsv_dir: the folder of the manifest.
+        name: the manifest's name without ``.tsv``.
+
+    Attributes:
+        lengths: (utterance,) int64, in samples.
+
+    Raises:
+        UserError: the manifest is missing or malformed.
+    """
+
+    def __init__(self, tsv_dir: str | Path, name: str):
+        manifest = read_manifest(tsv_dir, name)
+        self.root = manifest.root
+        self.paths = manifest.paths
+        self.lengths = manifest.lengths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, crop: Crop) -> Tensor:
+        """Reads one crop ``(utterance, first sample, number of samples)``, and no more of the file than that.
+
+        Returns:
+            (time,) float32 in [-1, 1].
+
+        Raises:
+            AudioError: the file is missing or broken, or has changed since the manifest was made.
+        """
+        index, start, length = crop
+        path = os.path.join(self.root, self.paths[index])
+        try:
+            with soundfile.SoundFile(path) as audio:
+                complaint = format_complaint(audio)
+                if complaint is None and audio.frames != self.lengths[index]:
+                    complaint = f"{audio.frames} samples where its manifest says {self.lengths[index]}"
+                if complaint is not None:
+                    raise AudioError(f"{path} has changed: {complaint}: run prepare_data.py again")
+                audio.seek(start)
+                samples = audio.read(length, dtype="float32")
+        except (soundfile.SoundFileError, OSError, TypeError) as error:
+            reason = getattr(error, "error_string", error) if os.path.exists(path) else "no such file"
+            raise AudioError(
+                f"cannot read {path}: {reason}: restore it, or run prepare_data.py again"
+            ) from error
+        if len(samples) != length:
+            raise AudioError(
+                f"cannot read {path}: it breaks off at sample {start + len(samples)} of "
+                f"{self.lengths[index]}: restore it"
+            )
+        return torch.from_numpy(samples)
+
+
+def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stacks a batch's crops, all of one length.
+
+    Args:
+        waveforms: (time,) each.
+
+    Returns:
+        The waveforms (batch, time) float32 and their lengths in samples (batch,) int64.
+    """
+    stacked = torch.stack(waveforms)
+    return stacked, torch.full((len(stacked),), stacked.shape[1], dtype=torch.long)
+
+
+def make_loader(
+    tsv_dir: str | Path,
+    name: str,
+    seconds_per_batch: float,
+    num_workers: int,
+    *,
+    shuffle: bool,
+    seed: int = 2022,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    run: tuple[int, int] | None = None,
+) -> DataLoader:
+    """The loader of one rank's batches ``(waveforms, lengths)``.
+
+    Its ``batch_sampler`` is a ``BucketedBatches``, or a ``BatchStream`` over one where ``run`` is given. It
+    neither reads nor moves the global random states.
+
+    Args:
+        tsv_dir: the folder of the manifest.
+        name: the manifest's name without ``.tsv``.
+        seconds_per_batch: the most seconds of audio in a batch, before cropping.
+        num_workers: how many processes read audio, kept from epoch to epoch; 0 reads in this one.
+        shuffle: True for training, False for validation, as in ``BucketedBatches``.
+        seed: what the order and the crops follow from.
+        rank: which share of the batches to give.
+        world_size: how many processes share the batches.
+        pin_memory: whether to put batches where a GPU fetches them faster.
+        run: how many batches of a training run are done and how many it has, over all epochs; without it,
+            the loader gives one epoch.
+
+    Returns:
+        The loader. Without ``shuffle`` its length is 0 where no utterance can be used.
+
+    Raises:
+        UserError: the manifest is missing or malformed, or with ``shuffle`` no utterance in it can be used.
+    """
+    if num_workers < 0:
+        raise UserError(f"num_workers is {num_workers}: give 0 or more")
+    dataset = AudioDataset(tsv_dir, name)
+    batches = BucketedBatches(
+        dataset.lengths, seconds_per_batch, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
+    )
+    if shuffle and len(batches) == 0:
+        seconds = f"{MIN_SAMPLES / SAMPLE_RATE:g} to {MAX_SAMPLES / SAMPLE_RATE:g} s"
+        raise UserError(
+            f"{Path(tsv_dir) / name}.tsv has {len(dataset)} utterances, but none of {MIN_SAMPLES} to "
+            f"{MAX_SAMPLES} samples ({seconds}): give it some of that length"
+        )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches if run is None else BatchStream(batches, *run),
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        # Every iterator draws a seed: from the global generator, that would shift what training draws.
+        generator=torch.Generator().manual_seed(seed),
+    )

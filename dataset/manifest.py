@@ -1,0 +1,95 @@
+"""``NAME.tsv``: the root folder, then a line ``relative/path<TAB>samples`` for each utterance."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from wav2vec2.utils.files import UserError, written_whole
+
+SAMPLE_RATE = 16_000
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The utterances of one set: ``paths[i]``, relative to ``root``, has ``lengths[i]`` samples (int64)."""
+
+    root: str
+    paths: list[str]
+    lengths: np.ndarray
+
+
+def format_complaint(audio: soundfile.SoundFile) -> str | None:
+    """Says why the models cannot take an open audio file, or returns None where they can."""
+    if audio.samplerate != SAMPLE_RATE:
+        return f"not 16 kHz ({audio.samplerate} Hz)"
+    if audio.channels != 1:
+        return f"not mono ({audio.channels} channels)"
+    return None
+
+
+def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
+    """Reads the manifest ``tsv_dir/name.tsv``.
+
+    A manifest with its first line alone, or with no line, is an empty set.
+
+    Raises:
+        UserError: there is no such file, its root folder is gone, or a line is not ``path<TAB>samples``.
+    """
+    tsv = Path(tsv_dir) / f"{name}.tsv"
+    if not tsv.is_file():
+        present = ", ".join(sorted(file.name for file in Path(tsv_dir).glob("*.tsv"))) or "no manifest"
+        raise UserError(f"there is no {tsv} ({tsv_dir} has {present}): prepare_data.py makes manifests")
+    paths: list[str] = []
+    lengths: list[int] = []
+    try:
+        # Only a line feed ends a line: a carriage return or a Unicode line separator may be part of a name.
+        with open(tsv, encoding="utf-8", newline="\n") as file:
+            root = file.readline().rstrip("\r\n")
+            for number, line in enumerate(file, start=2):
+                path, _, samples = line.rstrip("\r\n").partition("\t")
+                if not path or not samples.isdecimal() or len(samples) > 18:
+                    raise UserError(
+                        f"{tsv}, line {number}: not a path, a tab and a number of samples: "
+                        "make it again with prepare_data.py"
+                    )
+                paths.append(path)
+                lengths.append(int(samples))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{tsv}, line {len(paths) + 2} or later: not UTF-8 text ({error.reason})") from None
+    if root and not os.path.isdir(root):
+        raise UserError(
+            f"{tsv}, line 1: there is no folder {root}: make the manifest again with prepare_data.py"
+        )
+    if paths and not root:
+        raise UserError(f"{tsv}, line 1: the root folder is missing: make it again with prepare_data.py")
+    return Manifest(root, paths, np.array(lengths, dtype=np.int64))
+
+
+def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[str, int]]]) -> None:
+    """Writes ``tsv_dir/NAME.tsv`` for every set; if one cannot be written, none that was there is replaced.
+
+    Args:
+        tsv_dir: the folder to write to, made where missing.
+        root: the absolute folder that the paths are relative to.
+        sets: for each name, the (relative path, number of samples) of its utterances, in the order to write.
+
+    Raises:
+        UserError: a manifest cannot be written.
+    """
+    with ExitStack() as replacements:
+        for name, utterances in sets.items():
+            tsv = Path(tsv_dir) / f"{name}.tsv"
+            try:
+                temporary = replacements.enter_context(written_whole(tsv))
+                with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(f"{root}\n")
+                    file.writelines(f"{path}\t{samples}\n" for path, samples in utterances)
+                    file.flush()
+                    # A full disk may show only here, and after this block the first manifest is replaced.
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(f"cannot write {tsv}: {error.strerror}") from error

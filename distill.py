@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Stage 1: distil the teacher into a gated copy of itself while the gates learn what may go (DPHuBERT, section 3.1)."""
+
+import argparse
+
+import training
+from lightning import DistillModule
+from wav2vec2.pruning_utils import PRUNING_UNITS
+from wav2vec2.utils.checkpoint import load_model
+from wav2vec2.utils.files import UserError, run_script
+from wav2vec2.utils.flags import natural, positive, share
+
+
+def gates(pruning_units: str) -> dict[str, bool]:
+    """``"conv,head"`` -> the config keys of the gates, each True or False.
+
+    Raises:
+        UserError: a unit is unknown.
+    """
+    units = [unit.strip() for unit in pruning_units.split(",") if unit.strip()]
+    for unit in units:
+        if unit not in PRUNING_UNITS:
+            raise UserError(f"--pruning_units {pruning_units}: {unit} is none of {', '.join(PRUNING_UNITS)}")
+    if not units:
+        raise UserError(f"--pruning_units is empty: name some of {', '.join(PRUNING_UNITS)}")
+    return {key: unit in units for unit, key in PRUNING_UNITS.items()}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    training.add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument(
+        "--student_ckpt", default="pretrained/hubert-base-ls960.hf.pth", help="the student starts from this"
+    )
+    pruning.add_argument(
+        "--pruning_units", default="conv,head,interm,attlayer,ffnlayer", help="what gets gates, a comma list"
+    )
+    pruning.add_argument("--reg_learning_rate", type=positive, default=0.02, help="of gates and multipliers")
+    pruning.add_argument(
+        "--target_sparsity", type=share, default=0.75, help="1 - wanted size / teacher's size"
+    )
+    pruning.add_argument(
+        "--sparsity_warmup_updates", type=natural, default=5_000, help="updates to the full target"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    training.seed()
+    teacher = load_model(args.teacher_ckpt)
+    student = load_model(args.student_ckpt, **gates(args.pruning_units))
+    module = DistillModule(
+        **training.module_arguments(args, teacher, student),
+        use_reg=True,
+        reg_learning_rate=args.reg_learning_rate,
+        target_sparsity=args.target_sparsity,
+        sparsity_warmup_updates=args.sparsity_warmup_updates,
+    )
+    training.train(module, args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,410 @@
+"""What trains: the distillation loss, the regulariser of DPHuBERT and the learning-rate schedule, as a LightningModule.
+
+Equation numbers are those of DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from dataset import AudioDataset, BucketedBatches, make_loader
+from wav2vec2 import Wav2Vec2Model
+from wav2vec2.pruning_utils import count_parameters
+from wav2vec2.utils.files import UserError
+
+SEED = 2022
+
+
+class LinearDecayLRScheduler(LRScheduler):
+    """Linear warm-up from 0, then linear decay to 0: with k = 1 at the first update, lr k / warmup, then
+    lr (max - k) / (max - warmup).
+
+    Args:
+        optimizer: every group's ``lr`` is its peak (negative for gradient ascent).
+        warmup_updates: updates to the peak.
+        max_updates: updates to 0.
+    """
+
+    def __init__(self, optimizer, warmup_updates: int, max_updates: int, last_epoch: int = -1) -> None:
+        self.warmup_updates = warmup_updates
+        self.max_updates = max_updates
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float]:
+        k = self.last_epoch + 1
+        if k <= self.warmup_updates:
+            factor = k / self.warmup_updates
+        else:
+            factor = max(0.0, (self.max_updates - k) / max(1, self.max_updates - self.warmup_updates))
+        return [base * factor for base in self.base_lrs]
+
+
+class DistillLoss(nn.Module):
+    """Weighted sum of mean squared error, mean absolute error and cosine distance (equation 2, after DistilHuBERT).
+
+    Args:
+        l2_weight, l1_weight, cos_weight: of the three; one of weight 0 is not computed.
+        cos_type: "raw", -mean(cos), or "log_sig", -mean(log sigmoid cos).
+    """
+
+    def __init__(self, l2_weight: float, l1_weight: float, cos_weight: float, cos_type: str) -> None:
+        super().__init__()
+        if cos_type not in ("raw", "log_sig"):
+            raise ValueError(f'cos_type is "raw" or "log_sig", not {cos_type!r}')
+        self.l2_weight = l2_weight
+        self.l1_weight = l1_weight
+        self.cos_weight = cos_weight
+        self.cos_type = cos_type
+
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """
+        Args:
+            input, target: (batch, layer, time, feature), of the student and the teacher; computed in float32.
+        Returns:
+            The loss, and its three parts before weighting; 0 for one of weight 0.
+        """
+        input, target = input.float(), target.float()
+        mse = l1 = cos = input.new_zeros(())
+        if self.l2_weight:
+            mse = F.mse_loss(input, target)
+        if self.l1_weight:
+            l1 = F.l1_loss(input, target)
+        if self.cos_weight:
+            similarity = F.cosine_similarity(input, target, dim=-1)
+            cos = -(similarity if self.cos_type == "raw" else F.logsigmoid(similarity)).mean()
+        return self.l2_weight * mse + self.l1_weight * l1 + self.cos_weight * cos, (mse, l1, cos)
+
+
+def parse_distill_layers(text: str, num_layers: int) -> list[list[int]]:
+    """``"0.4,8,12"`` -> [[0], [4, 8, 12]]: a period parts groups, a comma the layers in one.
+
+    Raises:
+        UserError: not such a list, or an index outside 0 ... ``num_layers``.
+    """
+    try:
+        groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
+    except ValueError:
+        raise UserError(
+            f"--distill_layers {text}: layers are parted by commas and groups by periods, as in 0.4,8,12"
+        )
+    outside = [layer for group in groups for layer in group if not 0 <= layer <= num_layers]
+    if outside:
+        raise UserError(
+            f"--distill_layers {text}: layer {outside[0]} is not one of 0 to {num_layers} of the models"
+        )
+    return groups
+
+
+def distill_projections(
+    mode: str, groups: Sequence[Sequence[int]], student_dim: int, teacher_dim: int
+) -> nn.ModuleList:
+    """The heads that read the student: one entry a distilled layer, in the order of ``groups``.
+
+    Args:
+        mode: "layer2layer": a Linear shared by the layers of a group, the identity at the start; "predlayer" (DistilHuBERT,
+            Chang et al. 2022): each layer's own Linear and GELU.
+        groups: the distilled layers.
+        student_dim, teacher_dim: features of the models.
+    """
+    heads = nn.ModuleList()
+    for group in groups:
+        if mode == "layer2layer":
+            linear = nn.Linear(student_dim, teacher_dim)
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            heads.extend([linear] * len(group))
+        else:
+            heads.extend(nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for _ in group)
+    return heads
+
+
+class DistillModule(pl.LightningModule):
+    """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which of its units may go.
+
+    Args:
+        teacher_model: frozen here.
+        student_model: gated where ``use_reg``.
+        distill_mode: "layer2layer" or "predlayer".
+        distill_layers: layers to match, 0 to the number of layers, one for each of ``distill_linear_projs``.
+        distill_linear_projs: heads on the student's layers.
+        distill_loss: of two (batch, layer, time, feature).
+        learning_rate, weight_decay: of the student and the heads.
+        warmup_updates, max_updates: of the learning rates.
+        use_reg: train gates under the size constraint (equation 7).
+        reg_learning_rate: of the gates and, in ascent, the Lagrange multipliers.
+        target_sparsity: 1 - wanted size / teacher's size.
+        sparsity_warmup_updates: the target grows linearly from 0 over these.
+        tsv_dir, train_subset: manifests ``tsv_dir/train_subset.tsv`` and ``valid.tsv``.
+        seconds_per_batch: of a batch on one device, before cropping.
+        num_workers: loader processes a device.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher_model: Wav2Vec2Model,
+        student_model: Wav2Vec2Model,
+        distill_mode: str,
+        distill_layers: Sequence[int],
+        distill_linear_projs: nn.ModuleList,
+        distill_loss: DistillLoss,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_updates: int,
+        max_updates: int,
+        use_reg: bool,
+        reg_learning_rate: float | None = None,
+        target_sparsity: float | None = None,
+        sparsity_warmup_updates: int | None = None,
+        tsv_dir: str | None = None,
+        train_subset: str | None = None,
+        seconds_per_batch: float | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if distill_mode not in ("layer2layer", "predlayer"):
+            raise ValueError(f'distill_mode is "layer2layer" or "predlayer", not {distill_mode!r}')
+        distill_layers = list(distill_layers)
+        self.save_hyperparameters(
+            ignore=["teacher_model", "student_model", "distill_linear_projs", "distill_loss"], logger=False
+        )
+        self.teacher_model = teacher_model.requires_grad_(False).eval()
+        self.student_model = student_model
+        self.distill_mode = distill_mode
+        self.distill_layers = distill_layers
+        self.distill_linear_projs = distill_linear_projs
+        self.distill_loss = distill_loss
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_updates = warmup_updates
+        self.max_updates = max_updates
+        self.use_reg = use_reg
+        self.reg_learning_rate = reg_learning_rate
+        self.target_sparsity = target_sparsity
+        self.sparsity_warmup_updates = sparsity_warmup_updates
+        self.tsv_dir = tsv_dir
+        self.train_subset = train_subset
+        self.seconds_per_batch = seconds_per_batch
+        self.num_workers = num_workers
+        self.teacher_size = count_parameters(teacher_model)
+        if use_reg:
+            self.lambda1 = nn.Parameter(torch.zeros(()))
+            self.lambda2 = nn.Parameter(torch.zeros(()))
+        self.batches_done = 0
+        self._random_state: list[dict] | None = None
+        self._freeze_idle_parameters()
+
+    def _freeze_idle_parameters(self) -> None:
+        """Freezes what takes no part in the loss (layers above the distilled ones, say): DDP waits for all gradients.
+
+        What takes part is found by looking, on a fraction of a second of silence.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        with torch.random.fork_rng(devices=[]):
+            loss = self._losses(torch.zeros(1, 4000, device=trained[0].device), None)["loss"]
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+    def train(self, mode: bool = True) -> DistillModule:
+        super().train(mode)
+        self.teacher_model.eval()
+        return self
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What is compared: the student's projected layers and the teacher's, each (batch, layer, time, feature).
+
+        Args:
+            waveforms: (batch, time).
+            lengths: (batch,) valid samples, or None where all are whole.
+        """
+        top = max(self.distill_layers)
+        with torch.no_grad():
+            teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
+        student, _ = self.student_model.extract_features(
+            waveforms, lengths, top if self.distill_mode == "layer2layer" else None
+        )
+        read = (
+            (lambda layer: student[layer])
+            if self.distill_mode == "layer2layer"
+            else (lambda layer: student[-1])
+        )
+        pairs = zip(self.distill_layers, self.distill_linear_projs, strict=True)
+        projected = [projection(read(layer)) for layer, projection in pairs]
+        return torch.stack(projected, dim=1), torch.stack(
+            [teacher[layer] for layer in self.distill_layers], dim=1
+        )
+
+    @property
+    def current_target_sparsity(self) -> float:
+        """The target at this update: it grows linearly over ``sparsity_warmup_updates`` (section 3.2)."""
+        if self.global_step >= self.sparsity_warmup_updates:
+            return self.target_sparsity
+        return self.target_sparsity * self.global_step / self.sparsity_warmup_updates
+
+    def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
+        loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))
+        losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+        if not self.use_reg:
+            return {"loss": loss_distill, **losses}
+        sparsity = (1 - self.student_model.get_num_params() / self.teacher_size).to(loss_distill.dtype)
+        target = self.current_target_sparsity
+        excess = sparsity - target
+        loss_reg = self.lambda1 * excess + self.lambda2 * excess**2
+        return {
+            "loss": loss_distill + loss_reg,
+            **losses,
+            "loss_reg": loss_reg,
+            "sparsity_expected": sparsity,
+            "sparsity_target": target,
+            "lambda1": self.lambda1,
+            "lambda2": self.lambda2,
+        }
+
+    def training_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
+        """One batch: waveforms (batch, time), alone or with their lengths (batch,)."""
+        losses = self._losses(*_waveforms_and_lengths(batch))
+        self.batches_done += 1
+        logged = {name if "loss" not in name else f"train_{name}": value for name, value in losses.items()}
+        self.log_dict(
+            {k: v.detach() if isinstance(v, Tensor) else v for k, v in logged.items()}, batch_size=1
+        )
+        return losses["loss"]
+
+    def validation_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> None:
+        waveforms, lengths = _waveforms_and_lengths(batch)
+        losses = self._losses(waveforms, lengths)
+        logged = {f"valid_{name}": value for name, value in losses.items() if name.startswith("loss")}
+        self.log_dict(logged, batch_size=waveforms.numel(), sync_dist=True, on_epoch=True)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx: int):
+        """Drops lengths that say nothing, so that no mask is built."""
+        if isinstance(batch, (tuple, list)):
+            waveforms, lengths = batch
+            whole = lengths is None or bool((lengths == waveforms.size(1)).all())
+            return waveforms, None if whole else lengths
+        return batch
+
+    def configure_optimizers(self):
+        """AdamW in the groups ``main_params``, ``log_alpha`` and ``lambda`` (equation 8: the last by ascent)."""
+        gates = [p for name, p in self.student_model.named_parameters() if name.endswith("log_alpha")]
+        main = [p for name, p in self.student_model.named_parameters() if not name.endswith("log_alpha")]
+        main = [p for p in (*main, *self.distill_linear_projs.parameters()) if p.requires_grad]
+        decay = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        groups = [{"params": main, "name": "main_params", **decay}]
+        if self.use_reg:
+            rate = self.reg_learning_rate
+            groups.append({"params": gates, "name": "log_alpha", "lr": rate, "weight_decay": 0.0})
+            multipliers = [self.lambda1, self.lambda2]
+            groups.append({"params": multipliers, "name": "lambda", "lr": -rate, "weight_decay": 0.0})
+        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
+        optimizer = torch.optim.AdamW(groups, fused=not scaled)
+        scheduler = LinearDecayLRScheduler(optimizer, self.warmup_updates, self.max_updates)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        """Clips the norm of all gradients, which Lightning refuses to do for a fused optimiser."""
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def train_dataloader(self) -> DataLoader:
+        total = self.max_updates * self.trainer.accumulate_grad_batches
+        loader = self._loader(self.train_subset, shuffle=True, run=(self.batches_done, total))
+        if self.trainer.check_val_every_n_epoch is None:
+            # To Lightning the run is one epoch; validation comes after each epoch of the data.
+            self.trainer.val_check_interval = len(loader.batch_sampler.batches)
+        return loader
+
+    def can_validate(self) -> bool:
+        """Whether ``valid.tsv`` is there and has an utterance to use."""
+        if self.tsv_dir is None or not (Path(self.tsv_dir) / "valid.tsv").exists():
+            return False
+        return (
+            BucketedBatches(
+                AudioDataset(self.tsv_dir, "valid").lengths, self.seconds_per_batch
+            ).num_utterances
+            > 0
+        )
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._loader("valid", shuffle=False) if self.can_validate() else []
+
+    def _loader(self, subset: str, **arguments) -> DataLoader:
+        return make_loader(
+            self.tsv_dir,
+            subset,
+            self.seconds_per_batch,
+            self.num_workers,
+            seed=SEED,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+            pin_memory=self.device.type == "cuda",
+            **arguments,
+        )
+
+    @property
+    def strict_loading(self) -> bool:
+        return False
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Leaves the teacher out; adds the random state of every rank and the place in the data."""
+        teacher = [key for key in checkpoint["state_dict"] if key.startswith("teacher_model.")]
+        for key in teacher:
+            del checkpoint["state_dict"][key]
+        checkpoint["random_state"] = self._gather(_random_state(self.device))
+        checkpoint["data"] = {"batches_done": self.batches_done, "world_size": self.trainer.world_size}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        given = checkpoint["state_dict"]
+        expected = {k: v for k, v in self.state_dict().items() if not k.startswith("teacher_model.")}
+        for key in sorted(expected.keys() ^ given.keys()):
+            place = "lacks" if key in expected else "has the unexpected"
+            raise UserError(
+                f"--resume_checkpoint: the checkpoint {place} {key}; resume with the flags that it was made with"
+            )
+        for key, value in expected.items():
+            if value.shape != given[key].shape:
+                raise UserError(
+                    f"--resume_checkpoint: {key} has another shape; resume with the flags that it was made with"
+                )
+        data = checkpoint["data"]
+        self.batches_done = data["batches_done"] * data["world_size"] // self.trainer.world_size
+        self._random_state = checkpoint["random_state"]
+
+    def on_train_start(self) -> None:
+        """Each rank draws its own gates and dropout, or goes on drawing where the checkpoint was written."""
+        if self._random_state is None:
+            torch.manual_seed(SEED + self.global_rank)
+        elif len(self._random_state) == self.trainer.world_size:
+            state = self._random_state[self.global_rank]
+            torch.set_rng_state(state["cpu"].cpu())
+            if "cuda" in state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+        self._random_state = None
+
+    def _gather(self, value: dict) -> list[dict]:
+        if self.trainer.world_size == 1:
+            return [value]
+        values = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def _waveforms_and_lengths(batch: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state

@@ -1,0 +1,284 @@
+"""``prepare_data.py`` as a user runs it, on folders of real audio files."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import prepare_data
+from dataset import read_manifest
+from wav2vec2.utils.files import UserError
+
+SCRIPT = Path(prepare_data.__file__)
+
+
+def write_audio(path: Path, samples: int = 400, rate: int = 16_000, channels: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (samples, channels) if channels > 1 else samples
+    noise = np.random.default_rng(samples).integers(-9, 9, shape).astype(np.int16)
+    soundfile.write(path, noise, rate, format=path.suffix[1:].upper())
+    return path
+
+
+def run(*flags: object, **process) -> subprocess.CompletedProcess:
+    """Runs the script in a process of its own."""
+    command = [sys.executable, SCRIPT, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **process)
+
+
+def prepare(data: Path, out: Path, layout: str = "flat", share: float = 0.25, seed: int = 2022, **arguments):
+    """Runs the script's work in this process, with one process to read headers."""
+    flags = {"extension": "flac", "num_workers": 1, **arguments}
+    prepare_data.prepare(str(data), str(out), layout=layout, valid_share=share, seed=seed, **flags)
+
+
+def listed(out: Path, name: str) -> list[str]:
+    return read_manifest(out, name).paths
+
+
+def test_librispeech_becomes_three_sorted_manifests(tmp_path):
+    # The name of the root folder must put nothing into a set.
+    data = tmp_path / "training dev train-clean-100"
+    samples = {}
+    for number, folder in enumerate(
+        (
+            "train-other-500/2/1",
+            "train-clean-100/Z/1",
+            "train-clean-100/a/1",
+            "dev-clean/ü 1/2",
+            "dev-other/9/1",
+        )
+    ):
+        for name in ("b", "B"):
+            samples[f"LibriSpeech/{folder}/{name}.flac"] = 1000 + 10 * number + (name == "b")
+    for path, length in samples.items():
+        write_audio(data / path, length)
+    write_audio(data / "LibriSpeech/test-clean/1/1.flac")
+    write_audio(data / "LibriSpeech/dev-clean/1.wav")
+    (data / "LibriSpeech/dev-clean/1.txt").write_text("no audio")
+
+    done = run("--data", os.path.relpath(data, tmp_path), "--out", "out/new", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr and "10/10" in done.stderr
+    wanted = {
+        "train100": [path for path in samples if "train-clean-100" in path],
+        "train960": [path for path in samples if "/train" in path],
+        "valid": [path for path in samples if "/dev" in path],
+    }
+    assert {file.name for file in (tmp_path / "out/new").iterdir()} == {f"{name}.tsv" for name in wanted}
+    for name, paths in wanted.items():
+        lines = [str(data)] + [f"{path}\t{samples[path]}" for path in sorted(paths)]
+        assert (tmp_path / f"out/new/{name}.tsv").read_bytes().decode() == "\n".join(lines) + "\n"
+    assert f"train960.tsv: {len(wanted['train960'])} files" in done.stdout
+
+
+def test_unusable_files_are_named_left_out_and_counted(tmp_path):
+    data = tmp_path / "data"
+    good = [write_audio(data / name) for name in ("good.wav", "good 2.WAV")]
+    write_audio(data / "fast.wav", rate=44_100)
+    write_audio(data / "slow.wav", rate=8_000)
+    write_audio(data / "stereo.wav", channels=2)
+    write_audio(data / "silent.wav", samples=0)
+    (data / "zero.wav").touch()
+    (data / "text.wav").write_text("no audio at all")
+    (data / "gone.wav").symlink_to(data / "nowhere.wav")
+    os.mkfifo(data / "pipe.wav")
+    write_audio(data / "tab\tbed.wav")
+    write_audio(data / "broken\nline.wav")
+    shutil.copy(good[0], os.fsencode(data) + b"/latin\xfc.wav")
+
+    done = run("--data", data, "--out", tmp_path / "out", "--layout", "flat", "--extension", ".Wav")
+    assert done.returncode == 0, done.stderr
+    assert sorted(listed(tmp_path / "out", "train") + listed(tmp_path / "out", "valid")) == [
+        "good 2.WAV",
+        "good.wav",
+    ]
+    for line in (
+        "left out 'fast.wav': not 16 kHz (44100 Hz)",
+        "left out 'slow.wav': not 16 kHz (8000 Hz)",
+        "left out 'stereo.wav': not mono (2 channels)",
+        "left out 'silent.wav': empty",
+        "left out 'zero.wav': empty",
+        "left out 'text.wav': cannot be read (Format not recognised)",
+        "left out 'gone.wav': cannot be read (a link to no file)",
+        "left out 'pipe.wav': cannot be read (not a file)",
+        r"left out 'tab\tbed.wav': a tab",
+        r"left out 'broken\nline.wav': a tab",
+        r"left out 'latin\udcfc.wav': a tab",
+    ):
+        assert line in done.stderr
+    assert "left out 11: " in done.stdout
+    for count in ("3 cannot be read", "2 not 16 kHz", "1 not mono", "2 empty", "3 a tab, a line break"):
+        assert count in done.stdout
+
+
+def test_a_manifest_that_cannot_be_written_leaves_every_one_as_it_was(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for number in range(200):
+        write_audio(data / f"dev/{'long' * 30}{number}.flac")
+    write_audio(data / "train-clean-100/1.flac")
+    out.mkdir()
+    for name in ("train100", "train960", "valid"):
+        (out / f"{name}.tsv").write_text("as it was")
+
+    # train100 and train960 fit in 8,000 bytes, and valid does not.
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))}
+    done = run("--data", data, "--out", out, **limit)
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"prepare_data.py: error: cannot write {out}/valid.tsv: File too large"
+    )
+    assert {file.name: file.read_text() for file in out.iterdir()} == {
+        "train100.tsv": "as it was",
+        "train960.tsv": "as it was",
+        "valid.tsv": "as it was",
+    }
+    prepare(data, out, "librispeech")
+    assert len(listed(out, "valid")) == 200
+
+
+def test_a_user_s_mistake_is_one_sentence_and_status_2(tmp_path):
+    done = run("--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    sentence = f"there is no folder {tmp_path}/nowhere: give the corpus's with --data"
+    assert done.stderr == f"prepare_data.py: error: {sentence}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"data": "1.flac"}, "no folder"),
+        ({"out": "1.flac"}, "1.flac is a file: give a folder with --out"),
+        ({"extension": "mp3"}, r"no \.mp3 file under .*: change --data, or --extension"),
+        ({"extension": "."}, "--extension is empty"),
+        ({"share": 1.0}, "--valid_share is 1.0"),
+        ({"share": -0.1}, "--valid_share is -0.1"),
+        ({"share": float("nan")}, "--valid_share is nan"),
+        ({"num_workers": 0}, "--num_workers is 0"),
+        (
+            {"layout": "librispeech"},
+            "none of the 1 .flac files under .* has train or dev in its path.*--layout flat",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(tmp_path, flags, sentence):
+    write_audio(tmp_path / "1.flac")
+    arguments = {"data": "", "out": "out", **flags}
+    arguments |= {name: tmp_path / arguments[name] for name in ("data", "out")}
+    with pytest.raises(UserError, match=sentence):
+        prepare(**arguments)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "1.flac"]
+
+
+def test_a_folder_with_no_usable_file_is_an_error_that_says_why(tmp_path):
+    write_audio(tmp_path / "data/1.flac", rate=48_000)
+    with pytest.raises(UserError, match=r"no usable \.flac file .*\(1 not 16 kHz\).*ffmpeg"):
+        prepare(tmp_path / "data", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_set_that_became_empty_is_said_and_keeps_no_earlier_utterances(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_audio(data / "train-clean-100/1.flac")
+    write_audio(data / "train-clean-360/2.flac")
+    write_audio(data / "dev-clean/3.flac")
+    prepare(data, out, "librispeech")
+    assert [len(listed(out, name)) for name in ("train100", "train960", "valid")] == [1, 2, 1]
+    shutil.rmtree(data / "train-clean-100")
+    shutil.rmtree(data / "dev-clean")
+    capsys.readouterr()
+    prepare(data, out, "librispeech")
+    assert [len(listed(out, name)) for name in ("train100", "train960", "valid")] == [0, 1, 0]
+    said = capsys.readouterr().out
+    assert "train100.tsv: empty" in said and "valid.tsv: empty" in said
+    prepare(data, out, "flat")
+    assert "not of this run, and left as they were: train100.tsv, train960.tsv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "sets"),
+    [
+        ("LibriSpeech/train-clean-100/1/2/3.flac", ["train100", "train960"]),
+        ("LibriSpeech/train-clean-360/1/2/3.flac", ["train960"]),
+        ("LibriSpeech/dev-other/1/2/3.flac", ["valid"]),
+        ("LibriSpeech/test-clean/1/2/3.flac", []),
+        ("train-clean-100/devon/3.flac", ["train100", "train960"]),
+        ("dev-clean/trainer/3.flac", ["valid"]),
+    ],
+)
+def test_no_path_is_in_training_and_validation(path, sets):
+    assert prepare_data.librispeech_sets(path) == sets
+
+
+@pytest.mark.parametrize(
+    ("files", "share", "size"), [(40, 0.25, 10), (40, 0, 0), (40, 0.001, 1), (1, 0.5, 0), (2, 0.9, 1)]
+)
+def test_the_flat_layout_splits_off_its_share(tmp_path, files, share, size):
+    for number in range(files):
+        write_audio(tmp_path / f"data/{number // 7}/{number}.flac", 400 + number)
+    prepare(tmp_path / "data", tmp_path / "out", share=share)
+    train, valid = listed(tmp_path / "out", "train"), listed(tmp_path / "out", "valid")
+    assert len(valid) == size and len(train) == files - size
+    assert not set(train) & set(valid)
+    assert train == sorted(train) and valid == sorted(valid)
+
+
+def test_the_choice_for_validation_follows_from_seed_and_path():
+    paths = [f"speaker {number % 10}/{number}.flac" for number in range(1000)]
+    chosen = prepare_data.split_off(paths, 0.1, seed=1)
+    assert len(chosen) == 100
+    assert prepare_data.split_off(paths[::-1], 0.1, seed=1) == chosen
+    # By chance a tenth would be chosen again: ten, with a standard deviation of three.
+    assert len(prepare_data.split_off(paths, 0.1, seed=2) & chosen) < 25
+    fewer = prepare_data.split_off(paths[:-10], 0.1, seed=1)
+    assert len(fewer - chosen) <= 10
+    # Of each speaker ten are expected.
+    counts = [sum(path.startswith(f"speaker {number}/") for path in chosen) for number in range(10)]
+    assert min(counts) > 0 and max(counts) < 25
+
+
+def test_links_are_followed_and_nothing_is_listed_twice(tmp_path, capsys):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    write_audio(data / "z/real.flac")
+    write_audio(elsewhere / "deep/far.flac")
+    write_audio(elsewhere / "single.flac")
+    (data / "a-loop").symlink_to(data)
+    (data / "a-second-name").symlink_to(data / "z")
+    (data / "b-far").symlink_to(elsewhere / "deep")
+    (elsewhere / "deep/back").symlink_to(elsewhere / "deep")
+    (data / "itself.flac").symlink_to(data / "itself.flac")
+    (data / "linked.flac").symlink_to(elsewhere / "single.flac")
+    (data / "linked-again.flac").symlink_to(data / "linked.flac")
+    (data / "also-real.flac").symlink_to(data / "z/real.flac")
+    prepare(data, tmp_path / "out", share=0)
+    assert listed(tmp_path / "out", "train") == ["b-far/far.flac", "linked-again.flac", "z/real.flac"]
+    said = capsys.readouterr()
+    for path in ("a-loop", "a-second-name", "b-far/back", "also-real.flac", "linked.flac"):
+        assert f"left out '{path}': another name of a" in said.err
+    assert "left out 'itself.flac': cannot be read" in said.err
+
+
+def test_the_manifest_keeps_the_root_folder_s_name_as_given(tmp_path):
+    write_audio(tmp_path / "disk 7/1.flac")
+    (tmp_path / "corpus").symlink_to(tmp_path / "disk 7")
+    prepare(tmp_path / "corpus/", tmp_path / "out", share=0)
+    assert read_manifest(tmp_path / "out", "train").root == f"{tmp_path}/corpus"
+
+
+def test_many_workers_list_what_one_lists(tmp_path):
+    source = write_audio(tmp_path / "source.flac")
+    for number in range(300):
+        (tmp_path / f"data/{number % 7}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / f"data/{number % 7}/{number}.flac")
+    prepare(tmp_path / "data", tmp_path / "one")
+    prepare(tmp_path / "data", tmp_path / "four", num_workers=4)
+    for name in ("train.tsv", "valid.tsv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "four" / name).read_bytes()
