@@ -91,8 +91,8 @@ class HardConcrete(nn.Module):
         return self._evaluation[1]
 
     def train(self, mode: bool = True) -> "HardConcrete":
-        if mode:
-            self._evaluation = None
+        # On the way to evaluation too: Lightning returns to training without calling this.
+        self._evaluation = None
         return super().train(mode)
 
     def units(self) -> "Units":
@@ -223,7 +223,7 @@ class _Closed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        return None, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+        return torch.zeros_like(grad_output), *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
 def closed_branch(branch: nn.Module, x: Tensor) -> Tensor:

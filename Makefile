@@ -1,0 +1,25 @@
+PYTHON ?= python3
+VENV = .venv
+
+.PHONY: setup test demo lint clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+demo: setup
+	time python=$(VENV)/bin/python bash demo/demo.sh
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) exp/demo
