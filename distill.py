@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Stage 1: distil the teacher into a gated copy of itself while the gates learn what may go (DPHuBERT, section 3.1)."""
+"""Stage 1: distil the teacher into a gated copy of itself while the gates learn what may go (DPHuBERT,
+section 3.1)."""
 
 import argparse
 

@@ -1,6 +1,8 @@
-"""What trains: the distillation loss, the regulariser of DPHuBERT and the learning-rate schedule, as a LightningModule.
+"""What trains: the distillation loss, the regulariser of DPHuBERT and the learning-rate schedule, as a
+LightningModule.
 
-Equation numbers are those of DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651) unless said otherwise.
+Equation numbers are those of DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651) unless said
+otherwise.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class LinearDecayLRScheduler(LRScheduler):
 
 
 class DistillLoss(nn.Module):
-    """Weighted sum of mean squared error, mean absolute error and cosine distance (equation 2, after DistilHuBERT).
+    """Weighted sum of mean squared error, mean absolute error and cosine distance (equation 2, after
+    DistilHuBERT).
 
     Args:
         l2_weight, l1_weight, cos_weight: of the three; one of weight 0 is not computed.
@@ -94,7 +97,7 @@ def parse_distill_layers(text: str, num_layers: int) -> list[list[int]]:
     except ValueError:
         raise UserError(
             f"--distill_layers {text}: layers are parted by commas and groups by periods, as in 0.4,8,12"
-        )
+        ) from None
     outside = [layer for group in groups for layer in group if not 0 <= layer <= num_layers]
     if outside:
         raise UserError(
@@ -109,8 +112,8 @@ def distill_projections(
     """The heads that read the student: one entry a distilled layer, in the order of ``groups``.
 
     Args:
-        mode: "layer2layer": a Linear shared by the layers of a group, the identity at the start; "predlayer" (DistilHuBERT,
-            Chang et al. 2022): each layer's own Linear and GELU.
+        mode: "layer2layer": a Linear shared by the layers of a group, the identity at the start; "predlayer"
+            (DistilHuBERT, Chang et al. 2022): each layer's own Linear and GELU.
         groups: the distilled layers.
         student_dim, teacher_dim: features of the models.
     """
@@ -127,7 +130,8 @@ def distill_projections(
 
 
 class DistillModule(pl.LightningModule):
-    """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which of its units may go.
+    """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which of its units may
+    go.
 
     Args:
         teacher_model: frozen here.
@@ -203,7 +207,8 @@ class DistillModule(pl.LightningModule):
         self._freeze_idle_parameters()
 
     def _freeze_idle_parameters(self) -> None:
-        """Freezes what takes no part in the loss (layers above the distilled ones, say): DDP waits for all gradients.
+        """Freezes what takes no part in the loss (layers above the distilled ones, say): DDP waits for all
+        gradients.
 
         What takes part is found by looking, on a fraction of a second of silence.
         """
@@ -220,7 +225,8 @@ class DistillModule(pl.LightningModule):
         return self
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What is compared: the student's projected layers and the teacher's, each (batch, layer, time, feature).
+        """What is compared: the student's projected layers and the teacher's, each (batch, layer, time,
+        feature).
 
         Args:
             waveforms: (batch, time).
@@ -294,7 +300,8 @@ class DistillModule(pl.LightningModule):
         return batch
 
     def configure_optimizers(self):
-        """AdamW in the groups ``main_params``, ``log_alpha`` and ``lambda`` (equation 8: the last by ascent)."""
+        """AdamW in the groups ``main_params``, ``log_alpha`` and ``lambda`` (equation 8: the last by
+        ascent)."""
         gates = [p for name, p in self.student_model.named_parameters() if name.endswith("log_alpha")]
         main = [p for name, p in self.student_model.named_parameters() if not name.endswith("log_alpha")]
         main = [p for p in (*main, *self.distill_linear_projs.parameters()) if p.requires_grad]
@@ -368,16 +375,13 @@ class DistillModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         given = checkpoint["state_dict"]
         expected = {k: v for k, v in self.state_dict().items() if not k.startswith("teacher_model.")}
-        for key in sorted(expected.keys() ^ given.keys()):
-            place = "lacks" if key in expected else "has the unexpected"
+        wrong = expected.keys() ^ given.keys()
+        wrong |= {key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape}
+        if wrong:
             raise UserError(
-                f"--resume_checkpoint: the checkpoint {place} {key}; resume with the flags that it was made with"
+                f"--resume_checkpoint: {min(wrong)} is missing, unexpected or of another shape: give the models and "
+                "flags that the checkpoint was made with"
             )
-        for key, value in expected.items():
-            if value.shape != given[key].shape:
-                raise UserError(
-                    f"--resume_checkpoint: {key} has another shape; resume with the flags that it was made with"
-                )
         data = checkpoint["data"]
         self.batches_done = data["batches_done"] * data["world_size"] // self.trainer.world_size
         self._random_state = checkpoint["random_state"]

@@ -72,7 +72,8 @@ def read_distilled(distilled_ckpt: str, original_ckpt: str) -> tuple[Wav2Vec2Mod
 
 
 def widths(model: Wav2Vec2Model) -> dict[str, int]:
-    """Conv channels, heads and feed-forward width of every layer, by what the table calls them; 0 for an absent branch."""
+    """Conv channels, heads and feed-forward width of every layer, by what the table calls them; 0 for an
+    absent branch."""
     rows = {f"conv {i} channels": channels for i, (channels, *_) in enumerate(model.feature_extractor.config)}
     for i, layer in enumerate(model.encoder.transformer.layers):
         rows[f"layer {i} heads"] = 0 if layer.attention is None else layer.attention.num_heads
@@ -106,7 +107,8 @@ def main() -> None:
 
 
 def verify(path: Path, model: Wav2Vec2Model, tolerance: float = 1e-5) -> None:
-    """Raises UserError, and removes the file, where what ``path`` holds does not compute what ``model`` does."""
+    """Raises UserError, and removes the file, where what ``path`` holds does not compute what ``model``
+    does."""
     error = difference(load_model(path), model)
     if not error <= tolerance:
         path.unlink()

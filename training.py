@@ -1,4 +1,5 @@
-"""What stages 1 and 3 share: their flags, and a run of Lightning's Trainer that saves, resumes and stops on a signal."""
+"""What stages 1 and 3 share: their flags, and a run of Lightning's Trainer that saves, resumes and stops on a
+signal."""
 
 from __future__ import annotations
 
@@ -97,9 +98,11 @@ def module_arguments(args: argparse.Namespace, teacher: Wav2Vec2Model, student: 
 
 
 def train(module: DistillModule, args: argparse.Namespace) -> None:
-    """Trains ``module`` to ``args.max_updates``; leaves ``EXP/ckpts/last.ckpt``, ``EXP/finished`` and TensorBoard logs.
+    """Trains ``module`` to ``args.max_updates``; leaves ``EXP/ckpts/last.ckpt``, ``EXP/finished`` and
+    TensorBoard logs.
 
-    A SIGTERM, SIGINT or SIGUSR1 (SLURM's warning before the time limit) saves at the next update and exits with status
+    A SIGTERM, SIGINT or SIGUSR1 (SLURM's warning before the time limit) saves at the next update and exits
+    with status
     128 + its number, as a shell has it.
 
     Raises:
@@ -177,7 +180,8 @@ def hardware(args: argparse.Namespace) -> dict:
 
 
 class LastCheckpoint(pl.Callback):
-    """Keeps ``path`` up to date: every ``interval`` updates, at the end, and when a signal asks the run to stop.
+    """Keeps ``path`` up to date: every ``interval`` updates, at the end, and when a signal asks the run to
+    stop.
 
     Args:
         path: replaced atomically.
@@ -241,7 +245,8 @@ class _no_path:
 
 
 class Progress(pl.Callback):
-    """A bar over all updates: loss, expected and target sparsity, seconds of audio a second; lines where no terminal is.
+    """A bar over all updates: loss, expected and target sparsity, seconds of audio a second; lines where no
+    terminal is.
 
     Args:
         interval: updates between lines.

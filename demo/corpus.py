@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Synthesises a small LibriSpeech-shaped corpus of speech-like audio: vowels and fricatives of several voices."""
+"""Synthesises a small LibriSpeech-shaped corpus of speech-like audio: vowels and fricatives of several
+voices."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +9,9 @@ import numpy as np
 import soundfile
 
 RATE = 16_000
-VOWELS = np.array([[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480], [570, 840, 2410]])
+VOWELS = np.array(
+    [[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480], [570, 840, 2410]]
+)
 """First three formants in Hz of five vowels (Peterson and Barney 1952, men)."""
 
 
@@ -44,10 +47,14 @@ def utterance(generator: np.random.Generator, pitch: float, tract: float, second
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--voices", type=int, default=6)
-    parser.add_argument("--utterances", type=int, default=12, help="of each voice; every sixth is for validation")
+    parser.add_argument(
+        "--utterances", type=int, default=12, help="of each voice; every sixth is for validation"
+    )
     args = parser.parse_args()
     generator = np.random.default_rng(2022)
     total = 0.0

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What a run of run.sh came to: sizes, sparsity, the validation loss through the stages, and the final model loaded."""
+"""What a run of run.sh came to: sizes, sparsity, the validation loss through the stages, and the final model
+loaded."""
 
 import argparse
 import sys
@@ -28,11 +29,15 @@ def scalars(exp_dir: Path, tag: str) -> list[float]:
     events.Reload()
     if tag not in events.Tags()["scalars"]:
         raise UserError(f"{exp_dir}/logs has no {tag}: was the run without a valid.tsv?")
-    return [event.value for event in sorted(events.Scalars(tag), key=lambda event: (event.step, event.wall_time))]
+    return [
+        event.value for event in sorted(events.Scalars(tag), key=lambda event: (event.step, event.wall_time))
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--teacher_ckpt", required=True)
     parser.add_argument("--root_dir", type=Path, required=True, help="run.sh's root_dir")
     parser.add_argument("--final_dir", type=Path, required=True, help="run.sh's final_dir")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Saves a small HuBERT with random weights in Hugging Face's format, as a stand-in for a pre-trained teacher."""
+"""Saves a small HuBERT with random weights in Hugging Face's format, as a stand-in for a pre-trained
+teacher."""
 
 import argparse
 
@@ -8,7 +9,9 @@ from transformers import HubertConfig, HubertModel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="folder to make")
     args = parser.parse_args()
     torch.manual_seed(2022)
@@ -20,6 +23,7 @@ def main() -> None:
         intermediate_size=512,
         num_conv_pos_embeddings=32,
         num_conv_pos_embedding_groups=8,
+        initializer_range=0.08,
         layerdrop=0.0,
     )
     model = HubertModel(config)

@@ -15,7 +15,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 def run(script, *args, check=True, **environment):
     """Runs a script of the checkout as a user would; returns the finished process with its output."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    process = subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
+    )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process
 

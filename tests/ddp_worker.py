@@ -1,4 +1,5 @@
-"""One rank of stage 1, which notes what it read and what it ended with: ``ddp_worker.py OUT FLAGS OF distill.py``."""
+"""One rank of stage 1, which notes what it read and what it ended with: ``ddp_worker.py OUT FLAGS OF
+distill.py``."""
 
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ def note_batch(self, utterances, epoch):
 
 def note_end(module, args):
     train(module, args)
-    weights = {key: value for key, value in module.state_dict().items() if not key.startswith("teacher_model.")}
+    weights = {
+        key: value for key, value in module.state_dict().items() if not key.startswith("teacher_model.")
+    }
     content = {"weights": weights, "batches": batches, "batches_an_epoch": batches_an_epoch[0]}
     torch.save(content, out / f"rank{module.global_rank}.pt")
 

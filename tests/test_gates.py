@@ -140,7 +140,9 @@ def test_all_gates_are_drawn_from_one_call(monkeypatch):
     calls = []
     sample = HardConcrete.sample
     monkeypatch.setattr(
-        wav2vec2.hardconcrete.HardConcrete, "sample", lambda self, x: calls.append(x.numel()) or sample(self, x)
+        wav2vec2.hardconcrete.HardConcrete,
+        "sample",
+        lambda self, x: calls.append(x.numel()) or sample(self, x),
     )
     model.extract_features(torch.randn(1, 4000))
     assert calls == [sum(gate.n_in for gate in model.gates())]
@@ -173,17 +175,23 @@ def test_a_pruned_model_is_right_at_once_and_may_be_gated_and_pruned_again(famil
     for gate in again.gates():
         gate.log_alpha.data.fill_(40.0)
     with torch.no_grad():
-        assert_close(again.extract_features(waveforms)[0], model.extract_features(waveforms)[0], rtol=1e-4, atol=1e-4)
+        assert_close(
+            again.extract_features(waveforms)[0], model.extract_features(waveforms)[0], rtol=1e-4, atol=1e-4
+        )
     for gate in again.gates():
         gate.log_alpha.data[: gate.n_in // 2] = -40.0
     again.prune()
     rebuilt = build_model(again.config, again.state_dict(), "the model pruned twice").eval()
     with torch.no_grad():
         assert_close(rebuilt.extract_features(waveforms)[0], again.extract_features(waveforms)[0])
-    for before, after in zip(first["encoder_use_attention"], again.config["encoder_use_attention"], strict=True):
+    for before, after in zip(
+        first["encoder_use_attention"], again.config["encoder_use_attention"], strict=True
+    ):
         assert before or not after
     if "wavlm" in family:
-        remaining = zip(first["encoder_remaining_heads"], again.config["encoder_remaining_heads"], strict=True)
+        remaining = zip(
+            first["encoder_remaining_heads"], again.config["encoder_remaining_heads"], strict=True
+        )
         for present, (before, after) in zip(first["encoder_use_attention"], remaining, strict=True):
             assert after == (before[len(before) // 2 :] if present else before)
     assert count_parameters(again) < count_parameters(model)
@@ -211,7 +219,7 @@ def test_a_conv_layer_pruned_to_nothing_is_named_and_nothing_is_cut():
     model = wav2vec2_model(**config_of("hubert_base"))
     model.feature_extractor.conv_layers[4].hard_concrete.log_alpha.data.fill_(-40.0)
     before = count_parameters(model)
-    with pytest.raises(PruningError, match="conv layer 4 .* lower --target_sparsity"):
+    with pytest.raises(PruningError, match=r"conv layer 4 .* lower --target_sparsity"):
         model.prune()
     assert count_parameters(model) == before and model.gates()
 
@@ -257,7 +265,9 @@ def test_layer_drop_acts_in_forward_alone():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_has_no_influence_on_what_is_valid(family):
     torch.manual_seed(0)
-    model = wav2vec2_model(**{**config_of(family), **dict.fromkeys(ALL_GATES, False), "extractor_mode": "layer_norm"})
+    model = wav2vec2_model(
+        **{**config_of(family), **dict.fromkeys(ALL_GATES, False), "extractor_mode": "layer_norm"}
+    )
     model.eval()
     short = torch.randn(1, 5000)
     padded = torch.cat([short, torch.randn(1, 3000)], dim=1)

@@ -71,7 +71,9 @@ def test_run_sh_makes_a_model_that_the_readme_snippet_loads(manifests, teacher, 
     def recipe(**changes):
         command = ["bash", str(ROOT / "run.sh")]
         environment_now = environment | changes
-        return subprocess.run(command, env=environment_now, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, env=environment_now, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
 
     broken = recipe(student_ckpt=str(tmp_path / "no.pth"))
     assert broken.returncode == 2
@@ -111,7 +113,9 @@ def unbroken(manifests, teacher, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(workers, unbroken, manifests, teacher, tmp_path):
+def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
+    workers, unbroken, manifests, teacher, tmp_path
+):
     arguments = flags(manifests, teacher, tmp_path, num_workers=workers)
     process = start("distill.py", *arguments)
     for line in process.stdout:

@@ -1,7 +1,8 @@
 """The parts of wav2vec 2.0, HuBERT and WavLM. A gated part knows three things of itself: its expected size
 (``size``), how to compute under its gates (``forward``) and how to cut what they closed (``prune``).
 
-Shapes: waveforms (batch, time), convolutional features (batch, channel, frame), all others (batch, frame, feature).
+Shapes: waveforms (batch, time), convolutional features (batch, channel, frame), all others (batch, frame,
+feature).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ MASKED = -10_000.0
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """``norm(x)`` in the precision of its weights, under autocast on every device (CUDA's does so by itself)."""
+    """``norm(x)`` in the precision of its weights, under autocast on every device (CUDA's does so by
+    itself)."""
     return norm(x.to(norm.weight.dtype))
 
 
@@ -94,7 +96,8 @@ class ConvLayerBlock(nn.Module):
         return width * (in_channels * self.kernel_size + per_channel), width
 
     def prune(self, inputs: Units, round_to: int) -> Units:
-        """Keeps the input channels ``inputs``, folding their mask in, and its own open channels, which are returned."""
+        """Keeps the input channels ``inputs``, folding their mask in, and its own open channels, which are
+        returned."""
         if inputs.index is not None:
             self.conv.weight = nn.Parameter(inputs.columns(self.conv.weight.detach()))
             self.conv.in_channels = len(inputs.index)
@@ -172,7 +175,8 @@ class FeatureExtractor(nn.Module):
         return total + width, width
 
     def prune(self, round_to: int) -> Units:
-        """Cuts closed channels; ``dummy_weight`` takes over the last block's mask. Returns the kept output channels."""
+        """Cuts closed channels; ``dummy_weight`` takes over the last block's mask. Returns the kept output
+        channels."""
         units = ALL_UNITS
         for layer in self.conv_layers:
             units = layer.prune(units, round_to)
@@ -207,9 +211,11 @@ class FeatureProjection(nn.Module):
 
 
 class WeightNormConv1d(nn.Conv1d):
-    """A convolution under weight normalisation over all but the last axis (Salimans & Kingma 2016, equation 2).
+    """A convolution under weight normalisation over all but the last axis (Salimans & Kingma 2016, equation
+    2).
 
-    Its parameters are called ``weight_g`` (1, 1, kernel) and ``weight_v`` (out, in / groups, kernel) whatever torch
+    Its parameters are called ``weight_g`` (1, 1, kernel) and ``weight_v`` (out, in / groups, kernel) whatever
+    torch
     calls them; torch's newer names, ``parametrizations.weight.original0`` and ``original1``, load too.
     """
 
@@ -275,7 +281,8 @@ def kept(gate: HardConcrete, round_to: int = 1) -> Units:
 
 
 def read_units(linear: nn.Linear, x: Tensor, units: Units, layer: Units) -> Tensor:
-    """``linear`` on the open ``units`` x (batch, frame, open unit x width), under their masks and the branch's gate."""
+    """``linear`` on the open ``units`` x (batch, frame, open unit x width), under their masks and the
+    branch's gate."""
     n = linear.in_features if units.index is None else x.size(-1)
     per_unit = n if units.mask is None else len(units.mask)
     weight = linear.weight if units.mask is None else linear.weight.unflatten(1, (-1, n // per_unit))
@@ -316,13 +323,15 @@ class SelfAttention(nn.Module):
         self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and num_heads else None
 
     def relative_positions(self, frames: int) -> Tensor | None:
-        """The position bias (head, frame, frame) that all layers share, made once a forward pass; None here."""
+        """The position bias (head, frame, frame) that all layers share, made once a forward pass; None
+        here."""
         return None
 
     def bias(
         self, x: Tensor, positions: Tensor | None, padding: Tensor | None, heads: Units
     ) -> Tensor | None:
-        """What is added to the attention logits of the open ``heads``, broadcastable to (batch, head, frame, frame)."""
+        """What is added to the attention logits of the open ``heads``, broadcastable to (batch, head, frame,
+        frame)."""
         return padding
 
     def forward(self, x: Tensor, positions: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
@@ -358,7 +367,8 @@ class SelfAttention(nn.Module):
         return Size.width(self.hard_concrete_for_layer, 1) * (heads * per_head + embed_dim)
 
     def prune(self) -> bool:
-        """Cuts closed heads and folds the masks into ``out_proj``. Returns whether the branch is still of use."""
+        """Cuts closed heads and folds the masks into ``out_proj``. Returns whether the branch is still of
+        use."""
         use = self.num_heads > 0
         if self.hard_concrete_for_layer is not None:
             scale = self.hard_concrete_for_layer.evaluation_mask()
@@ -383,13 +393,15 @@ class SelfAttention(nn.Module):
 
 
 class WavLMSelfAttention(SelfAttention):
-    """Self-attention with gated relative position bias (Chen et al. 2022, https://arxiv.org/abs/2110.13900, section 3.1).
+    """Self-attention with gated relative position bias (Chen et al. 2022, https://arxiv.org/abs/2110.13900,
+    section 3.1).
 
     Args:
         embed_dim: features in and out.
         total_num_heads: heads of the first model, which the position bias and its gate are made for.
         remaining_heads: which of them are left here.
-        num_buckets, max_distance: of the relative positions; both None but in the first layer, which makes the bias.
+        num_buckets, max_distance: of the relative positions; both None but in the first layer, which makes
+            the bias.
         dropout, prune_heads, prune_layer: as for :class:`SelfAttention`.
     """
 
@@ -450,8 +462,10 @@ class WavLMSelfAttention(SelfAttention):
 
 @lru_cache(maxsize=16)
 def relative_buckets(frames: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
-    """T5's buckets of the relative positions key - query = 1 - frames ... frames - 1: half of ``num_buckets`` a
-    direction, of which half are exact and half logarithmic up to ``max_distance`` (Raffel et al. 2020, section 2.1).
+    """T5's buckets of the relative positions key - query = 1 - frames ... frames - 1: half of ``num_buckets``
+    a
+    direction, of which half are exact and half logarithmic up to ``max_distance`` (Raffel et al. 2020,
+    section 2.1).
 
     Returns:
         LongTensor (2 frames - 1,).
@@ -466,7 +480,8 @@ def relative_buckets(frames: int, num_buckets: int, max_distance: int, device: t
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them, gates on the features between them and on the whole branch."""
+    """Two linear layers with GELU between them, gates on the features between them and on the whole
+    branch."""
 
     def __init__(
         self,
@@ -508,7 +523,8 @@ class FeedForward(nn.Module):
         return Size.width(self.hard_concrete_for_layer, 1) * (width * (2 * features + 1) + features)
 
     def prune(self, round_to: int) -> bool:
-        """Cuts closed features and folds the masks into ``output_dense``. Returns whether the branch is still of use."""
+        """Cuts closed features and folds the masks into ``output_dense``. Returns whether the branch is still
+        of use."""
         use = True
         if self.hard_concrete_for_layer is not None:
             scale = self.hard_concrete_for_layer.evaluation_mask()
@@ -568,7 +584,8 @@ class EncoderLayer(nn.Module):
         return total
 
     def prune(self, round_to: int) -> None:
-        """Cuts the branches and removes those of no use, but for the attention that makes all layers' position bias."""
+        """Cuts the branches and removes those of no use, but for the attention that makes all layers'
+        position bias."""
         if self.attention is not None and not self.attention.prune():
             if getattr(self.attention, "num_buckets", None) is None:
                 self.attention = None
@@ -581,7 +598,8 @@ class EncoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Positional convolution, layers and a norm: on the input where the layers' norms come last, else on the output."""
+    """Positional convolution, layers and a norm: on the input where the layers' norms come last, else on the
+    output."""
 
     def __init__(
         self,
@@ -645,7 +663,8 @@ class Encoder(nn.Module):
             features: (batch, frame, channel).
             lengths: (batch,) valid frames, or None where every utterance is whole.
         Returns:
-            (batch, frame, feature), zero where padded, and what to add to the attention logits (batch, 1, 1, frame) or None.
+            (batch, frame, feature), zero where padded, and what to add to the attention logits (batch, 1, 1,
+            frame) or None.
         """
         x = self.feature_projection(features)
         if lengths is None:
@@ -657,7 +676,8 @@ class Encoder(nn.Module):
     def extract_features(
         self, features: Tensor, lengths: Tensor | None, num_layers: int | None
     ) -> list[Tensor]:
-        """Returns the projected features and the outputs of the first ``num_layers`` layers, all where it is None."""
+        """Returns the projected features and the outputs of the first ``num_layers`` layers, all where it is
+        None."""
         total = len(self.transformer.layers)
         if num_layers is not None and not 0 <= num_layers <= total:
             raise ValueError(f"num_layers is between 0 and {total}, not {num_layers}")
@@ -680,7 +700,8 @@ class Encoder(nn.Module):
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer as BERT starts it; unlike torch's own it may have no features at all, which pruning can leave."""
+    """A linear layer as BERT starts it; unlike torch's own it may have no features at all, which pruning can
+    leave."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         layer = nn.Linear(in_features, out_features)

@@ -1,4 +1,5 @@
-"""Hard-concrete gates (Louizos et al. 2018, https://arxiv.org/abs/1712.01312) and what a forward pass does with them.
+"""Hard-concrete gates (Louizos et al. 2018, https://arxiv.org/abs/1712.01312) and what a forward pass does
+with them.
 
 A gate is a vector of random variables in [0, 1], one a unit (conv channel, attention head, feed-forward
 feature, or a whole branch). Its sample is the same for the whole batch, and a unit whose sample is exactly 0
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 
 class HardConcrete(nn.Module):
-    """Stretched and clamped binary-concrete gates (Louizos et al. 2018, section 3.2), in FLOP's parametrisation.
+    """Stretched and clamped binary-concrete gates (Louizos et al. 2018, section 3.2), in FLOP's
+    parametrisation.
 
     Args:
         n_in: number of gates.
@@ -61,7 +63,8 @@ class HardConcrete(nn.Module):
         return torch.sigmoid(self.log_alpha - self.shift).sum()
 
     def sample(self, log_alpha: Tensor) -> Tensor:
-        """One random mask for ``log_alpha`` (n,), differentiable in it (Louizos et al. 2018, equations 10 and 11)."""
+        """One random mask for ``log_alpha`` (n,), differentiable in it (Louizos et al. 2018, equations 10 and
+        11)."""
         u = torch.empty_like(log_alpha).uniform_(self.eps, 1 - self.eps)
         s = torch.sigmoid((torch.logit(u) + log_alpha) / self.temperature)
         return (s * (self.high - self.low) + self.low).clamp(0, 1)
@@ -107,7 +110,8 @@ class Units:
     """The units that a layer computes with in one forward pass, and their mask.
 
     Args:
-        mask: the units' mask, (n,) for all units or (len(index),) for the selected ones; None where there is no gate.
+        mask: the units' mask, (n,) for all units or (len(index),) for the selected ones; None where there is
+            no gate.
         index: which units, a LongTensor; None for all.
         closed: no unit is open.
     """
@@ -134,7 +138,8 @@ class Units:
         return weight if self.mask is None else weight * self.mask.view(1, -1, *[1] * (weight.dim() - 2))
 
     def spread(self, x: Tensor, n: int) -> Tensor:
-        """(batch, frame, unit) -> (batch, frame, n): every unit at its place times its mask, zeros for the others."""
+        """(batch, frame, unit) -> (batch, frame, n): every unit at its place times its mask, zeros for the
+        others."""
         if self.mask is not None:
             x = x * self.mask
         if self.index is None:
@@ -214,7 +219,8 @@ def _open_units(gates: Sequence[HardConcrete], drawn: Sequence[Tensor], multiple
 
 
 class _Closed(torch.autograd.Function):
-    """A branch whose gate is closed: zeros, and zero gradients (not None: the optimiser and DDP expect them)."""
+    """A branch whose gate is closed: zeros, and zero gradients (not None: the optimiser and DDP expect
+    them)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -227,5 +233,6 @@ class _Closed(torch.autograd.Function):
 
 
 def closed_branch(branch: nn.Module, x: Tensor) -> Tensor:
-    """The output of a residual branch whose gate's sample is 0, shaped like ``x``, with zero gradients for its weights."""
+    """The output of a residual branch whose gate's sample is 0, shaped like ``x``, with zero gradients for
+    its weights."""
     return _Closed.apply(x, *(p for p in branch.parameters() if p.requires_grad))

@@ -1,6 +1,7 @@
 """wav2vec 2.0, HuBERT and WavLM as one prunable model, and the factories that build them.
 
-The architecture follows wav2vec 2.0 (Baevski et al. 2020), HuBERT (Hsu et al. 2021) and WavLM (Chen et al. 2022); gates
+The architecture follows wav2vec 2.0 (Baevski et al. 2020), HuBERT (Hsu et al. 2021) and WavLM (Chen et al.
+2022); gates
 and pruning follow DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651).
 """
 
@@ -23,7 +24,8 @@ class Wav2Vec2Model(nn.Module):
         feature_extractor: waveform -> convolutional features.
         encoder: convolutional features -> transformer features.
         aux: a linear layer on the output (a CTC head, say), or None.
-        config: the keyword arguments of :func:`wav2vec2_model` that build this model; ``prune()`` keeps them true.
+        config: the keyword arguments of :func:`wav2vec2_model` that build this model; ``prune()`` keeps them
+            true.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Wav2Vec2Model(nn.Module):
             lengths: (batch,) valid samples of each waveform; None where all are whole, which is faster.
             num_layers: run only this many transformer layers.
         Returns:
-            ``([h0, h1, ..., hL], lengths)``: h0 (batch, frame, feature) is the input of the positional convolution, with
-            padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid frames, None if none were given.
+            ``([h0, h1, ..., hL], lengths)``: h0 (batch, frame, feature) is the input of the positional
+            convolution, with
+            padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid frames, None if
+            none were given.
         Raises:
             ValueError: ``num_layers`` is negative or larger than the model.
         """
@@ -91,7 +95,8 @@ class Wav2Vec2Model(nn.Module):
         return waveforms, lengths
 
     def get_num_params(self) -> Tensor:
-        """The expected number of parameters under the gates, a float64 scalar; without gates, the true number."""
+        """The expected number of parameters under the gates, a float64 scalar; without gates, the true
+        number."""
         if self._expected_size is None:
             self._expected_size = ExpectedSize(self._size(), self.gates())
         return self._expected_size()
@@ -103,14 +108,18 @@ class Wav2Vec2Model(nn.Module):
 
     @torch.no_grad()
     def prune(self, round_to: int = 1) -> tuple:
-        """Cuts in place what the gates close in evaluation mode and folds their masks in; the gates are gone then.
+        """Cuts in place what the gates close in evaluation mode and folds their masks in; the gates are gone
+        then.
 
         Args:
-            round_to: channels and feed-forward widths are rounded up to a multiple of this, by keeping the units that come
+            round_to: channels and feed-forward widths are rounded up to a multiple of this, by keeping the
+                units that come
                 next (at most all); 1 keeps what the gates leave.
         Returns:
-            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads, ff_interm_features)``, lists with an
-            entry a layer: the values of the config keys of these names. ``remaining_heads`` counts the first model's heads
+            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads,
+            ff_interm_features)``, lists with an
+            entry a layer: the values of the config keys of these names. ``remaining_heads`` counts the first
+                model's heads
             and is empty but for WavLM.
         Raises:
             PruningError: a conv layer would be left without channels; nothing has been cut then.
@@ -153,14 +162,16 @@ class Wav2Vec2Model(nn.Module):
     def fold_weight_norm(self) -> Wav2Vec2Model:
         """Computes the positional convolution's normalised weight once, for inference; returns the model.
 
-        The state dict keeps ``weight_g`` and ``weight_v``; ``train()`` and ``load_state_dict()`` undo the folding.
+        The state dict keeps ``weight_g`` and ``weight_v``; ``train()`` and ``load_state_dict()`` undo the
+        folding.
         """
         self.encoder.transformer.pos_conv_embed.conv.fold()
         return self
 
 
 def normalize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
-    """Each waveform (batch, time) to zero mean and unit variance over its valid samples; padding becomes zero."""
+    """Each waveform (batch, time) to zero mean and unit variance over its valid samples; padding becomes
+    zero."""
     if lengths is None:
         return F.layer_norm(waveforms, waveforms.shape[-1:])
     valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths.unsqueeze(-1)
@@ -215,11 +226,13 @@ def wav2vec2_model(
 
     Args:
         extractor_mode: "group_norm" or "layer_norm" (fairseq: ``extractor_mode``, "default" or "layer_norm").
-        extractor_conv_layer_config: (channels, kernel, stride) of each conv layer (fairseq: ``conv_feature_layers``).
+        extractor_conv_layer_config: (channels, kernel, stride) of each conv layer (fairseq:
+            ``conv_feature_layers``).
         extractor_conv_bias: the conv layers have a bias (fairseq: ``conv_bias``).
         encoder_embed_dim: features (fairseq: ``encoder_embed_dim``).
         encoder_projection_dropout: after the feature projection (fairseq: ``dropout_input``).
-        encoder_pos_conv_kernel, encoder_pos_conv_groups: positional convolution (fairseq: ``conv_pos``, ``conv_pos_groups``).
+        encoder_pos_conv_kernel, encoder_pos_conv_groups: positional convolution (fairseq: ``conv_pos``,
+            ``conv_pos_groups``).
         encoder_num_layers: transformer layers (fairseq: ``encoder_layers``).
         encoder_use_attention, encoder_use_feed_forward: whether each layer has that branch.
         encoder_attention_dropout: of the attention weights (fairseq: ``attention_dropout``).
@@ -234,10 +247,13 @@ def wav2vec2_model(
         encoder_head_dim: features a head. Not for WavLM.
         encoder_total_num_heads: WavLM: heads of each layer before any pruning.
         encoder_remaining_heads: WavLM: which of them each layer still has.
-        encoder_num_buckets, encoder_max_distance: WavLM: of the relative positions (unilm: ``num_buckets``, ``max_distance``).
+        encoder_num_buckets, encoder_max_distance: WavLM: of the relative positions (unilm: ``num_buckets``,
+            ``max_distance``).
         extractor_prune_conv_channels: gates on conv channels.
-        encoder_prune_attention_heads, encoder_prune_attention_layer: gates on heads and on attention branches.
-        encoder_prune_feed_forward_intermediate, encoder_prune_feed_forward_layer: gates on feed-forward features and branches.
+        encoder_prune_attention_heads, encoder_prune_attention_layer: gates on heads and on attention
+            branches.
+        encoder_prune_feed_forward_intermediate, encoder_prune_feed_forward_layer: gates on feed-forward
+            features and branches.
     Raises:
         TypeError: a key is missing or unknown; all such keys are named.
         ValueError: a list has not one entry a layer, or a value is impossible.
@@ -344,7 +360,8 @@ def base_config(
     wavlm: bool = False,
     **changes,
 ) -> dict:
-    """The config of a Base model (group norm, norm last) with ``changes``; plain integers become lists, an entry a layer.
+    """The config of a Base model (group norm, norm last) with ``changes``; plain integers become lists, an
+    entry a layer.
 
     Args:
         num_layers, num_heads, embed_dim, ff_interm_features: of the transformer.
@@ -417,13 +434,17 @@ def hubert_base(**changes) -> Wav2Vec2Model:
 
 def hubert_large(**changes) -> Wav2Vec2Model:
     """HuBERT Large."""
-    return wav2vec2_model(**base_config(**{**LARGE, **NORM_FIRST, **NO_DROPOUT, **changes}))
+    return wav2vec2_model(
+        **base_config(**{**LARGE, **NORM_FIRST, **NO_DROPOUT, "extractor_conv_bias": False, **changes})
+    )
 
 
 def hubert_xlarge(**changes) -> Wav2Vec2Model:
     """HuBERT X-Large: 48 layers of 1280 features."""
     xlarge = {"num_layers": 48, "num_heads": 16, "embed_dim": 1280, "ff_interm_features": 5120}
-    return wav2vec2_model(**base_config(**{**xlarge, **NORM_FIRST, **NO_DROPOUT, **changes}))
+    return wav2vec2_model(
+        **base_config(**{**xlarge, **NORM_FIRST, **NO_DROPOUT, "extractor_conv_bias": False, **changes})
+    )
 
 
 def wavlm_base(**changes) -> Wav2Vec2Model:

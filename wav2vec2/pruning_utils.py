@@ -26,7 +26,8 @@ class PruningError(ValueError):
 
 
 def keep(module: nn.Module, name: str, index: Tensor, dim: int) -> None:
-    """Replaces parameter ``name`` of ``module`` by its slices ``index`` along ``dim`` (no-op for an absent parameter)."""
+    """Replaces parameter ``name`` of ``module`` by its slices ``index`` along ``dim`` (no-op for an absent
+    parameter)."""
     old = getattr(module, name)
     if old is not None:
         setattr(
@@ -42,7 +43,8 @@ def keep_outputs(linear: nn.Linear, index: Tensor) -> None:
 
 
 def keep_inputs(linear: nn.Linear, index: Tensor, mask: Tensor | None = None) -> None:
-    """Keeps the input features ``index`` of ``linear``, whose columns take over their ``mask`` (len(index),)."""
+    """Keeps the input features ``index`` of ``linear``, whose columns take over their ``mask``
+    (len(index),)."""
     keep(linear, "weight", index, 1)
     if mask is not None:
         linear.weight.detach().mul_(mask)
