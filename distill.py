@@ -46,6 +46,9 @@ def parse_args() -> argparse.Namespace:
     pruning.add_argument(
         "--sparsity_warmup_updates", type=natural, default=5_000, help="updates to the full target"
     )
+    pruning.add_argument(
+        "--no_skip", action="store_true", help="compute closed units too: the same result for more work"
+    )
     return parser.parse_args()
 
 
@@ -54,6 +57,7 @@ def main() -> None:
     training.seed()
     teacher = load_model(args.teacher_ckpt)
     student = load_model(args.student_ckpt, **gates(args.pruning_units))
+    student.skip_closed_gates = not args.no_skip
     module = DistillModule(
         **training.module_arguments(args, teacher, student),
         use_reg=True,

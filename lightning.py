@@ -70,11 +70,12 @@ class DistillLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
         Args:
-            input, target: (batch, layer, time, feature), of the student and the teacher; computed in float32.
+            input, target: (batch, layer, time, feature), of the student and the teacher; computed in float32 or better.
         Returns:
             The loss, and its three parts before weighting; 0 for one of weight 0.
         """
-        input, target = input.float(), target.float()
+        precise = torch.promote_types(input.dtype, torch.float32)
+        input, target = input.to(precise), target.to(precise)
         mse = l1 = cos = input.new_zeros(())
         if self.l2_weight:
             mse = F.mse_loss(input, target)

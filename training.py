@@ -46,6 +46,7 @@ def add_arguments(
     run.add_argument("--log_interval", type=positive_int, default=50, help="updates between log entries")
     run.add_argument("--num_nodes", type=positive_int, default=1)
     run.add_argument("--gpus", type=natural, default=4, help="GPUs a node; 0 for the CPU")
+    run.add_argument("--compile", action="store_true", help="torch.compile for teacher and student")
     run.add_argument("--precision", choices=PRECISIONS, default="32", help="16 and bf16 are mixed precision")
 
     optimisation = parser.add_argument_group("optimisation")
@@ -122,6 +123,8 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
                 mark_finished(exp_dir, args.max_updates)
             return
     devices = hardware(args)
+    if args.compile:
+        compile_models(module)
     saver = LastCheckpoint(last, args.save_interval, keep_existing=resume is None)
     trainer = pl.Trainer(
         **devices,
@@ -162,6 +165,18 @@ def mark_finished(exp_dir: Path, updates: int) -> None:
     """Writes ``EXP/finished``, by which run.sh knows that the stage has done its ``updates``."""
     with written_whole(exp_dir / "finished") as path:
         path.write_text(f"{updates}\n")
+
+
+def compile_models(module: DistillModule) -> None:
+    """Compiles the transformer layers of teacher and student in place, for all lengths.
+
+    Layers are compiled one by one because they share one graph, and because what the gates leave open changes with
+    every update: indices and widths are inputs of that graph. Names in the state dict stay.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for model in (module.teacher_model, module.student_model):
+        for layer in model.encoder.transformer.layers:
+            layer.compile(dynamic=True)
 
 
 def hardware(args: argparse.Namespace) -> dict:

@@ -64,7 +64,7 @@ def main() -> None:
             subset = "dev-clean" if number % 6 == 5 else "train-clean-100"
             folder = args.out / subset / str(100 + voice) / "1"
             folder.mkdir(parents=True, exist_ok=True)
-            seconds = generator.uniform(2.5, 6)
+            seconds = generator.uniform(2.2, 5)
             samples = utterance(generator, pitch, tract, seconds)
             soundfile.write(folder / f"{100 + voice}-1-{number:04d}.flac", samples, RATE)
             total += seconds

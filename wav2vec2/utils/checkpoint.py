@@ -34,14 +34,7 @@ def read_file(path: str | Path) -> dict:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        UnicodeDecodeError,
-    ) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{path}: not a checkpoint, or a damaged one ({reason}); make or copy it again"

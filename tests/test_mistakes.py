@@ -1,0 +1,174 @@
+"""A user's mistake: one sentence that names it, exit status 2, no traceback, nothing half-written."""
+
+import importlib
+import sys
+
+import pytest
+import soundfile
+import torch
+from conftest import run, tiny_config
+from test_stages import flags
+
+from wav2vec2 import wav2vec2_model
+from wav2vec2.utils.checkpoint import read_checkpoint, save_checkpoint
+from wav2vec2.utils.files import run_script, written_whole
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Runs a script's main in this process; returns its one sentence."""
+
+    def call(script, *args):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            run_script(importlib.import_module(script).main)
+        assert exit.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert "error: " in lines[-1] and not any("Traceback" in line for line in lines)
+        return lines[-1]
+
+    return call
+
+
+def broken(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+MISTAKES = [
+    ({"teacher_ckpt": "no/such.pth"}, "no/such.pth: no such file"),
+    ({"tsv_dir": "no/such"}, "train100.tsv"),
+    ({"train_subset": "train960x"}, "train960x.tsv"),
+    ({"distill_layers": "0.9"}, "layer 9 is not one of 0 to 3"),
+    ({"distill_layers": "0;3"}, "parted by commas"),
+    ({"distill_mode": "other"}, "invalid choice: 'other'"),
+    ({"pruning_units": "conv,heads"}, "heads is none of conv, head, attlayer, interm, ffnlayer"),
+    ({"target_sparsity": "1.5"}, "'1.5' is not a number from 0 to below 1"),
+    ({"max_updates": "0"}, "'0' is not a whole number above 0"),
+    ({"learning_rate": "fast"}, "'fast' is not a number above 0"),
+    ({"l1_weight": 0, "cos_weight": 0}, "are all 0"),
+    ({"resume_checkpoint": "no/last.ckpt"}, "no/last.ckpt: no such file"),
+    ({"precision": "8"}, "invalid choice: '8'"),
+    ({"seconds_per_batch": "-1"}, "is not a number above 0"),
+]
+
+
+@pytest.mark.parametrize("changes, words", MISTAKES, ids=[next(iter(changes)) for changes, _ in MISTAKES])
+def test_a_mistake_in_stage_1_is_one_sentence(changes, words, fails, manifests, teacher, tmp_path):
+    assert words in fails("distill", *flags(manifests, teacher, tmp_path / "exp", **changes))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_damaged_checkpoint_is_named(fails, manifests, teacher, tmp_path):
+    truncated = broken(tmp_path, "truncated.pth", teacher.read_bytes()[:5000])
+    text = broken(tmp_path, "text.pth", b"not a checkpoint")
+    for path in (truncated, text):
+        sentence = fails("distill", *flags(manifests, teacher, tmp_path / "exp", teacher_ckpt=path))
+        assert f"{path}: not a checkpoint, or a damaged one" in sentence
+
+
+def test_missing_and_unexpected_tensors_and_keys_are_named(fails, manifests, teacher, tmp_path):
+    checkpoint = read_checkpoint(teacher)
+    key = "encoder.transformer.layers.1.attention.q_proj.bias"
+
+    def variant(name, change):
+        content = {"config": dict(checkpoint["config"]), "state_dict": dict(checkpoint["state_dict"])}
+        change(content)
+        torch.save(content, tmp_path / name)
+        return fails("distill", *flags(manifests, teacher, tmp_path / "exp", teacher_ckpt=tmp_path / name))
+
+    assert key in variant("missing.pth", lambda c: c["state_dict"].pop(key))
+    assert "extra.weight" in variant(
+        "extra.pth", lambda c: c["state_dict"].update({"extra.weight": torch.ones(1)})
+    )
+    wide = variant("wide.pth", lambda c: c["config"].update(encoder_ff_interm_features=[64, 65, 64]))
+    assert "layers.1.feed_forward" in wide and "65" in wide
+    assert "encoder_embed_dim" in variant("lacks.pth", lambda c: c["config"].pop("encoder_embed_dim"))
+    assert "prune_everything" in variant("unknown.pth", lambda c: c["config"].update(prune_everything=True))
+
+
+def test_more_gpus_than_there_are_is_an_error_and_none_is_a_warning(monkeypatch, capsys):
+    import training
+    from wav2vec2.utils.files import UserError
+
+    class Flags:
+        gpus, num_nodes = 4, 1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--gpus 4: this machine has 2"):
+        training.hardware(Flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training.hardware(Flags)["accelerator"] == "cpu"
+    assert "warning: no GPU is found" in capsys.readouterr().err
+
+
+def stage_1(teacher, tmp_path, log_alpha=3.0):
+    """A checkpoint as stage 1 writes it, with every gate at ``log_alpha``, and its path."""
+    checkpoint = read_checkpoint(teacher)
+    student = wav2vec2_model(**{**checkpoint["config"], "extractor_prune_conv_channels": True})
+    student.load_state_dict(checkpoint["state_dict"], strict=False)
+    for gate in student.gates():
+        gate.log_alpha.data.fill_(log_alpha)
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {f"student_model.{k}": v for k, v in student.state_dict().items()}}, path)
+    return path
+
+
+def test_pruning_a_conv_layer_to_nothing_says_what_to_lower(fails, teacher, tmp_path):
+    distilled = stage_1(teacher, tmp_path, log_alpha=-20.0)
+    sentence = fails("prune", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
+    assert "conv layer 0" in sentence and "lower --target_sparsity" in sentence
+    assert not (tmp_path / "pruned_hubert_base.pth").exists()
+
+
+def test_stage_2_wants_stage_1s_file_and_its_teacher(fails, teacher, tmp_path):
+    distilled = stage_1(teacher, tmp_path)
+    assert "student_model" in fails("prune", "--distilled_ckpt", teacher, "--original_ckpt", teacher)
+    other = tmp_path / "other.pth"
+    save_checkpoint(other, wav2vec2_model(**tiny_config(encoder_ff_interm_features=[48] * 3)))
+    sentence = fails("prune", "--distilled_ckpt", distilled, "--original_ckpt", other)
+    assert str(other) in sentence and "feed_forward" in sentence
+    assert not (tmp_path / "pruned_hubert_base.pth").exists()
+
+
+def test_out_names_another_file_and_an_existing_one_is_replaced_whole(teacher, tmp_path):
+    distilled = stage_1(teacher, tmp_path)
+    out = tmp_path / "new" / "small.pth"
+    run("prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher, "--out", out)
+    assert out.exists() and not (tmp_path / "pruned_hubert_base.pth").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["small.pth"]
+    with pytest.raises(RuntimeError), written_whole(out) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert read_checkpoint(out)["config"]
+    assert [path.name for path in out.parent.iterdir()] == ["small.pth"]
+
+
+def test_stage_3_wants_the_projections_of_stage_1(fails, manifests, teacher, tmp_path):
+    distilled = stage_1(teacher, tmp_path)
+    run("prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
+    arguments = flags(manifests, teacher, tmp_path / "exp", student_ckpt=tmp_path / "pruned_hubert_base.pth")
+    place = arguments.index("--sparsity_warmup_updates")
+    del arguments[place : place + 2]
+    sentence = fails("final_distill", *arguments)
+    assert "its projections are not those of --distill_mode layer2layer --distill_layers 0.1,3" in sentence
+
+
+def test_stage_4_wants_stage_3s_file(fails, teacher, tmp_path):
+    sentence = fails("save_final_ckpt", "--config_path", teacher, "--ckpt_after_final_distill", teacher)
+    assert "holds no student_model" in sentence
+    assert not (tmp_path / "pruned_hubert_base.pth").exists()
+
+
+def test_an_audio_file_that_breaks_between_the_stages_is_named(fails, corpus, teacher, tmp_path):
+    for number in range(3):
+        samples, rate = soundfile.read(next(corpus.rglob("*.flac")))
+        soundfile.write(tmp_path / f"{number}.wav", samples, rate)
+    (tmp_path / "tsv").mkdir()
+    lines = [f"{number}.wav\t{len(samples)}" for number in range(3)]
+    (tmp_path / "tsv" / "train100.tsv").write_text("\n".join([str(tmp_path), *lines]) + "\n")
+    (tmp_path / "1.wav").write_bytes(b"broken")
+    sentence = fails("distill", *flags(tmp_path / "tsv", teacher, tmp_path / "exp", num_workers=0))
+    assert "1.wav" in sentence
