@@ -172,3 +172,37 @@ def test_gradients_are_accumulated_over_batches_and_across_epochs(manifests, tea
     checkpoint = torch.load(tmp_path / "ckpts" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
     assert checkpoint["data"]["batches_done"] == 9
+
+
+def test_slurms_signal_saves_and_requeues_the_job(manifests, teacher, tmp_path):
+    """With stand-ins for srun and scontrol: run.sh sees a job, and the job's last minutes."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(f'#!/bin/bash\necho "$1 $2" > {tmp_path}/srun\nexec "${{@:3}}"\n')
+    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/scontrol\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    slurm = {"JOB_ID": 7, "JOB_NAME": "job", "NTASKS": 1, "NTASKS_PER_NODE": 1, "PROCID": 0, "LOCALID": 0}
+    slurm |= {"NODEID": 0, "NODELIST": "localhost", "STEP_NUM_TASKS": 1, "SUBMIT_DIR": tmp_path}
+    variables = {**SETTINGS, "tsv_dir": manifests, "train_subset": "train100", "teacher_ckpt": teacher}
+    variables |= {"root_dir": tmp_path / "exp", "python": sys.executable, "max": 1000}
+    variables |= {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment = {**ENVIRONMENT, **{name: str(value) for name, value in variables.items()}}
+    environment["PATH"] = f"{tools}:{environment['PATH']}"
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "run.sh")],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in job.stdout:
+        if line.startswith("update 2/1000"):
+            job.send_signal(signal.SIGUSR1)
+            break
+    output = job.stdout.read()
+    assert job.wait() == 128 + signal.SIGUSR1, output
+    assert (tmp_path / "srun").read_text() == "--nodes=1 --ntasks-per-node=1\n"
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    assert torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["global_step"] >= 2
