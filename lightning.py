@@ -70,7 +70,8 @@ class DistillLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
         Args:
-            input, target: (batch, layer, time, feature), of the student and the teacher; computed in float32 or better.
+            input, target: (batch, layer, time, feature), of the student and the teacher; computed in float32
+                or better.
         Returns:
             The loss, and its three parts before weighting; 0 for one of weight 0.
         """
@@ -380,8 +381,8 @@ class DistillModule(pl.LightningModule):
         wrong |= {key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape}
         if wrong:
             raise UserError(
-                f"--resume_checkpoint: {min(wrong)} is missing, unexpected or of another shape: give the models and "
-                "flags that the checkpoint was made with"
+                f"--resume_checkpoint: {min(wrong)} is missing, unexpected or of another shape: give "
+                "the models and flags that the checkpoint was made with"
             )
         data = checkpoint["data"]
         self.batches_done = data["batches_done"] * data["world_size"] // self.trainer.world_size

@@ -170,8 +170,8 @@ def mark_finished(exp_dir: Path, updates: int) -> None:
 def compile_models(module: DistillModule) -> None:
     """Compiles the transformer layers of teacher and student in place, for all lengths.
 
-    Layers are compiled one by one because they share one graph, and because what the gates leave open changes with
-    every update: indices and widths are inputs of that graph. Names in the state dict stay.
+    Layers are compiled one by one because they share one graph, and because what the gates leave open changes
+    with every update: indices and widths are inputs of that graph. Names in the state dict stay.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for model in (module.teacher_model, module.student_model):

@@ -18,10 +18,10 @@ def main() -> None:
     config = HubertConfig(
         conv_dim=[64] * 7,
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=8,
         intermediate_size=512,
-        num_conv_pos_embeddings=32,
+        num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=8,
         initializer_range=0.05,
         layerdrop=0.0,

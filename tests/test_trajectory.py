@@ -1,15 +1,17 @@
 """Thirty recorded updates of the original's stage 1, every gate's u fixed at 0.5.
 
-From step 1 on, the recording's losses and weights cannot be followed by anyone: it was made with torch 1.13, whose
-CPU backward of GELU returns uninitialised memory where the incoming gradient is transposed, as it is behind the last
-conv block. The conv layers' gradients are garbage there, the norm of all gradients is far above the clipping
-threshold, and every gradient is scaled by an unknown factor each update (docs/verification.md has the evidence). What
-does not pass through those gradients is held to the recording here: all of step 0, the learning rates and targets of
-all updates, and, given the one unknown factor of each update, the multipliers and the gates of conv channels and heads
-to the end. The rest is held to an independent plain implementation, in float64.
+From step 1 on, the recording's losses and weights cannot be followed by anyone: it was made with torch
+1.13, whose CPU backward of GELU returns uninitialised memory where the incoming gradient is transposed,
+as it is behind the last conv block. The conv layers' gradients are garbage there, the norm of all
+gradients is far above the clipping threshold, and every gradient is scaled by an unknown factor each
+update (docs/verification.md has the evidence). What does not pass through those gradients is held to the
+recording here: all of step 0, the learning rates and targets of all updates, and, given the one unknown
+factor of each update, the multipliers and the gates of conv channels and heads to the end. The rest is
+held to an independent plain implementation, in float64.
 """
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -100,14 +102,14 @@ def excess(step):
 def clipping_factors():
     """The factor on all gradients at each update but the last, from the recorded multipliers.
 
-    Two multipliers move by one factor, so their agreement is a check. Adam ignores the factor of the first update alone;
-    it is the one with which the largest of the others is 1.
+    Two multipliers move by one factor, so their agreement is a check. Adam does not feel the first factor by
+    itself; it is the one with which the largest of the others is 1.
     """
     log = GOLDEN["log"]
     candidates = np.unique(np.concatenate([np.linspace(0, 1, 20_001), np.geomspace(1e-4, 1, 4_001)]))
     moments = {"lambda1": (0.0, 0.0), "lambda2": (0.0, 0.0)}
     factors = []
-    for k, (now, after) in enumerate(zip(log, log[1:], strict=False), start=1):
+    for k, (now, after) in enumerate(itertools.pairwise(log), start=1):
         tried = np.array([0.3281]) if k == 1 else candidates
         for _ in range(6):
             error = 0

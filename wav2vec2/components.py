@@ -1,8 +1,7 @@
 """The parts of wav2vec 2.0, HuBERT and WavLM. A gated part knows three things of itself: its expected size
 (``size``), how to compute under its gates (``forward``) and how to cut what they closed (``prune``).
 
-Shapes: waveforms (batch, time), convolutional features (batch, channel, frame), all others (batch, frame,
-feature).
+Shapes: waveforms (batch, time), convolutional features (batch, channel, frame), else (batch, frame, feature).
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ MASKED = -10_000.0
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """``norm(x)`` in the precision of its weights, under autocast on every device (CUDA's does so by
-    itself)."""
+    """``norm(x)`` in the precision of its weights, also under a CPU's autocast, which would not see to it."""
     return norm(x.to(norm.weight.dtype))
 
 
@@ -96,8 +94,7 @@ class ConvLayerBlock(nn.Module):
         return width * (in_channels * self.kernel_size + per_channel), width
 
     def prune(self, inputs: Units, round_to: int) -> Units:
-        """Keeps the input channels ``inputs``, folding their mask in, and its own open channels, which are
-        returned."""
+        """Keeps the input channels ``inputs``, whose mask it takes over, and its own open ones, returned."""
         if inputs.index is not None:
             self.conv.weight = nn.Parameter(inputs.columns(self.conv.weight.detach()))
             self.conv.in_channels = len(inputs.index)
@@ -175,8 +172,7 @@ class FeatureExtractor(nn.Module):
         return total + width, width
 
     def prune(self, round_to: int) -> Units:
-        """Cuts closed channels; ``dummy_weight`` takes over the last block's mask. Returns the kept output
-        channels."""
+        """Cuts closed channels; ``dummy_weight`` takes over the last mask. Returns what is left there."""
         units = ALL_UNITS
         for layer in self.conv_layers:
             units = layer.prune(units, round_to)
@@ -211,12 +207,10 @@ class FeatureProjection(nn.Module):
 
 
 class WeightNormConv1d(nn.Conv1d):
-    """A convolution under weight normalisation over all but the last axis (Salimans & Kingma 2016, equation
-    2).
+    """A convolution with weight normalisation a kernel position (Salimans and Kingma 2016, equation 2).
 
     Its parameters are called ``weight_g`` (1, 1, kernel) and ``weight_v`` (out, in / groups, kernel) whatever
-    torch
-    calls them; torch's newer names, ``parametrizations.weight.original0`` and ``original1``, load too.
+    torch calls them; its newer names, ``parametrizations.weight.original0`` and ``original1``, load too.
     """
 
     NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
@@ -281,8 +275,7 @@ def kept(gate: HardConcrete, round_to: int = 1) -> Units:
 
 
 def read_units(linear: nn.Linear, x: Tensor, units: Units, layer: Units) -> Tensor:
-    """``linear`` on the open ``units`` x (batch, frame, open unit x width), under their masks and the
-    branch's gate."""
+    """``linear`` on x (batch, frame, open unit x width), under the masks of ``units`` and of the branch."""
     n = linear.in_features if units.index is None else x.size(-1)
     per_unit = n if units.mask is None else len(units.mask)
     weight = linear.weight if units.mask is None else linear.weight.unflatten(1, (-1, n // per_unit))
@@ -320,18 +313,18 @@ class SelfAttention(nn.Module):
         self.hard_concrete_for_heads = (
             HardConcrete(num_heads, init_mean=0.01) if prune_heads and num_heads else None
         )
+        if self.hard_concrete_for_heads is not None:
+            self.hard_concrete_for_heads.unit_features = head_dim
         self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and num_heads else None
 
     def relative_positions(self, frames: int) -> Tensor | None:
-        """The position bias (head, frame, frame) that all layers share, made once a forward pass; None
-        here."""
+        """The position bias (head, frame, frame) that all layers share, made once a pass; None here."""
         return None
 
     def bias(
         self, x: Tensor, positions: Tensor | None, padding: Tensor | None, heads: Units
     ) -> Tensor | None:
-        """What is added to the attention logits of the open ``heads``, broadcastable to (batch, head, frame,
-        frame)."""
+        """What is added to the logits of the open ``heads``, broadcastable to (batch, head, frame, frame)."""
         return padding
 
     def forward(self, x: Tensor, positions: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
@@ -367,8 +360,7 @@ class SelfAttention(nn.Module):
         return Size.width(self.hard_concrete_for_layer, 1) * (heads * per_head + embed_dim)
 
     def prune(self) -> bool:
-        """Cuts closed heads and folds the masks into ``out_proj``. Returns whether the branch is still of
-        use."""
+        """Cuts closed heads and folds the masks into ``out_proj``. Returns whether anything is left."""
         use = self.num_heads > 0
         if self.hard_concrete_for_layer is not None:
             scale = self.hard_concrete_for_layer.evaluation_mask()
@@ -393,15 +385,13 @@ class SelfAttention(nn.Module):
 
 
 class WavLMSelfAttention(SelfAttention):
-    """Self-attention with gated relative position bias (Chen et al. 2022, https://arxiv.org/abs/2110.13900,
-    section 3.1).
+    """Self-attention with gated relative position bias (WavLM, Chen et al. 2022, section 3.1).
 
     Args:
         embed_dim: features in and out.
         total_num_heads: heads of the first model, which the position bias and its gate are made for.
         remaining_heads: which of them are left here.
-        num_buckets, max_distance: of the relative positions; both None but in the first layer, which makes
-            the bias.
+        num_buckets, max_distance: of the relative positions; None but in the layer that makes the bias.
         dropout, prune_heads, prune_layer: as for :class:`SelfAttention`.
     """
 
@@ -462,10 +452,10 @@ class WavLMSelfAttention(SelfAttention):
 
 @lru_cache(maxsize=16)
 def relative_buckets(frames: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
-    """T5's buckets of the relative positions key - query = 1 - frames ... frames - 1: half of ``num_buckets``
-    a
-    direction, of which half are exact and half logarithmic up to ``max_distance`` (Raffel et al. 2020,
-    section 2.1).
+    """T5's buckets of the relative positions, key - query = 1 - frames ... frames - 1.
+
+    Half of ``num_buckets`` for each direction; of these, half are exact and half logarithmic up to
+    ``max_distance`` (Raffel et al. 2020, section 2.1).
 
     Returns:
         LongTensor (2 frames - 1,).
@@ -480,8 +470,7 @@ def relative_buckets(frames: int, num_buckets: int, max_distance: int, device: t
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them, gates on the features between them and on the whole
-    branch."""
+    """Two linear layers with GELU between them; gates on the features between and on the whole branch."""
 
     def __init__(
         self,
@@ -523,8 +512,7 @@ class FeedForward(nn.Module):
         return Size.width(self.hard_concrete_for_layer, 1) * (width * (2 * features + 1) + features)
 
     def prune(self, round_to: int) -> bool:
-        """Cuts closed features and folds the masks into ``output_dense``. Returns whether the branch is still
-        of use."""
+        """Cuts closed features, folds the masks into ``output_dense``. Returns whether anything is left."""
         use = True
         if self.hard_concrete_for_layer is not None:
             scale = self.hard_concrete_for_layer.evaluation_mask()
@@ -584,8 +572,7 @@ class EncoderLayer(nn.Module):
         return total
 
     def prune(self, round_to: int) -> None:
-        """Cuts the branches and removes those of no use, but for the attention that makes all layers'
-        position bias."""
+        """Cuts the branches and removes empty ones, but for the attention that makes the position bias."""
         if self.attention is not None and not self.attention.prune():
             if getattr(self.attention, "num_buckets", None) is None:
                 self.attention = None
@@ -598,8 +585,7 @@ class EncoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Positional convolution, layers and a norm: on the input where the layers' norms come last, else on the
-    output."""
+    """Positional convolution, layers, and a norm: on the input where norms come last, else on the output."""
 
     def __init__(
         self,
@@ -663,8 +649,8 @@ class Encoder(nn.Module):
             features: (batch, frame, channel).
             lengths: (batch,) valid frames, or None where every utterance is whole.
         Returns:
-            (batch, frame, feature), zero where padded, and what to add to the attention logits (batch, 1, 1,
-            frame) or None.
+            (batch, frame, feature), zero where padded, and (batch, 1, 1, frame) to add to the attention logits,
+            or None.
         """
         x = self.feature_projection(features)
         if lengths is None:
@@ -676,8 +662,7 @@ class Encoder(nn.Module):
     def extract_features(
         self, features: Tensor, lengths: Tensor | None, num_layers: int | None
     ) -> list[Tensor]:
-        """Returns the projected features and the outputs of the first ``num_layers`` layers, all where it is
-        None."""
+        """Projected features and the outputs of the first ``num_layers`` layers, of all for None."""
         total = len(self.transformer.layers)
         if num_layers is not None and not 0 <= num_layers <= total:
             raise ValueError(f"num_layers is between 0 and {total}, not {num_layers}")
@@ -700,8 +685,7 @@ class Encoder(nn.Module):
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer as BERT starts it; unlike torch's own it may have no features at all, which pruning can
-    leave."""
+    """A linear layer as BERT starts it; it may have no features at all, which pruning can leave."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         layer = nn.Linear(in_features, out_features)

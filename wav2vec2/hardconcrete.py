@@ -44,6 +44,8 @@ class HardConcrete(nn.Module):
         self.temperature = temperature
         self.low, self.high = -stretch, 1 + stretch
         self.eps = eps
+        self.unit_features = 1
+        """Features a unit, as its layer knows: an attention head has several."""
         self.log_alpha = nn.Parameter(torch.empty(n_in))
         self._units: Units | None = None
         self._evaluation: tuple[tuple, Tensor] | None = None
@@ -138,8 +140,7 @@ class Units:
         return weight if self.mask is None else weight * self.mask.view(1, -1, *[1] * (weight.dim() - 2))
 
     def spread(self, x: Tensor, n: int) -> Tensor:
-        """(batch, frame, unit) -> (batch, frame, n): every unit at its place times its mask, zeros for the
-        others."""
+        """(batch, frame, unit) -> (batch, frame, n): units at their places, masked; zeros for the others."""
         if self.mask is not None:
             x = x * self.mask
         if self.index is None:
@@ -179,7 +180,8 @@ def draw_gates(gates: Sequence[HardConcrete], skip_closed: bool = True, multiple
     Args:
         gates: all gates of the model.
         skip_closed: let the layers compute with the open units alone: the same mathematics for less work.
-        multiple: widths are rounded up to a multiple of this with closed units, which their zeros mask.
+        multiple: numbers of features are rounded up to a multiple of this with closed units, which their
+            zeros mask.
     """
     drawn = masks(gates)
     units = [Units(mask) for mask in drawn]
@@ -200,13 +202,13 @@ def _open_units(gates: Sequence[HardConcrete], drawn: Sequence[Tensor], multiple
     joint = torch.cat([mask.detach() for mask in drawn])
     is_open = (joint > 0).cpu()
     lists, whole, closed = [], [], []
-    for flags in is_open.split(sizes):
-        n = len(flags)
+    for gate, flags in zip(gates, is_open.split(sizes), strict=True):
         n_open = int(flags.sum())
-        width = min(n, multiple * max(1, -(-n_open // multiple)))
+        step = max(1, multiple // gate.unit_features)
+        width = min(gate.n_in, step * max(1, -(-n_open // step)))
         order = torch.argsort(flags, descending=True, stable=True)
         lists.append(order[:width].sort().values)
-        whole.append(width == n)
+        whole.append(width == gate.n_in)
         closed.append(n_open == 0)
     joined = torch.cat(lists)
     if joint.is_cuda:
@@ -219,8 +221,7 @@ def _open_units(gates: Sequence[HardConcrete], drawn: Sequence[Tensor], multiple
 
 
 class _Closed(torch.autograd.Function):
-    """A branch whose gate is closed: zeros, and zero gradients (not None: the optimiser and DDP expect
-    them)."""
+    """A closed branch: zeros, and zero gradients, which (unlike None) the optimiser and DDP expect."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
