@@ -126,6 +126,7 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
     if args.compile:
         compile_models(module)
     saver = LastCheckpoint(last, args.save_interval, keep_existing=resume is None)
+    progress = Progress(args.log_interval)
     trainer = pl.Trainer(
         **devices,
         num_nodes=args.num_nodes,
@@ -136,7 +137,7 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
         gradient_clip_val=args.clip_norm,
         log_every_n_steps=args.log_interval,
         logger=TensorBoardLogger(exp_dir, name="", version="logs"),
-        callbacks=[saver, Progress(args.log_interval)],
+        callbacks=[saver, progress],
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -155,7 +156,7 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
     if saver.interrupted:
         say(f"stopped at update {trainer.global_step}; go on with --resume_checkpoint {last}")
         sys.exit(128 + (saver.signal or signal.SIGTERM))
-    if validates:
+    if validates and progress.validated != trainer.global_step:
         trainer.validate(module, verbose=False)
     if trainer.is_global_zero:
         mark_finished(exp_dir, args.max_updates)
@@ -269,6 +270,8 @@ class Progress(pl.Callback):
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
+        self.validated: int | None = None
+        """The update after which validation came last."""
         self._bar: tqdm | None = None
         self._samples = 0
         self._since = 0.0
@@ -318,6 +321,7 @@ class Progress(pl.Callback):
             )
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
+        self.validated = trainer.global_step
         logged = trainer.callback_metrics
         if trainer.is_global_zero and "valid_loss_distill" in logged:
             self._say(f"update {trainer.global_step}: valid loss_distill {logged['valid_loss_distill']:.4f}")

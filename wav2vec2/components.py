@@ -662,7 +662,7 @@ class Encoder(nn.Module):
     def extract_features(
         self, features: Tensor, lengths: Tensor | None, num_layers: int | None
     ) -> list[Tensor]:
-        """Projected features and the outputs of the first ``num_layers`` layers, of all for None."""
+        """Projected features and outputs of the first ``num_layers`` layers, of all for None."""
         total = len(self.transformer.layers)
         if num_layers is not None and not 0 <= num_layers <= total:
             raise ValueError(f"num_layers is between 0 and {total}, not {num_layers}")
