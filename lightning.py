@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from dataset import AudioDataset, BucketedBatches, make_loader
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.onednn import Linear
 from wav2vec2.pruning_utils import count_parameters
 from wav2vec2.utils.files import UserError
 
@@ -122,12 +123,12 @@ def distill_projections(
     heads = nn.ModuleList()
     for group in groups:
         if mode == "layer2layer":
-            linear = nn.Linear(student_dim, teacher_dim)
+            linear = Linear(student_dim, teacher_dim)
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
             heads.extend([linear] * len(group))
         else:
-            heads.extend(nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for _ in group)
+            heads.extend(nn.Sequential(Linear(student_dim, teacher_dim), nn.GELU()) for _ in group)
     return heads
 
 

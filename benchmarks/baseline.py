@@ -1,9 +1,9 @@
 """The baseline of the figures: the method computed plainly, in eager mode, as the original computes it.
 
-Every unit is computed and then multiplied by its mask, each gate draws a mask of its own where it is used, and
-the expected size is added up gate by gate. Attention is matrix product, mask, softmax, dropout and matrix
+Every unit is computed and then multiplied by its mask, each gate draws a mask of its own where it is used,
+and the expected size is added up gate by gate. Attention is matrix product, mask, softmax, dropout and matrix
 product, always with a (batch, 1, time, time) mask. Only weights, names and the gates' own formulas are the
-product's: no later change to how the product computes reaches this file.
+product's: a later change to how the product computes does not reach this file.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from wav2vec2 import HardConcrete, Wav2Vec2Model
 from wav2vec2.components import ConvLayerBlock, EncoderLayer, FeedForward, SelfAttention, WavLMSelfAttention
+from wav2vec2.onednn import Linear
 
 
 def make_plain(model: Wav2Vec2Model) -> Wav2Vec2Model:
     """Lets ``model`` (its weights, names and config stay) compute plainly, in place; returns it."""
     model.__class__ = PlainModel
+    use_plain_linears(model)
     return model
 
 
+def use_plain_linears(module: nn.Module) -> None:
+    """Makes every linear layer below ``module`` torch's own, in place."""
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.__class__ = nn.Linear
+
+
 class PlainModel(Wav2Vec2Model):
-    """A model whose ``extract_features`` and ``get_num_params``, all that distillation asks of it, are plain."""
+    """A model that is plain in what distillation asks of it: ``extract_features``, ``get_num_params``."""
 
     def extract_features(
         self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
@@ -41,7 +50,9 @@ class PlainModel(Wav2Vec2Model):
         x = waveforms.unsqueeze(1)
         for block in self.feature_extractor.conv_layers:
             x = conv_block(block, x)
-            valid = (torch.div(valid - block.kernel_size, block.stride, rounding_mode="floor") + 1).clamp(min=0)
+            valid = (torch.div(valid - block.kernel_size, block.stride, rounding_mode="floor") + 1).clamp(
+                min=0
+            )
         x = x.transpose(1, 2) * self.feature_extractor.dummy_weight
 
         projection = self.encoder.feature_projection
@@ -155,7 +166,7 @@ def position_bias(branch: WavLMSelfAttention, frames: int) -> Tensor:
 
 
 def gated_position_bias(branch: WavLMSelfAttention, x: Tensor, positions: Tensor) -> Tensor:
-    """The bias (batch, head, frame, frame) that the layer's input has gated, cut to the heads that are left."""
+    """The bias (batch, head, frame, frame) gated by the layer's input, cut to the heads that are left."""
     query = x.unflatten(-1, (branch.total_num_heads, -1)).transpose(1, 2)
     gates = torch.sigmoid(branch.gru_rel_pos_linear(query).unflatten(-1, (2, 4)).sum(-1))
     update, reset = gates.chunk(2, dim=-1)

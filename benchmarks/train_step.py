@@ -2,14 +2,14 @@
 
     python benchmarks/train_step.py --stage 1 --compare baseline,no_skip,skip
 
-A variant is how an update is computed: ``baseline`` (baseline.py), ``no_skip`` (all units under their masks) or
-``skip`` (open units alone, the default), with ``+bf16``, ``+16``, ``+32`` or ``+compile`` where it differs from
-the flags: ``skip+bf16+compile``. All variants have the same weights, gates and audio, and take turns.
+A variant is how an update is computed: ``baseline`` (baseline.py), ``no_skip`` (all units under their masks)
+or ``skip`` (open units alone, the default), with ``+bf16``, ``+16``, ``+32`` or ``+compile`` where it differs
+from the flags: ``skip+bf16+compile``. All variants have the same weights, gates and audio, and take turns.
 
 FLOP are two a multiply-accumulate of convolutions, linear layers and attention: the teacher's once, and the
-student's three times (forward and backward). Counted with all units, they are the work of the method as published;
-with open units alone, the work that its result needs. The rate of the matrix product that they are compared
-with is measured in the same run, at the same precision.
+student's three times (forward and backward). With all units counted, they are the work of the method as
+published; with open units alone, the work that its result needs. The rate of the matrix product that they are
+compared with is measured in the same run, at the same precision.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from baseline import make_plain
+from baseline import make_plain, use_plain_linears
 from common import (
     MODELS,
     PRECISIONS,
     SAMPLE_RATE,
     Clock,
     add_arguments,
+    add_student_arguments,
     build,
     choose_device,
     compressed,
@@ -42,12 +43,12 @@ from common import (
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lightning import DistillLoss, DistillModule, distill_projections
+from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import compile_models
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.cost import multiply_accumulates
 from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import natural, positive, positive_int, share
+from wav2vec2.utils.flags import natural, positive, positive_int
 
 CLIP_NORM = 10.0
 PARTS = ("teacher", "student forward", "backward", "optimiser", "total")
@@ -83,18 +84,23 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="hubert_base", help=f"{', '.join(MODELS)} or a checkpoint FILE")
     parser.add_argument("--stage", type=int, choices=[1, 3], help="default: both, one after the other")
-    parser.add_argument("--sparsity", type=share, default=0.75, help="that the gates expect, or of stage 3's student")
-    parser.add_argument("--round_to", type=positive_int, default=1, help="prune.py's flag, for stage 3's student")
+    add_student_arguments(parser, sparsity=0.75)
     parser.add_argument("--seconds_per_batch", type=positive, default=20.0)
     parser.add_argument("--utterance_seconds", type=positive, default=10.0)
-    parser.add_argument("--vary_lengths", action="store_true", help="each update's utterances of another length")
-    parser.add_argument("--precision", choices=PRECISIONS, default="32", help="16 and bf16 are mixed precision")
+    parser.add_argument(
+        "--vary_lengths", action="store_true", help="each update's utterances of another length"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="32", help="16 and bf16 are mixed precision"
+    )
     parser.add_argument("--compile", action="store_true", help="the scripts' flag")
     parser.add_argument("--no_skip", action="store_true", help="the same as --compare no_skip")
     parser.add_argument("--baseline", action="store_true", help="the same as --compare baseline")
     parser.add_argument("--compare", help="variants to measure in turn, a comma list")
     parser.add_argument("--warmup", type=natural, default=2, help="updates before the timed ones")
-    parser.add_argument("--updates", type=positive_int, default=5, help="timed updates, of which medians are taken")
+    parser.add_argument(
+        "--updates", type=positive_int, default=5, help="timed updates, of which medians are taken"
+    )
     parser.add_argument("--profile", type=natural, default=0, help="then profile an update: this many rows")
     add_arguments(parser)
     return parser.parse_args()
@@ -142,10 +148,12 @@ class Step:
         if variant.compile:
             compile_models(self.module)
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
+        self.scheduler = schedule["scheduler"]
         if variant.kind == "baseline":
+            use_plain_linears(self.module.distill_linear_projs)
             groups = [{**group, "fused": None} for group in self.optimizer.param_groups]
             self.optimizer = torch.optim.AdamW(groups)
-        self.scheduler = schedule["scheduler"]
+            self.scheduler = LinearDecayLRScheduler(self.optimizer, 15_000, 50_000)
         self.device = device
         self.dtype = PRECISIONS[variant.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=variant.precision == "16")
@@ -162,7 +170,7 @@ class Step:
         return marked
 
     def __call__(self, waveforms: Tensor) -> dict[str, tuple]:
-        """Makes an update with waveforms (batch, time); returns the marks before and after each part of it."""
+        """Makes an update with waveforms (batch, time); returns the marks around each part of it."""
         marks = [self.clock.mark()]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.module._losses(waveforms, None)["loss"]
@@ -208,7 +216,7 @@ class Measured:
 
 
 def take_turns(steps: dict[str, Step], batches: list[Tensor], warmup: int) -> dict[str, Measured]:
-    """Gives each batch to every variant in turn, with the same random state; the first ``warmup`` do not count."""
+    """Gives each batch to every variant, with the same random state; the first ``warmup`` do not count."""
     device = next(iter(steps.values())).device
     marks: dict[str, list] = {name: [] for name in steps}
     graphs = {name: [0, 0] for name in steps}
@@ -227,7 +235,9 @@ def take_turns(steps: dict[str, Step], batches: list[Tensor], warmup: int) -> di
     alone = peak_process_memory() if device.type == "cpu" and len(steps) == 1 else None
     return {
         name: Measured(
-            [step.milliseconds(m) for m in marks[name][warmup:]], max(peaks[name], default=alone), *graphs[name]
+            [step.milliseconds(m) for m in marks[name][warmup:]],
+            max(peaks[name], default=alone),
+            *graphs[name],
         )
         for name, step in steps.items()
     }
@@ -260,7 +270,7 @@ def figures(
 
 
 def ratios(measured: dict[str, Measured]) -> dict[str, dict[str, float]]:
-    """Throughput of each variant over that of each one before it: of the medians, and the range over the turns."""
+    """Throughput of each variant over that of each one before it: of the medians, and its range by turns."""
     totals = {name: [times["total"] for times in m.times] for name, m in measured.items()}
     names, result = list(totals), {}
     for i, name in enumerate(names):
@@ -300,13 +310,16 @@ def profile(step: Step, waveforms: Tensor, rows: int) -> None:
 
 
 def run_stage(
-    stage: int, variants: list[Variant], teacher: Wav2Vec2Model, args: argparse.Namespace, device: torch.device
+    stage: int,
+    variants: list[Variant],
+    teacher: Wav2Vec2Model,
+    args: argparse.Namespace,
+    device: torch.device,
 ) -> dict:
     """Measures one stage and prints its table; returns the same."""
     torch.manual_seed(0)
-    student = (
-        gated_copy(teacher, args.sparsity) if stage == 1 else compressed(teacher, args.sparsity, args.round_to)
-    )
+    arguments = (teacher, args.sparsity, args.conv_share)
+    student = gated_copy(*arguments) if stage == 1 else compressed(*arguments, args.round_to)
     cut = copy.deepcopy(student).eval()
     cut.prune()
     reached = 1 - student.get_num_params().item() / teacher.get_num_params().item()
@@ -320,11 +333,14 @@ def run_stage(
     measured = take_turns(steps, batches, args.warmup)
     rates = {p: matrix_rate(device, PRECISIONS[p]) for p in dict.fromkeys(v.precision for v in variants)}
     columns = {
-        v.name: figures(v, measured[v.name], batches[args.warmup :], work, rates[v.precision]) for v in variants
+        v.name: figures(v, measured[v.name], batches[args.warmup :], work, rates[v.precision])
+        for v in variants
     }
     count, samples = batches[0].shape
     batch = f"{count} x {samples / SAMPLE_RATE:g} s{' and shorter' if args.vary_lengths else ''}"
-    print(f"\nstage {stage} of {args.model}, sparsity {reached:.4f}, batches of {batch}, {args.updates} updates")
+    print(
+        f"\nstage {stage} of {args.model}, sparsity {reached:.4f}, batches of {batch}, {args.updates} updates"
+    )
     labels = list(next(iter(columns.values())))
     print_table({label: {name: c[label] for name, c in columns.items()} for label in labels}, list(columns))
     compared = ratios(measured)

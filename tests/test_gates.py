@@ -8,6 +8,7 @@ from conftest import tiny_config
 from torch.testing import assert_close
 
 import wav2vec2.hardconcrete
+import wav2vec2.onednn
 from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
 from wav2vec2.pruning_utils import PRUNING_UNITS, count_parameters
 
@@ -84,9 +85,9 @@ def test_open_units_alone_give_the_masked_outputs_and_gradients(family, seed, mu
 def test_open_units_alone_are_what_is_computed_with(family, monkeypatch):
     model = randomly_gated(family, 0)
     widths = []
-    linear = torch.nn.functional.linear
+    linear = wav2vec2.onednn.linear
     monkeypatch.setattr(
-        "wav2vec2.components.F.linear", lambda x, w, b=None: widths.append(w.numel()) or linear(x, w, b)
+        "wav2vec2.components.linear", lambda x, w, b=None: widths.append(w.numel()) or linear(x, w, b)
     )
     model.width_multiple = 1
     model.extract_features(torch.randn(1, 4000))
@@ -279,3 +280,22 @@ def test_padding_has_no_influence_on_what_is_valid(family):
     assert frames == alone[0].size(1)
     for expected, actual in zip(alone, together, strict=True):
         assert_close(actual[:1, :frames], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (2, 5, 24), (2, 0, 24)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_layers_by_onednn_equal_torchs(shape, with_bias):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape), torch.randn(17, 24), torch.randn(17) if with_bias else None
+    results = []
+    for function in (torch.nn.functional.linear, wav2vec2.onednn.linear):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    strided = torch.randn(24, 4, 6).transpose(0, 2)
+    expected = torch.nn.functional.linear(strided, weight, bias)
+    assert_close(wav2vec2.onednn.linear(strided, weight, bias), expected, rtol=1e-5, atol=1e-5)
+    assert wav2vec2.onednn.linear(x.double(), weight.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wav2vec2.onednn.linear(x, weight).dtype == torch.bfloat16

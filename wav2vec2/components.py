@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hardconcrete import ALL_UNITS, HardConcrete, Units, closed_branch, units_of
+from .onednn import Linear, linear
 from .pruning_utils import PruningError, Size, keep, keep_inputs, keep_outputs
 
 MASKED = -10_000.0
@@ -188,7 +189,7 @@ class FeatureProjection(nn.Module):
     def __init__(self, in_features: int, out_features: int, dropout: float) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(in_features)
-        self.projection = nn.Linear(in_features, out_features)
+        self.projection = Linear(in_features, out_features)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,13 +275,13 @@ def kept(gate: HardConcrete, round_to: int = 1) -> Units:
     return Units(mask[index], index)
 
 
-def read_units(linear: nn.Linear, x: Tensor, units: Units, layer: Units) -> Tensor:
-    """``linear`` on x (batch, frame, open unit x width), under the masks of ``units`` and of the branch."""
-    n = linear.in_features if units.index is None else x.size(-1)
+def read_units(reader: nn.Linear, x: Tensor, units: Units, layer: Units) -> Tensor:
+    """``reader`` on x (batch, frame, open unit x width), under the masks of ``units`` and of the branch."""
+    n = reader.in_features if units.index is None else x.size(-1)
     per_unit = n if units.mask is None else len(units.mask)
-    weight = linear.weight if units.mask is None else linear.weight.unflatten(1, (-1, n // per_unit))
+    weight = reader.weight if units.mask is None else reader.weight.unflatten(1, (-1, n // per_unit))
     weight = layer.scale(units.columns(weight).flatten(1))
-    return F.linear(x, weight, layer.scale(linear.bias))
+    return linear(x, weight, layer.scale(reader.bias))
 
 
 class SelfAttention(nn.Module):
@@ -308,8 +309,8 @@ class SelfAttention(nn.Module):
         self.head_dim = head_dim
         self.dropout = dropout
         for name in ("k_proj", "v_proj", "q_proj"):
-            setattr(self, name, linear(embed_dim, num_heads * head_dim))
-        self.out_proj = linear(num_heads * head_dim, embed_dim)
+            setattr(self, name, bert_linear(embed_dim, num_heads * head_dim))
+        self.out_proj = bert_linear(num_heads * head_dim, embed_dim)
         self.hard_concrete_for_heads = (
             HardConcrete(num_heads, init_mean=0.01) if prune_heads and num_heads else None
         )
@@ -341,10 +342,10 @@ class SelfAttention(nn.Module):
             return self.out_proj.bias.expand_as(x)
         heads = units_of(self.hard_concrete_for_heads)
 
-        def project(linear: nn.Linear) -> Tensor:
-            weight = heads.rows(linear.weight.unflatten(0, (-1, self.head_dim))).flatten(0, 1)
-            bias = heads.rows(linear.bias.unflatten(0, (-1, self.head_dim))).flatten()
-            return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        def project(layer: nn.Linear) -> Tensor:
+            weight = heads.rows(layer.weight.unflatten(0, (-1, self.head_dim))).flatten(0, 1)
+            bias = heads.rows(layer.bias.unflatten(0, (-1, self.head_dim))).flatten()
+            return linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q, k, v = project(self.q_proj), project(self.k_proj), project(self.v_proj)
         bias = self.bias(x, positions, padding, heads)
@@ -482,9 +483,9 @@ class FeedForward(nn.Module):
         prune_layer: bool = False,
     ) -> None:
         super().__init__()
-        self.intermediate_dense = linear(io_features, intermediate_features)
+        self.intermediate_dense = bert_linear(io_features, intermediate_features)
         self.intermediate_dropout = nn.Dropout(intermediate_dropout)
-        self.output_dense = linear(intermediate_features, io_features)
+        self.output_dense = bert_linear(intermediate_features, io_features)
         self.output_dropout = nn.Dropout(output_dropout)
         self.hard_concrete_for_intermediate = (
             HardConcrete(intermediate_features) if prune_intermediate else None
@@ -498,7 +499,7 @@ class FeedForward(nn.Module):
             return closed_branch(self, x)
         units = units_of(self.hard_concrete_for_intermediate)
         dense = self.intermediate_dense
-        x = F.gelu(F.linear(x, units.rows(dense.weight), units.rows(dense.bias)))
+        x = F.gelu(linear(x, units.rows(dense.weight), units.rows(dense.bias)))
         x = self.intermediate_dropout(x)
         return self.output_dropout(read_units(self.output_dense, x, units, layer))
 
@@ -684,11 +685,11 @@ class Encoder(nn.Module):
         return total
 
 
-def linear(in_features: int, out_features: int) -> nn.Linear:
+def bert_linear(in_features: int, out_features: int) -> Linear:
     """A linear layer as BERT starts it; it may have no features at all, which pruning can leave."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        layer = nn.Linear(in_features, out_features)
+        layer = Linear(in_features, out_features)
         nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,0 +1,90 @@
+"""Each benchmark runs as a user would run it, on a tiny model, and prints every figure that it promises."""
+
+import json
+import math
+import shutil
+
+import pytest
+from conftest import run
+
+PARTS = ("teacher", "student forward", "backward", "optimiser")
+COMMON = ("--threads", 1, "--device", "cpu")
+
+
+def numbers(value):
+    """All numbers in what a benchmark wrote."""
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def written(path):
+    content = json.loads(path.read_text())
+    assert all(math.isfinite(number) for number in numbers(content))
+    assert {"cpu", "threads", "torch", "date", "command"} <= content["machine"].keys()
+    return content
+
+
+def train_step(teacher, path, *flags):
+    tiny = ("--sparsity", 0.5, "--seconds_per_batch", 1, "--utterance_seconds", 0.5, *COMMON)
+    short = ("--updates", 1, "--warmup", 1, "--json", path)
+    return run("benchmarks/train_step.py", "--model", teacher, *tiny, *short, *flags)
+
+
+def test_train_step_compares_variants_in_both_stages(teacher, tmp_path):
+    variants = ["baseline", "no_skip", "skip", "skip+bf16"]
+    process = train_step(teacher, tmp_path / "figures.json", "--compare", ",".join(variants))
+    content = written(tmp_path / "figures.json")
+    for stage in ("stage 1", "stage 3"):
+        assert f"{stage} of {teacher}" in process.stdout
+        assert list(content[stage]["variants"]) == variants
+        assert content[stage]["sparsity"] == pytest.approx(0.5, abs=0.05)
+        assert content[stage]["ratios"].keys() >= {"skip / baseline", "skip+bf16 / baseline"}
+        for figures in content[stage]["variants"].values():
+            parts = [figures[f"{part} ms"] for part in PARTS]
+            assert all(part > 0 for part in parts)
+            assert sum(parts) == pytest.approx(figures["total ms"], rel=0.05)
+    open_units, all_units = (
+        content["stage 1"]["variants"]["skip"][f"GFLOP/s, {units} counted"]
+        for units in ("open units", "all units")
+    )
+    assert 0 < open_units < all_units
+    rows = [line.split("  ")[0] for line in process.stdout.splitlines()]
+    for row in ("audio seconds a second", "total ms", "share of matrix product %, all units counted"):
+        assert rows.count(row) == 2
+
+
+def test_train_step_measures_one_variant_by_itself_and_its_memory(teacher, tmp_path):
+    train_step(teacher, tmp_path / "figures.json", "--stage", 1, "--baseline", "--vary_lengths")
+    content = written(tmp_path / "figures.json")
+    assert list(content["stage 1"]["variants"]) == ["baseline"] and "stage 3" not in content
+    assert content["stage 1"]["variants"]["baseline"]["peak memory GiB"] > 0
+
+
+def test_train_step_names_an_unknown_variant(teacher, tmp_path):
+    flags = ("--model", teacher, "--compare", "skip,fast", *COMMON)
+    process = run("benchmarks/train_step.py", *flags, check=False)
+    assert process.returncode == 2
+    assert process.stderr.strip().splitlines()[-1].startswith("train_step.py: error: --compare fast:")
+
+
+def test_inference_compares_a_model_with_the_first(teacher, tmp_path):
+    other = shutil.copy(teacher, tmp_path / "other.pth")
+    flags = ("--model", teacher, other, "--batch", 1, 2, "--seconds", 0.5)
+    process = run(
+        "benchmarks/inference.py", *flags, "--repeats", 2, *COMMON, "--json", tmp_path / "figures.json"
+    )
+    content = written(tmp_path / "figures.json")
+    assert list(content["models"]) == [f"{m}, batch {b}" for b in (1, 2) for m in (teacher, other)]
+    assert all(figures["real-time factor"] > 0 for figures in content["models"].values())
+    assert "times the first" in process.stdout
+
+
+def test_data_measures_every_part_on_files_of_its_own_or_given(corpus, tmp_path):
+    flags = ("--repeats", 1, "--num_workers", 0, 1, *COMMON, "--json", tmp_path / "figures.json")
+    for source in (("--files", 4), ("--data", corpus)):
+        run("benchmarks/data.py", *source, *flags)
+        rates = written(tmp_path / "figures.json")["rates"]
+        making = ["batches, 0 workers", "batches, 1 workers"]
+        assert list(rates) == ["manifest making", "manifest reading", "decoding", *making]
+        assert all(row["audio seconds a second"] > 0 for row in rates.values())
