@@ -15,7 +15,7 @@ test: setup
 	$(VENV)/bin/python -m pytest
 
 demo: setup
-	time python=$(VENV)/bin/python bash demo/demo.sh
+	python=$(VENV)/bin/python bash demo/demo.sh
 
 lint: setup
 	$(VENV)/bin/ruff check .

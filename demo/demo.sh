@@ -15,3 +15,4 @@ python=$python tsv_dir=$out/data train_subset=train100 teacher_ckpt=$out/teacher
     distill_layers=0.2,4,6 lr=0.001 warmup=40 max=1000 reg_lr=0.08 target_sparsity=0.75 sparsity_warmup=280 \
     final_lr=0.001 final_warmup=20 final_max=150 log_interval=200 bash run.sh
 $python demo/summary.py --teacher_ckpt "$out/teacher.pth" --root_dir "$out/stage1" --final_dir "$out/stage3"
+echo "# the demo took $SECONDS s"
