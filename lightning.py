@@ -41,6 +41,10 @@ class LinearDecayLRScheduler(LRScheduler):
         self.max_updates = max_updates
         super().__init__(optimizer, last_epoch)
 
+    def state_dict(self) -> dict[str, int]:
+        """The place in the schedule alone: its shape follows from the flags, also of a resumed run."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
     def get_lr(self) -> list[float]:
         k = self.last_epoch + 1
         if k <= self.warmup_updates:
@@ -316,7 +320,7 @@ class DistillModule(pl.LightningModule):
             multipliers = [self.lambda1, self.lambda2]
             groups.append({"params": multipliers, "name": "lambda", "lr": -rate, "weight_decay": 0.0})
         scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
-        optimizer = torch.optim.AdamW(groups, fused=not scaled)
+        optimizer = torch.optim.AdamW(groups, fused=None if scaled else True)
         scheduler = LinearDecayLRScheduler(optimizer, self.warmup_updates, self.max_updates)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -373,7 +377,7 @@ class DistillModule(pl.LightningModule):
         for key in teacher:
             del checkpoint["state_dict"][key]
         checkpoint["random_state"] = self._gather(_random_state(self.device))
-        checkpoint["data"] = {"batches_done": self.batches_done, "world_size": self.trainer.world_size}
+        checkpoint["data"] = {"batches_done": self.batches_done, **self._batches_an_update()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         given = checkpoint["state_dict"]
@@ -385,8 +389,12 @@ class DistillModule(pl.LightningModule):
                 f"--resume_checkpoint: {min(wrong)} is missing, unexpected or of another shape: give "
                 "the models and flags that the checkpoint was made with"
             )
-        data = checkpoint["data"]
-        self.batches_done = data["batches_done"] * data["world_size"] // self.trainer.world_size
+        for name, now in self._batches_an_update().items():
+            if (then := checkpoint["data"][name]) != now:
+                raise UserError(
+                    f"--resume_checkpoint: was made with {name} {then}, not {now}: go on with the same"
+                )
+        self.batches_done = checkpoint["data"]["batches_done"]
         self._random_state = checkpoint["random_state"]
 
     def on_train_start(self) -> None:
@@ -399,6 +407,10 @@ class DistillModule(pl.LightningModule):
             if "cuda" in state and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
         self._random_state = None
+
+    def _batches_an_update(self) -> dict[str, int]:
+        """Processes, and batches of each: what a place in the data depends on."""
+        return {"world_size": self.trainer.world_size, "accum_grad": self.trainer.accumulate_grad_batches}
 
     def _gather(self, value: dict) -> list[dict]:
         if self.trainer.world_size == 1:

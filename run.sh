@@ -66,7 +66,9 @@ final=$final_dir/ckpts/pruned_hubert_base.pth
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # sbatch runs a copy of this file, away from the scripts.
-[ -f "$here/distill.py" ] || here=$SLURM_SUBMIT_DIR
+[ -f "$here/distill.py" ] || here=${SLURM_SUBMIT_DIR:?run.sh is not beside distill.py}
+# srun does not inherit it from sbatch.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export PYTHONUNBUFFERED=1
 
 child=

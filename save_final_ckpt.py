@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from prune import part, verify
+from prune import part
 from wav2vec2.pruning_utils import count_parameters
 from wav2vec2.utils.checkpoint import build_model, read_checkpoint, read_file, save_checkpoint
 from wav2vec2.utils.files import UserError, run_script
@@ -31,8 +31,7 @@ def main() -> None:
     model = build_model(config, student, source).eval()
     if model.gates():
         raise UserError(f"{args.config_path}: its config has gates; give stage 2's file")
-    save_checkpoint(out, model)
-    verify(out, model)
+    save_checkpoint(out, model, verify=True)
     print(f"wrote {out}: {count_parameters(model):,} parameters")
 
 

@@ -144,6 +144,7 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        inference_mode=False,  # what a model caches in validation, training uses
         check_val_every_n_epoch=None,
         val_check_interval=None,
     )
@@ -158,7 +159,7 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
         sys.exit(128 + (saver.signal or signal.SIGTERM))
     if validates and progress.validated != trainer.global_step:
         trainer.validate(module, verbose=False)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and trainer.global_step >= args.max_updates:
         mark_finished(exp_dir, args.max_updates)
 
 
@@ -223,6 +224,8 @@ class LastCheckpoint(pl.Callback):
     def setup(self, trainer: pl.Trainer, module: DistillModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             (self.path.parent.parent / "finished").unlink(missing_ok=True)
+            for left_by_a_killed_run in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+                left_by_a_killed_run.unlink()
             if self.keep_existing and self.path.exists():
                 previous = self.path.with_name("last.previous.ckpt")
                 self.path.replace(previous)
@@ -274,7 +277,7 @@ class Progress(pl.Callback):
         """The update after which validation came last."""
         self._bar: tqdm | None = None
         self._samples = 0
-        self._since = 0.0
+        self._since = self._paused = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
         self._samples, self._since = 0, time.monotonic()
@@ -319,6 +322,12 @@ class Progress(pl.Callback):
                 f"update {step}/{trainer.max_steps}: "
                 + ", ".join(f"{key} {value}" for key, value in words.items())
             )
+
+    def on_validation_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
+        self._paused = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
+        self._since += time.monotonic() - self._paused
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
         self.validated = trainer.global_step

@@ -1,6 +1,7 @@
 """Bucketed batches of crops: which samples of which utterances make a batch, and how they are read."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -289,6 +290,12 @@ def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     return stacked, torch.full((len(stacked),), stacked.shape[1], dtype=torch.long)
 
 
+def _leave_signals_to_training(worker: int) -> None:
+    """A signal that asks training to save and stop reaches all its processes: the readers have to go on."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(
     tsv_dir: str | Path,
     name: str,
@@ -344,6 +351,7 @@ def make_loader(
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_training,
         pin_memory=pin_memory,
         # Every iterator draws a seed: from the global generator, that would shift what training draws.
         generator=torch.Generator().manual_seed(seed),

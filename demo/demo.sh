@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${python:-python}
 out=${out:-exp/demo}
+# Models this small gain nothing from more threads.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 rm -rf "$out"
 
 $python demo/corpus.py --out "$out/corpus"

@@ -24,14 +24,14 @@ hidden_states, _ = model.eval().extract_features(waveforms)"""
 
 
 def scalars(exp_dir: Path, tag: str) -> list[float]:
-    """The values of a TensorBoard scalar, in the order of the updates."""
+    """The values of a TensorBoard scalar in the last run of a stage, resumed or not, from its update 0 on."""
     events = EventAccumulator(str(exp_dir / "logs"), size_guidance={"scalars": 0})
     events.Reload()
     if tag not in events.Tags()["scalars"]:
         raise UserError(f"{exp_dir}/logs has no {tag}: was the run without a valid.tsv?")
-    return [
-        event.value for event in sorted(events.Scalars(tag), key=lambda event: (event.step, event.wall_time))
-    ]
+    ordered = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+    first = max(place for place, event in enumerate(ordered) if event.step == 0)
+    return [event.value for event in ordered[first:]]
 
 
 def main() -> None:

@@ -22,11 +22,11 @@ def run(script, *args, check=True, **environment):
     return process
 
 
-def start(script, *args):
+def start(script, *args, **arguments):
     """Starts a script of the checkout; its output is one stream of lines."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **arguments
     )
 
 

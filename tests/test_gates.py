@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_config
 from torch.testing import assert_close
 
+import wav2vec2.components
 import wav2vec2.hardconcrete
 import wav2vec2.onednn
 from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
@@ -172,7 +173,7 @@ def test_a_pruned_model_is_right_at_once_and_may_be_gated_and_pruned_again(famil
     model = randomly_gated(family, 3, closed=0.3).eval()
     model.prune()
     first = model.config
-    again = build_model({**first, **ALL_GATES}, model.state_dict(), "the pruned model").eval()
+    again = build_model({**first, **ALL_GATES}, model.state_dict(), "the pruned model", new_gates=True).eval()
     for gate in again.gates():
         gate.log_alpha.data.fill_(40.0)
     with torch.no_grad():
@@ -299,3 +300,26 @@ def test_linear_layers_by_onednn_equal_torchs(shape, with_bias):
     assert wav2vec2.onednn.linear(x.double(), weight.double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert wav2vec2.onednn.linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_validation_caches_serves_training(family):
+    torch.manual_seed(0)
+    model = wav2vec2_model(**config_of(family))
+    waveforms = torch.randn(1, 4160)
+    wav2vec2.components.relative_buckets.cache_clear()
+    with torch.inference_mode():
+        model.eval().extract_features(waveforms)
+        model.get_num_params()
+    states, _ = model.train().extract_features(waveforms)
+    (states[-1].sum() + model.get_num_params()).backward()
+    assert all(gate.log_alpha.grad is not None for gate in model.gates())
+
+
+def test_the_expected_size_moves_with_the_model_also_under_inference_mode():
+    model = wav2vec2_model(**config_of("hubert_base"))
+    model.get_num_params()
+    model.to("meta")
+    with torch.inference_mode():
+        model.get_num_params()
+    model.get_num_params().backward()

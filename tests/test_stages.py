@@ -206,3 +206,49 @@ def test_slurms_signal_saves_and_requeues_the_job(manifests, teacher, tmp_path):
     assert (tmp_path / "srun").read_text() == "--nodes=1 --ntasks-per-node=1\n"
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     assert torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["global_step"] >= 2
+
+
+def test_a_signal_to_all_processes_of_a_run_saves_too(manifests, teacher, tmp_path):
+    """As SLURM sends it: the loader's workers get it as well, and have to go on."""
+    arguments = flags(manifests, teacher, tmp_path, num_workers=2, save_interval=1000, max_updates=200)
+    process = start("distill.py", *arguments, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("update 3/200"):
+            os.killpg(process.pid, signal.SIGUSR1)
+            break
+    output = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGUSR1, output
+    assert torch.load(tmp_path / "ckpts" / "last.ckpt", weights_only=True)["global_step"] >= 3
+
+
+def test_a_longer_run_goes_on_along_its_own_schedule(manifests, teacher, tmp_path):
+    arguments = flags(manifests, teacher, tmp_path, max_updates=4, num_workers=0)
+    run("distill.py", *arguments)
+    last = tmp_path / "ckpts" / "last.ckpt"
+    arguments = flags(manifests, teacher, tmp_path, max_updates=8, num_workers=0, learning_rate=0.001)
+    refused = run("distill.py", *arguments, "--accum_grad", 2, "--resume_checkpoint", last, check=False)
+    assert refused.returncode == 2
+    assert "made with accum_grad 1, not 2" in refused.stderr.splitlines()[-1]
+    run("distill.py", *arguments, "--resume_checkpoint", last)
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == 8 and (tmp_path / "finished").read_text() == "8\n"
+
+
+def test_a_resumed_schedule_keeps_its_place_and_takes_its_shape_from_the_flags():
+    from lightning import LinearDecayLRScheduler
+
+    def scheduled(max_updates, rate):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        return optimizer, LinearDecayLRScheduler(optimizer, 3, max_updates)
+
+    first, schedule = scheduled(4, 1.0)
+    for _ in range(4):
+        first.step()
+        schedule.step()
+    assert first.param_groups[0]["lr"] == 0
+    second, longer = scheduled(8, 2.0)
+    second.load_state_dict(first.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    second.step()
+    longer.step()
+    assert second.param_groups[0]["lr"] == pytest.approx(2.0 * (8 - 6) / (8 - 3))

@@ -428,8 +428,8 @@ class WavLMSelfAttention(SelfAttention):
         return by_distance.unfold(1, frames, 1).flip(1)
 
     def bias(self, x: Tensor, positions: Tensor | None, padding: Tensor | None, heads: Units) -> Tensor:
-        which = torch.tensor(self.remaining_heads, device=x.device)
-        which = None if len(which) == self.total_num_heads and heads.index is None else heads.rows(which)
+        whole = len(self.remaining_heads) == self.total_num_heads
+        which = heads.index if whole else heads.rows(torch.tensor(self.remaining_heads, device=x.device))
         which = Units(index=which)
         query = which.select(x.unflatten(-1, (self.total_num_heads, -1)), 2).transpose(1, 2)
         gates = torch.sigmoid(self.gru_rel_pos_linear(query).unflatten(-1, (2, 4)).sum(-1))
@@ -461,13 +461,19 @@ def relative_buckets(frames: int, num_buckets: int, max_distance: int, device: t
     Returns:
         LongTensor (2 frames - 1,).
     """
+    # The cache serves training too, which could not use tensors made under inference mode.
+    with torch.inference_mode(False):
+        return _relative_buckets(frames, num_buckets, max_distance).to(device)
+
+
+def _relative_buckets(frames: int, num_buckets: int, max_distance: int) -> Tensor:
     distance = torch.arange(1 - frames, frames)
     half = num_buckets // 2
     exact = half // 2
     magnitude = distance.abs()
     logarithmic = torch.log(magnitude.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (logarithmic * (half - exact)).long()).clamp(max=half - 1)
-    return ((distance > 0) * half + torch.where(magnitude < exact, magnitude, far)).to(device)
+    return (distance > 0) * half + torch.where(magnitude < exact, magnitude, far)
 
 
 class FeedForward(nn.Module):
@@ -650,8 +656,8 @@ class Encoder(nn.Module):
             features: (batch, frame, channel).
             lengths: (batch,) valid frames, or None where every utterance is whole.
         Returns:
-            (batch, frame, feature), zero where padded, and (batch, 1, 1, frame) to add to the attention logits,
-            or None.
+            (batch, frame, feature), zero where padded, and what to add to the attention logits
+            (batch, 1, 1, frame) or None.
         """
         x = self.feature_projection(features)
         if lengths is None:

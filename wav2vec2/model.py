@@ -98,7 +98,9 @@ class Wav2Vec2Model(nn.Module):
         """The expected number of parameters under the gates, a float64 scalar; without gates, the true
         number."""
         if self._expected_size is None:
-            self._expected_size = ExpectedSize(self._size(), self.gates())
+            # Validation may ask first, and its tensors could not take part in training.
+            with torch.inference_mode(False):
+                self._expected_size = ExpectedSize(self._size(), self.gates())
         return self._expected_size()
 
     def _size(self) -> Size:

@@ -1,8 +1,8 @@
-"""Float32 linear layers on the CPU by oneDNN, whose matrix products are twice as fast as MKL's on some machines.
+"""Float32 linear layers on the CPU by oneDNN.
 
-PyTorch's wheels give float32 matrix products to MKL, which has no AVX-512 path for AMD's processors;
-benchmarks/README.md has the rates. Everywhere else (GPUs, other precisions, autocast, torch.compile, platforms without
-oneDNN) this is ``torch.nn.functional.linear``.
+PyTorch's wheels give float32 matrix products to MKL, which on an AMD processor reached half of oneDNN's
+rate (benchmarks/README.md). Everywhere else (GPUs, other precisions, autocast, torch.compile, builds
+without oneDNN) this is torch's own.
 """
 
 import torch

@@ -113,8 +113,10 @@ class ExpectedSize:
             return self.coefficients.sum()
         log_alpha = torch.cat([gate.log_alpha for gate in self.gates]).double()
         if self.coefficients.device != log_alpha.device:
-            for name in ("coefficients", "left", "right", "owner", "shift"):
-                setattr(self, name, getattr(self, name).to(log_alpha.device))
+            # Tensors made under inference mode could not take part in training later.
+            with torch.inference_mode(False):
+                for name in ("coefficients", "left", "right", "owner", "shift"):
+                    setattr(self, name, getattr(self, name).to(log_alpha.device))
         probability = torch.sigmoid(log_alpha - self.shift)
         width = log_alpha.new_zeros(len(self.gates)).index_add(0, self.owner, probability)
         width = torch.cat([width, width.new_ones(1)])

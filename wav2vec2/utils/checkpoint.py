@@ -60,15 +60,18 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def build_model(config: Mapping, state_dict: Mapping[str, Tensor], source: str | Path) -> Wav2Vec2Model:
+def build_model(
+    config: Mapping, state_dict: Mapping[str, Tensor], source: str | Path, new_gates: bool = False
+) -> Wav2Vec2Model:
     """A model of ``config`` that holds the very tensors of ``state_dict`` (no copy is made of float32 ones).
 
-    Gates that the config asks for and the state dict lacks start anew; anything else must match.
+    Config and state dict must match, but for gates where they may be new.
 
     Args:
         config: keyword arguments of :func:`wav2vec2.wav2vec2_model`.
         state_dict: its tensors, under either spelling of the weight norm's names.
         source: what the two come from, named in errors.
+        new_gates: gates that the config asks for and the state dict lacks start anew.
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
@@ -84,7 +87,9 @@ def build_model(config: Mapping, state_dict: Mapping[str, Tensor], source: str |
         raise UserError(f"{source}: {error}") from error
     expected = model.state_dict()
     given = _our_names(state_dict)
-    absent = [key for key in expected.keys() - given.keys() if not key.endswith("log_alpha")]
+    absent = expected.keys() - given.keys()
+    if new_gates:
+        absent = {key for key in absent if not key.endswith("log_alpha")}
     unexpected = given.keys() - expected.keys()
     for problem, keys in (("lacks the tensor", absent), ("has the unexpected tensor", unexpected)):
         if keys:
@@ -115,20 +120,29 @@ def load_model(path: str | Path, **changes) -> Wav2Vec2Model:
         UserError: as :func:`read_checkpoint` and :func:`build_model` say.
     """
     checkpoint = read_checkpoint(path)
-    return build_model({**checkpoint["config"], **changes}, checkpoint["state_dict"], path)
+    return build_model(
+        {**checkpoint["config"], **changes}, checkpoint["state_dict"], path, new_gates=bool(changes)
+    )
 
 
-def save_checkpoint(path: str | Path, model: Wav2Vec2Model, **extra: dict) -> None:
+def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False, **extra: dict) -> None:
     """Writes ``model``, whole or not at all.
 
     Args:
         path: the file; its folder is made where it is missing.
         model: its config and tensors are written.
+        verify: load what was written and compare an output with ``model``'s before it gets its name.
         extra: further entries of the file, ``distill_linear_projs`` say.
+    Raises:
+        UserError: the loaded model does not compute what ``model`` does.
     """
     content = {"config": plain(model.config), "state_dict": on_cpu(model.state_dict())}
     with written_whole(path) as temporary:
         torch.save({**content, **{key: on_cpu(value) for key, value in extra.items()}}, temporary)
+        if verify and not (error := difference(load_model(temporary), model)) <= 1e-5:
+            raise UserError(
+                f"{path}: loaded again, its output differs by {error:.1e} from the model in memory"
+            )
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
