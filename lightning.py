@@ -1,5 +1,4 @@
-"""What trains: the distillation loss, the regulariser of DPHuBERT and the learning-rate schedule, as a
-LightningModule.
+"""What trains: distillation loss, DPHuBERT's regulariser and learning-rate schedule, as a LightningModule.
 
 Equation numbers are those of DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651) unless said
 otherwise.
@@ -137,8 +136,7 @@ def distill_projections(
 
 
 class DistillModule(pl.LightningModule):
-    """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which of its units may
-    go.
+    """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, what of it may go.
 
     Args:
         teacher_model: frozen here.

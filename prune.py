@@ -70,8 +70,7 @@ def read_distilled(distilled_ckpt: str, original_ckpt: str) -> tuple[Wav2Vec2Mod
 
 
 def widths(model: Wav2Vec2Model) -> dict[str, int]:
-    """Conv channels, heads and feed-forward width of every layer, by what the table calls them; 0 for an
-    absent branch."""
+    """Channels, heads and feed-forward widths, by what the table calls them; 0 for an absent branch."""
     rows = {f"conv {i} channels": channels for i, (channels, *_) in enumerate(model.feature_extractor.config)}
     for i, layer in enumerate(model.encoder.transformer.layers):
         rows[f"layer {i} heads"] = 0 if layer.attention is None else layer.attention.num_heads

@@ -1,5 +1,4 @@
-"""What stages 1 and 3 share: their flags, and a run of Lightning's Trainer that saves, resumes and stops on a
-signal."""
+"""What stages 1 and 3 share: their flags, and a Trainer's run that saves, resumes and stops on a signal."""
 
 from __future__ import annotations
 
@@ -99,12 +98,10 @@ def module_arguments(args: argparse.Namespace, teacher: Wav2Vec2Model, student: 
 
 
 def train(module: DistillModule, args: argparse.Namespace) -> None:
-    """Trains ``module`` to ``args.max_updates``; leaves ``EXP/ckpts/last.ckpt``, ``EXP/finished`` and
-    TensorBoard logs.
+    """Trains ``module`` to ``args.max_updates``; leaves ``ckpts/last.ckpt``, ``finished`` and logs in EXP.
 
     A SIGTERM, SIGINT or SIGUSR1 (SLURM's warning before the time limit) saves at the next update and exits
-    with status
-    128 + its number, as a shell has it.
+    with status 128 + its number, as a shell has it.
 
     Raises:
         UserError: a flag asks for what this machine or the checkpoint does not have.
@@ -197,8 +194,7 @@ def hardware(args: argparse.Namespace) -> dict:
 
 
 class LastCheckpoint(pl.Callback):
-    """Keeps ``path`` up to date: every ``interval`` updates, at the end, and when a signal asks the run to
-    stop.
+    """Keeps ``path`` up to date: every ``interval`` updates, at the end, and when a signal stops the run.
 
     Args:
         path: replaced atomically.
@@ -264,8 +260,7 @@ class _no_path:
 
 
 class Progress(pl.Callback):
-    """A bar over all updates: loss, expected and target sparsity, seconds of audio a second; lines where no
-    terminal is.
+    """A bar over all updates: loss, sparsity, its target, audio seconds a second; lines without a terminal.
 
     Args:
         interval: updates between lines.

@@ -234,6 +234,5 @@ class _Closed(torch.autograd.Function):
 
 
 def closed_branch(branch: nn.Module, x: Tensor) -> Tensor:
-    """The output of a residual branch whose gate's sample is 0, shaped like ``x``, with zero gradients for
-    its weights."""
+    """The output of a branch whose gate's sample is 0: zeros like ``x``, zero gradients for its weights."""
     return _Closed.apply(x, *(p for p in branch.parameters() if p.requires_grad))

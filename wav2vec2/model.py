@@ -1,8 +1,7 @@
 """wav2vec 2.0, HuBERT and WavLM as one prunable model, and the factories that build them.
 
 The architecture follows wav2vec 2.0 (Baevski et al. 2020), HuBERT (Hsu et al. 2021) and WavLM (Chen et al.
-2022); gates
-and pruning follow DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651).
+2022); gates and pruning follow DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651).
 """
 
 from __future__ import annotations
@@ -63,9 +62,8 @@ class Wav2Vec2Model(nn.Module):
             num_layers: run only this many transformer layers.
         Returns:
             ``([h0, h1, ..., hL], lengths)``: h0 (batch, frame, feature) is the input of the positional
-            convolution, with
-            padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid frames, None if
-            none were given.
+            convolution, padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid
+            frames, None if none were given.
         Raises:
             ValueError: ``num_layers`` is negative or larger than the model.
         """
@@ -95,8 +93,7 @@ class Wav2Vec2Model(nn.Module):
         return waveforms, lengths
 
     def get_num_params(self) -> Tensor:
-        """The expected number of parameters under the gates, a float64 scalar; without gates, the true
-        number."""
+        """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
         if self._expected_size is None:
             # Validation may ask first, and its tensors could not take part in training.
             with torch.inference_mode(False):
@@ -110,19 +107,15 @@ class Wav2Vec2Model(nn.Module):
 
     @torch.no_grad()
     def prune(self, round_to: int = 1) -> tuple:
-        """Cuts in place what the gates close in evaluation mode and folds their masks in; the gates are gone
-        then.
+        """Cuts in place what the gates close in evaluation mode, folds their masks in and drops the gates.
 
         Args:
-            round_to: channels and feed-forward widths are rounded up to a multiple of this, by keeping the
-                units that come
-                next (at most all); 1 keeps what the gates leave.
+            round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all)
+                by keeping the units that come next; 1 keeps what the gates leave.
         Returns:
-            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads,
-            ff_interm_features)``, lists with an
-            entry a layer: the values of the config keys of these names. ``remaining_heads`` counts the first
-                model's heads
-            and is empty but for WavLM.
+            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads, ff_interm_features)``,
+            lists with an entry a layer: the values of the config keys of these names. ``remaining_heads``
+            counts the first model's heads, and is empty but for WavLM.
         Raises:
             PruningError: a conv layer would be left without channels; nothing has been cut then.
         """

@@ -43,8 +43,7 @@ def keep_outputs(linear: nn.Linear, index: Tensor) -> None:
 
 
 def keep_inputs(linear: nn.Linear, index: Tensor, mask: Tensor | None = None) -> None:
-    """Keeps the input features ``index`` of ``linear``, whose columns take over their ``mask``
-    (len(index),)."""
+    """Keeps the input features ``index`` of ``linear``; its columns take over ``mask`` (len(index),)."""
     keep(linear, "weight", index, 1)
     if mask is not None:
         linear.weight.detach().mul_(mask)

@@ -13,8 +13,7 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's ``main``; a user's mistake or a failing disk is one sentence and exit status 2, no
-    traceback."""
+    """Runs a script's ``main``; a user's mistake or a failing disk is one sentence and exit status 2."""
     try:
         main()
     except UserError as error:
@@ -31,8 +30,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` to write to, which replaces ``path`` when the block ends without
-    an error.
+    """Gives a temporary path beside ``path``, which replaces it when the block ends without an error.
 
     Missing folders are made. On an error, or if the process dies, an existing ``path`` stays as it was.
     """
