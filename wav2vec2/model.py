@@ -113,9 +113,9 @@ class Wav2Vec2Model(nn.Module):
             round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all)
                 by keeping the units that come next; 1 keeps what the gates leave.
         Returns:
-            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads, ff_interm_features)``,
-            lists with an entry a layer: the values of the config keys of these names. ``remaining_heads``
-            counts the first model's heads, and is empty but for WavLM.
+            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads,
+            ff_interm_features)``: lists with an entry a layer, the values of the config keys of these names.
+            ``remaining_heads`` counts the first model's heads, and is empty but for WavLM.
         Raises:
             PruningError: a conv layer would be left without channels; nothing has been cut then.
         """
