@@ -1,12 +1,13 @@
 """A user's mistake: one sentence that names it, exit status 2, no traceback, nothing half-written."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
 import soundfile
 import torch
-from conftest import run, tiny_config
+from conftest import ENVIRONMENT, ROOT, run, tiny_config
 from test_stages import flags
 
 from wav2vec2 import wav2vec2_model
@@ -172,3 +173,31 @@ def test_an_audio_file_that_breaks_between_the_stages_is_named(fails, corpus, te
     (tmp_path / "1.wav").write_bytes(b"broken")
     sentence = fails("distill", *flags(tmp_path / "tsv", teacher, tmp_path / "exp", num_workers=0))
     assert "1.wav" in sentence
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(teacher, tmp_path):
+    """The limit on the size of a file stands in for the end of the disk."""
+    distilled = stage_1(teacher, tmp_path)
+    out = tmp_path / "pruned_hubert_base.pth"
+    out.write_bytes(b"an earlier file")
+    command = [
+        sys.executable,
+        str(ROOT / "prune.py"),
+        "--distilled_ckpt",
+        distilled,
+        "--original_ckpt",
+        teacher,
+    ]
+    limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+    limited += (
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", limited, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert process.returncode == 2, process.stderr
+    assert (
+        process.stderr.strip().splitlines()[-1].endswith("could not be written; is there room on the disk?")
+    )
+    assert "Traceback" not in process.stderr
+    assert out.read_bytes() == b"an earlier file" and not list(tmp_path.glob(".*.tmp"))

@@ -134,11 +134,15 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
         verify: load what was written and compare an output with ``model``'s before it gets its name.
         extra: further entries of the file, ``distill_linear_projs`` say.
     Raises:
-        UserError: the loaded model does not compute what ``model`` does.
+        UserError: there is no room for the file, or the loaded model does not compute what ``model`` does.
     """
     content = {"config": plain(model.config), "state_dict": on_cpu(model.state_dict())}
     with written_whole(path) as temporary:
-        torch.save({**content, **{key: on_cpu(value) for key, value in extra.items()}}, temporary)
+        try:
+            torch.save({**content, **{key: on_cpu(value) for key, value in extra.items()}}, temporary)
+        except RuntimeError as error:
+            # torch's own writer says of a full disk only that its position is not the expected one.
+            raise UserError(f"{path}: could not be written; is there room on the disk?") from error
         if verify and not (error := difference(load_model(temporary), model)) <= 1e-5:
             raise UserError(
                 f"{path}: loaded again, its output differs by {error:.1e} from the model in memory"
