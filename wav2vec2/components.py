@@ -284,6 +284,16 @@ def read_units(reader: nn.Linear, x: Tensor, units: Units, layer: Units) -> Tens
     return linear(x, weight, layer.scale(reader.bias))
 
 
+def fold_branch_gate(gate: HardConcrete | None, output: nn.Linear) -> bool:
+    """Folds the gate of a whole branch into its last layer ``output``. Returns whether it is open."""
+    if gate is None:
+        return True
+    scale = gate.evaluation_mask()
+    output.weight.detach().mul_(scale)
+    output.bias.detach().mul_(scale)
+    return bool(scale != 0)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with gates on heads and on the whole branch.
 
@@ -362,13 +372,8 @@ class SelfAttention(nn.Module):
 
     def prune(self) -> bool:
         """Cuts closed heads and folds the masks into ``out_proj``. Returns whether anything is left."""
-        use = self.num_heads > 0
-        if self.hard_concrete_for_layer is not None:
-            scale = self.hard_concrete_for_layer.evaluation_mask()
-            self.out_proj.weight.detach().mul_(scale)
-            self.out_proj.bias.detach().mul_(scale)
-            self.hard_concrete_for_layer = None
-            use = use and bool(scale != 0)
+        use = fold_branch_gate(self.hard_concrete_for_layer, self.out_proj)
+        self.hard_concrete_for_layer = None
         if self.hard_concrete_for_heads is not None:
             heads = kept(self.hard_concrete_for_heads)
             self.keep_heads(heads.index, heads.mask)
@@ -520,13 +525,8 @@ class FeedForward(nn.Module):
 
     def prune(self, round_to: int) -> bool:
         """Cuts closed features, folds the masks into ``output_dense``. Returns whether anything is left."""
-        use = True
-        if self.hard_concrete_for_layer is not None:
-            scale = self.hard_concrete_for_layer.evaluation_mask()
-            self.output_dense.weight.detach().mul_(scale)
-            self.output_dense.bias.detach().mul_(scale)
-            self.hard_concrete_for_layer = None
-            use = bool(scale != 0)
+        use = fold_branch_gate(self.hard_concrete_for_layer, self.output_dense)
+        self.hard_concrete_for_layer = None
         if self.hard_concrete_for_intermediate is not None:
             units = kept(self.hard_concrete_for_intermediate, round_to)
             keep_outputs(self.intermediate_dense, units.index)
