@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lightning import SEED, DistillLoss, DistillModule, distill_projections, parse_distill_layers
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.checkpoint import read_file
-from wav2vec2.utils.files import UserError, written_whole
+from wav2vec2.utils.files import UserError, atomic_write
 from wav2vec2.utils.flags import natural, not_negative, positive, positive_int
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -162,7 +162,7 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
 
 def mark_finished(exp_dir: Path, updates: int) -> None:
     """Writes ``EXP/finished``, by which run.sh knows that the stage has done its ``updates``."""
-    with written_whole(exp_dir / "finished") as path:
+    with atomic_write(exp_dir / "finished") as path:
         path.write_text(f"{updates}\n")
 
 
@@ -241,7 +241,7 @@ class LastCheckpoint(pl.Callback):
             return
         stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
         if stop or step % self.interval == 0 or step >= trainer.max_steps:
-            with written_whole(self.path) if trainer.is_global_zero else _no_path() as temporary:
+            with atomic_write(self.path) if trainer.is_global_zero else _no_path() as temporary:
                 trainer.save_checkpoint(temporary)
             self._saved_step = step
         if stop and step < trainer.max_steps:
@@ -250,7 +250,7 @@ class LastCheckpoint(pl.Callback):
 
 
 class _no_path:
-    """Stands in for ``written_whole`` on the ranks that write nothing but take part in gathering."""
+    """Stands in for ``atomic_write`` on the ranks that write nothing but take part in gathering."""
 
     def __enter__(self) -> str:
         return os.devnull

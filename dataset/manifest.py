@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from wav2vec2.utils.files import UserError, written_whole
+from wav2vec2.utils.files import UserError, atomic_write
 
 SAMPLE_RATE = 16_000
 
@@ -84,7 +84,7 @@ def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[s
         for name, utterances in sets.items():
             tsv = Path(tsv_dir) / f"{name}.tsv"
             try:
-                temporary = replacements.enter_context(written_whole(tsv))
+                temporary = replacements.enter_context(atomic_write(tsv))
                 with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                     file.write(f"{root}\n")
                     file.writelines(f"{path}\t{samples}\n" for path, samples in utterances)

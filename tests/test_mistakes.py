@@ -12,7 +12,7 @@ from test_stages import flags
 
 from wav2vec2 import wav2vec2_model
 from wav2vec2.utils.checkpoint import read_checkpoint, save_checkpoint
-from wav2vec2.utils.files import run_script, written_whole
+from wav2vec2.utils.files import run_script, atomic_write
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_out_names_another_file_and_an_existing_one_is_replaced_whole(teacher, t
     run("prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher, "--out", out)
     assert out.exists() and not (tmp_path / "pruned_hubert_base.pth").exists()
     assert [path.name for path in out.parent.iterdir()] == ["small.pth"]
-    with pytest.raises(RuntimeError), written_whole(out) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(out) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert read_checkpoint(out)["config"]

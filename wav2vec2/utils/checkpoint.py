@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..components import WeightNormConv1d
 from ..model import Wav2Vec2Model, wav2vec2_model
-from .files import UserError, written_whole
+from .files import UserError, atomic_write
 
 REQUIRED_KEYS = frozenset(
     name
@@ -137,7 +137,7 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
         UserError: there is no room for the file, or the loaded model does not compute what ``model`` does.
     """
     content = {"config": plain(model.config), "state_dict": on_cpu(model.state_dict())}
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             torch.save({**content, **{key: on_cpu(value) for key, value in extra.items()}}, temporary)
         except RuntimeError as error:

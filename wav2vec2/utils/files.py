@@ -29,7 +29,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``, which replaces it when the block ends without an error.
 
     Missing folders are made. On an error, or if the process dies, an existing ``path`` stays as it was.
