@@ -6,7 +6,7 @@ import argparse
 
 import training
 from lightning import DistillModule
-from wav2vec2.pruning_utils import PRUNING_UNITS
+from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.utils.checkpoint import load_model
 from wav2vec2.utils.files import UserError, run_script
 from wav2vec2.utils.flags import natural, positive, share

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 
 from dataset import AudioDataset, BucketedBatches, make_loader
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.onednn import Linear
-from wav2vec2.pruning_utils import count_parameters
+from wav2vec2.gating import count_parameters
 from wav2vec2.utils.files import UserError
 
 SEED = 2022
@@ -126,12 +125,12 @@ def distill_projections(
     heads = nn.ModuleList()
     for group in groups:
         if mode == "layer2layer":
-            linear = Linear(student_dim, teacher_dim)
+            linear = nn.Linear(student_dim, teacher_dim)
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
             heads.extend([linear] * len(group))
         else:
-            heads.extend(nn.Sequential(Linear(student_dim, teacher_dim), nn.GELU()) for _ in group)
+            heads.extend(nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for _ in group)
     return heads
 
 
@@ -275,7 +274,7 @@ class DistillModule(pl.LightningModule):
             **losses,
             "loss_reg": loss_reg,
             "sparsity_expected": sparsity,
-            "sparsity_target": target,
+            "sparsity_target": sparsity.new_full((), target),
             "lambda1": self.lambda1,
             "lambda2": self.lambda2,
         }

@@ -5,7 +5,8 @@ import argparse
 from pathlib import Path
 
 from wav2vec2 import PruningError, Wav2Vec2Model
-from wav2vec2.pruning_utils import PRUNING_UNITS, count_parameters
+from wav2vec2.config import PRUNING_UNITS
+from wav2vec2.gating import count_parameters
 from wav2vec2.utils.checkpoint import (
     build_model,
     read_checkpoint,

@@ -20,21 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from wav2vec2 import HardConcrete, Wav2Vec2Model
 from wav2vec2.components import ConvLayerBlock, EncoderLayer, FeedForward, SelfAttention, WavLMSelfAttention
-from wav2vec2.onednn import Linear
 
 
 def make_plain(model: Wav2Vec2Model) -> Wav2Vec2Model:
     """Lets ``model`` (its weights, names and config stay) compute plainly, in place; returns it."""
     model.__class__ = PlainModel
-    use_plain_linears(model)
     return model
-
-
-def use_plain_linears(module: nn.Module) -> None:
-    """Makes every linear layer below ``module`` torch's own, in place."""
-    for layer in module.modules():
-        if isinstance(layer, Linear):
-            layer.__class__ = nn.Linear
 
 
 class PlainModel(Wav2Vec2Model):
@@ -109,8 +100,8 @@ def normalize(waveforms: Tensor, lengths: Tensor) -> Tensor:
 def conv_block(block: ConvLayerBlock, x: Tensor) -> Tensor:
     """(batch, channel, frame) -> the same: convolution, norm, GELU, gate."""
     x = block.conv(x)
-    if isinstance(block.layer_norm, nn.LayerNorm):
-        x = block.layer_norm(x.transpose(1, 2)).transpose(1, 2)
+    if isinstance(norm := block.layer_norm, nn.LayerNorm):
+        x = F.layer_norm(x.transpose(1, 2), norm.normalized_shape, norm.weight, norm.bias).transpose(1, 2)
     elif block.layer_norm is not None:
         x = block.layer_norm(x)
     x = F.gelu(x)

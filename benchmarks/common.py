@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wav2vec2_model, wavlm_base
-from wav2vec2.pruning_utils import PRUNING_UNITS
+from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.utils.checkpoint import load_model
 from wav2vec2.utils.files import UserError
 from wav2vec2.utils.flags import positive, positive_int, share

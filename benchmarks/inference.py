@@ -4,7 +4,8 @@
 
 Each --model is a name or a checkpoint file; with --sparsity every name is followed by the same model pruned
 at random to that. Models are in evaluation mode under inference_mode, their weight norm folded, and take
-turns. The real-time factor is computing time over audio time: below 1 is faster than the audio.
+turns. Float32 linear layers on the CPU go through onednn.py, unless --torch_linear leaves them to torch. The
+real-time factor is computing time over audio time: below 1 is faster than the audio.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from common import (
     write_json,
 )
 
+import onednn
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.pruning_utils import count_parameters
+from wav2vec2.gating import count_parameters
 from wav2vec2.utils.cost import multiply_accumulates
 from wav2vec2.utils.files import run_script
 from wav2vec2.utils.flags import natural, positive, positive_int
@@ -48,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="utterances at once")
     parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of weights and waveforms")
     parser.add_argument("--compile", action="store_true", help="torch.compile for every model")
+    parser.add_argument("--torch_linear", action="store_true", help="torch's own linear layers on the CPU")
     parser.add_argument("--warmup", type=natural, default=2, help="runs before the timed ones")
     parser.add_argument(
         "--repeats", type=positive_int, default=7, help="timed runs, of which medians are taken"
@@ -87,6 +90,8 @@ def take_turns(
 def main() -> None:
     args = parse_args()
     device, dtype = choose_device(args), PRECISIONS[args.precision]
+    if not args.torch_linear:
+        onednn.enable()
     machine = describe(device)
     print_machine(machine)
     candidates = models(args)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from baseline import make_plain, use_plain_linears
+from baseline import make_plain
 from common import (
     MODELS,
     PRECISIONS,
@@ -43,6 +43,7 @@ from common import (
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import onednn
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import compile_models
 from wav2vec2 import Wav2Vec2Model
@@ -150,11 +151,10 @@ class Step:
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
         self.scheduler = schedule["scheduler"]
         if variant.kind == "baseline":
-            use_plain_linears(self.module.distill_linear_projs)
             groups = [{**group, "fused": None} for group in self.optimizer.param_groups]
             self.optimizer = torch.optim.AdamW(groups)
             self.scheduler = LinearDecayLRScheduler(self.optimizer, 15_000, 50_000)
-        self.device = device
+        self.device, self.kind = device, variant.kind
         self.dtype = PRECISIONS[variant.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=variant.precision == "16")
         self.clock = Clock(device)
@@ -171,6 +171,7 @@ class Step:
 
     def __call__(self, waveforms: Tensor) -> dict[str, tuple]:
         """Makes an update with waveforms (batch, time); returns the marks around each part of it."""
+        (onednn.disable if self.kind == "baseline" else onednn.enable)()
         marks = [self.clock.mark()]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.module._losses(waveforms, None)["loss"]

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
-from test_gates import FAMILIES, config_of, randomly_gated, without_dropout
+from conftest import ROOT
+from model_helpers import FAMILIES, randomly_gated, tiny_config, ungated, without_dropout
 from torch.testing import assert_close
 
 from wav2vec2 import wav2vec2_model
@@ -61,8 +61,7 @@ def test_the_plain_pruned_model_is_the_product(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plain_teacher_is_the_product_up_to_any_layer(family):
     torch.manual_seed(0)
-    gates = [key for key in config_of(family) if "_prune_" in key]
-    model = wav2vec2_model(**{**config_of(family), **dict.fromkeys(gates, False)}).eval().double()
+    model = ungated(family).eval().double()
     plain = make_plain(copy.deepcopy(model))
     waveforms = torch.randn(2, 6000, dtype=torch.float64)
     with torch.no_grad():

@@ -4,55 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_config
+from model_helpers import ALL_GATES, FAMILIES, config_of, randomly_gated
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
-import wav2vec2.components
-import wav2vec2.hardconcrete
-import wav2vec2.onednn
 from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
-from wav2vec2.pruning_utils import PRUNING_UNITS, count_parameters
-
-ALL_GATES = dict.fromkeys(PRUNING_UNITS.values(), True)
-LARGE = {
-    "extractor_mode": "layer_norm",
-    "extractor_conv_bias": True,
-    "encoder_layer_norm_first": True,
-    "normalize_waveform": True,
-}
-
-
-def without_dropout(**changes):
-    config = tiny_config(**changes)
-    return {**config, **{key: 0.0 for key in config if key.endswith("dropout") or key.endswith("layer_drop")}}
-
-
-def config_of(family):
-    changes = LARGE if "large" in family else {}
-    config = without_dropout(**ALL_GATES, **changes)
-    if "wavlm" in family:
-        del config["encoder_num_heads"], config["encoder_head_dim"]
-        config |= {
-            "encoder_total_num_heads": [4] * 3,
-            "encoder_remaining_heads": [[0, 1, 2, 3] for _ in range(3)],
-            "encoder_num_buckets": 32,
-            "encoder_max_distance": 64,
-        }
-    return config
-
-
-FAMILIES = ["hubert_base", "hubert_large", "wavlm_base", "wavlm_large"]
-
-
-def randomly_gated(family, seed, closed=0.6):
-    """A model whose gates' samples are closed, soft and open in turn."""
-    torch.manual_seed(seed)
-    model = wav2vec2_model(**config_of(family))
-    for gate in model.gates():
-        gate.log_alpha.data = torch.where(torch.rand(gate.n_in) < closed, -4.0, 1.0) + torch.randn(gate.n_in)
-        if gate.n_in == 1:
-            gate.log_alpha.data.fill_(4.0 if torch.rand(()) < 0.7 else -9.0)
-    return model
+from wav2vec2.gating import count_parameters
 
 
 def outputs_and_gradients(model, skip, multiple, waveforms, lengths):
@@ -83,20 +40,17 @@ def test_open_units_alone_give_the_masked_outputs_and_gradients(family, seed, mu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_open_units_alone_are_what_is_computed_with(family, monkeypatch):
+def test_open_units_alone_are_what_is_computed_with(family):
     model = randomly_gated(family, 0)
-    widths = []
-    linear = wav2vec2.onednn.linear
-    monkeypatch.setattr(
-        "wav2vec2.components.linear", lambda x, w, b=None: widths.append(w.numel()) or linear(x, w, b)
-    )
     model.width_multiple = 1
-    model.extract_features(torch.randn(1, 4000))
-    skipped = sum(widths)
-    widths.clear()
-    model.skip_closed_gates = False
-    model.extract_features(torch.randn(1, 4000))
-    assert skipped < 0.7 * sum(widths)
+    waveforms, work = torch.randn(1, 4000), []
+    for skip in (True, False):
+        model.skip_closed_gates = skip
+        torch.manual_seed(1)
+        with FlopCounterMode(display=False) as counter:
+            model.extract_features(waveforms)
+        work.append(counter.get_total_flops())
+    assert work[0] < 0.7 * work[1]
 
 
 def test_a_closed_head_leaves_the_next_update_free_to_open_it():
@@ -108,18 +62,15 @@ def test_a_closed_head_leaves_the_next_update_free_to_open_it():
     assert (gate.log_alpha.grad > 0).all()
 
 
-def test_the_evaluation_mask_is_made_anew_after_training():
+def test_the_evaluation_mask_follows_the_gates():
     model = wav2vec2_model(**config_of("hubert_base"))
     gate = model.gates()[0]
     model.eval()
     before = gate()
-    assert gate() is before
-    gate.training = True
     optimizer = torch.optim.AdamW([gate.log_alpha], lr=1.0, fused=True)
     gate.log_alpha.grad = torch.linspace(-1, 1, gate.n_in)
     for _ in range(5):
         optimizer.step()
-    model.eval()
     assert not torch.equal(gate(), before)
     assert (gate() == 0).sum() == round(gate.n_in - gate.l0_norm().item())
 
@@ -135,19 +86,6 @@ def test_samples_follow_the_hard_concrete_distribution():
     is_whole = torch.sigmoid(torch.tensor(0.5) - 2 / 3 * torch.log(torch.tensor(11.0))).item()
     assert (mask == 1).float().mean().item() == pytest.approx(is_whole, abs=0.01)
     assert mask.min() == 0 and mask.max() == 1
-
-
-def test_all_gates_are_drawn_from_one_call(monkeypatch):
-    model = wav2vec2_model(**config_of("wavlm_base"))
-    calls = []
-    sample = HardConcrete.sample
-    monkeypatch.setattr(
-        wav2vec2.hardconcrete.HardConcrete,
-        "sample",
-        lambda self, x: calls.append(x.numel()) or sample(self, x),
-    )
-    model.extract_features(torch.randn(1, 4000))
-    assert calls == [sum(gate.n_in for gate in model.gates())]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -238,76 +176,11 @@ def test_round_to_rounds_widths_up():
     assert exact[3] == rounded[3]
 
 
-def test_folding_the_weight_norm_changes_nothing_but_where_it_is_computed():
-    torch.manual_seed(0)
-    model = wav2vec2_model(**without_dropout()).eval()
-    waveforms = torch.randn(1, 8000)
-    with torch.no_grad():
-        expected, _ = model.extract_features(waveforms)
-        names = model.state_dict().keys()
-        assert_close(model.fold_weight_norm().extract_features(waveforms)[0], expected)
-        assert model.state_dict().keys() == names
-        model.encoder.transformer.pos_conv_embed.conv.weight_g.mul_(2)
-        assert_close(model.extract_features(waveforms)[0], expected)
-        model.train().eval()
-        assert not torch.allclose(model.extract_features(waveforms)[0][-1], expected[-1])
-
-
-def test_layer_drop_acts_in_forward_alone():
-    torch.manual_seed(0)
-    model = wav2vec2_model(**{**without_dropout(), "encoder_layer_drop": 1.0})
-    waveforms = torch.randn(1, 8000)
-    states, _ = model.extract_features(waveforms)
-    assert not torch.equal(states[1], states[3])
-    dropped, _ = model(waveforms)
-    assert not torch.allclose(dropped, states[3])
-    assert torch.allclose(model.eval()(waveforms)[0], states[3])
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_has_no_influence_on_what_is_valid(family):
-    torch.manual_seed(0)
-    model = wav2vec2_model(
-        **{**config_of(family), **dict.fromkeys(ALL_GATES, False), "extractor_mode": "layer_norm"}
-    )
-    model.eval()
-    short = torch.randn(1, 5000)
-    padded = torch.cat([short, torch.randn(1, 3000)], dim=1)
-    batch = torch.cat([padded, torch.randn(1, 8000)])
-    with torch.no_grad():
-        alone, _ = model.extract_features(short)
-        together, lengths = model.extract_features(batch, torch.tensor([5000, 8000]))
-    frames = int(lengths[0])
-    assert frames == alone[0].size(1)
-    for expected, actual in zip(alone, together, strict=True):
-        assert_close(actual[:1, :frames], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(3, 24), (2, 5, 24), (2, 0, 24)])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_layers_by_onednn_equal_torchs(shape, with_bias):
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(shape), torch.randn(17, 24), torch.randn(17) if with_bias else None
-    results = []
-    for function in (torch.nn.functional.linear, wav2vec2.onednn.linear):
-        leaves = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
-        y = function(*leaves)
-        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
-    assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
-    strided = torch.randn(24, 4, 6).transpose(0, 2)
-    expected = torch.nn.functional.linear(strided, weight, bias)
-    assert_close(wav2vec2.onednn.linear(strided, weight, bias), expected, rtol=1e-5, atol=1e-5)
-    assert wav2vec2.onednn.linear(x.double(), weight.double()).dtype == torch.float64
-    with torch.autocast("cpu", torch.bfloat16):
-        assert wav2vec2.onednn.linear(x, weight).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_validation_caches_serves_training(family):
+def test_evaluation_under_inference_mode_leaves_training_free(family):
     torch.manual_seed(0)
     model = wav2vec2_model(**config_of(family))
     waveforms = torch.randn(1, 4160)
-    wav2vec2.components.relative_buckets.cache_clear()
     with torch.inference_mode():
         model.eval().extract_features(waveforms)
         model.get_num_params()
@@ -316,10 +189,64 @@ def test_what_validation_caches_serves_training(family):
     assert all(gate.log_alpha.grad is not None for gate in model.gates())
 
 
-def test_the_expected_size_moves_with_the_model_also_under_inference_mode():
+def test_the_expected_size_survives_a_move_and_a_change_of_precision():
     model = wav2vec2_model(**config_of("hubert_base"))
-    model.get_num_params()
+    expected = model.get_num_params().item()
+    assert model.half().get_num_params().item() == pytest.approx(expected, rel=1e-3)
+    assert model.double().get_num_params().dtype == torch.float64
     model.to("meta")
-    with torch.inference_mode():
-        model.get_num_params()
-    model.get_num_params().backward()
+    assert model.get_num_params().is_meta
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["open units alone", "all units"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_leaves_the_weights_as_they_were(family, skip):
+    model = randomly_gated(family, 1)
+    model.skip_closed_gates = skip
+    parameters = dict(model.named_parameters())
+    states, _ = model.extract_features(torch.randn(1, 4000))
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    # A gradient that no weight has part in, and one that all have.
+    for inputs in ([states[2]], list(model.encoder.transformer.layers[1].parameters())):
+        torch.autograd.grad(states[3].sum(), inputs, retain_graph=True, allow_unused=True)
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_a_backward_pass_that_fails_leaves_the_state_dict_whole():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("out of memory")
+
+    model = randomly_gated("hubert_base", 1)
+    layer = model.encoder.transformer.layers[1]
+    layer.register_forward_hook(lambda module, args, output: Fails.apply(output))
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    states, _ = model.extract_features(torch.randn(1, 4000))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        states[-1].sum().backward()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_two_passes_may_wait_for_their_backward_pass():
+    """Each goes back through the units that it drew."""
+    first, second = torch.randn(1, 4000), torch.randn(1, 4000)
+    gradients = []
+    for together in (True, False):
+        model = randomly_gated("wavlm_base", 4)
+        model.encoder.transformer.activation_checkpointing = True
+        torch.manual_seed(3)
+        losses = [model.extract_features(first)[0][-1].sum()]
+        if not together:
+            losses.pop().backward()
+        losses.append(model.extract_features(second)[0][-1].sum())
+        sum(losses).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-4, msg=name)

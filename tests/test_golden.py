@@ -1,30 +1,11 @@
 """The model against recordings of the original: hidden states, sizes, gates and pruning."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from torch.testing import assert_close
+from model_helpers import build, close, recorded
 
-from wav2vec2 import wav2vec2_model
-
-GOLDEN = Path(__file__).parent / "golden"
 TINY = ["hubert_base_tiny", "hubert_large_tiny", "wavlm_base_tiny", "wavlm_large_tiny"]
 PRUNED = ["prune_hubert", "prune_hubert_large", "prune_wavlm"]
-
-
-def recorded(name):
-    return torch.load(GOLDEN / f"{name}.pt", weights_only=True)
-
-
-def build(config, state_dict):
-    model = wav2vec2_model(**config)
-    model.load_state_dict(state_dict, strict=True)
-    return model.eval()
-
-
-def close(actual, expected):
-    assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -1,5 +1,6 @@
 """A prunable wav2vec 2.0, HuBERT and WavLM, after DPHuBERT (Peng et al. 2023)."""
 
+from .gating import PruningError
 from .hardconcrete import HardConcrete
 from .model import (
     Wav2Vec2Model,
@@ -13,7 +14,6 @@ from .model import (
     wavlm_base,
     wavlm_large,
 )
-from .pruning_utils import PruningError
 
 __all__ = [
     "HardConcrete",

@@ -1,5 +1,8 @@
-"""The parts of wav2vec 2.0, HuBERT and WavLM. A gated part knows three things of itself: its expected size
-(``size``), how to compute under its gates (``forward``) and how to cut what they closed (``prune``).
+"""The parts of wav2vec 2.0, HuBERT and WavLM: ordinary modules that compute with the weights they have.
+
+Some own a gate, which gating.py draws; no ``forward`` here knows of it. A gated model runs with narrowed
+weights in these modules, a pruned one keeps them, and either way the number of channels, heads or features is
+that of the tensors at hand.
 
 Shapes: waveforms (batch, time), convolutional features (batch, channel, frame), else (batch, frame, feature).
 """
@@ -8,32 +11,61 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .hardconcrete import ALL_UNITS, HardConcrete, Units, closed_branch, units_of
-from .onednn import Linear, linear
-from .pruning_utils import PruningError, Size, keep, keep_inputs, keep_outputs
+from .hardconcrete import HardConcrete
 
 MASKED = -10_000.0
 """Added to the attention logits of padded keys: exp() of it is 0, and a row of nothing else stays finite."""
 
 
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """``norm(x)`` in the precision of its weights, also under a CPU's autocast, which would not see to it."""
-    return norm(x.to(norm.weight.dtype))
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over features in the precision of its weights, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, frame, feature) -> the same."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class ChannelLayerNorm(LayerNorm):
+    """Layer norm of each frame over its channels, of which it then passes on those in ``channels``.
+
+    ``channels`` is None, for all, but while gates narrow the model: the statistics of a frame are taken over
+    all its channels, also over those whose gate is closed.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_channels)
+        self.register_buffer("channels", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channel, frame) -> the same."""
+        x = super().forward(x.transpose(1, 2))
+        return (x if self.channels is None else x.index_select(2, self.channels)).transpose(1, 2)
+
+
+class ChannelGroupNorm(nn.GroupNorm):
+    """Group norm with a group a channel: each channel is normalised over time."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_channels, num_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channel, frame) -> the same."""
+        return F.group_norm(x.to(self.weight.dtype), x.size(1), self.weight, self.bias, self.eps)
 
 
 class ConvLayerBlock(nn.Module):
-    """One block of the feature extractor: convolution, norm, GELU, times its gate.
+    """One block of the feature extractor: convolution, norm, GELU.
 
     Args:
         in_channels, out_channels, kernel_size, stride, bias: of the convolution.
         norm: "group" (each channel over time), "layer" (each frame over channels) or None.
-        gated: a gate on the output channels.
+        gated: it owns a gate on the output channels.
     """
 
     def __init__(
@@ -50,70 +82,20 @@ class ConvLayerBlock(nn.Module):
         self.kernel_size = kernel_size
         self.stride = stride
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
-        if norm == "group":
-            self.layer_norm = nn.GroupNorm(out_channels, out_channels)
-        else:
-            self.layer_norm = nn.LayerNorm(out_channels) if norm == "layer" else None
+        norms = {"group": ChannelGroupNorm, "layer": ChannelLayerNorm}
+        self.layer_norm = None if norm is None else norms[norm](out_channels)
         self.hard_concrete = HardConcrete(out_channels, init_mean=0.01) if gated else None
         nn.init.kaiming_normal_(self.conv.weight)
 
-    def forward(self, x: Tensor, length: Tensor | None, inputs: Units) -> tuple[Tensor, Tensor | None, Units]:
-        """
-        Args:
-            x: (batch, open input channel, frame), not yet masked.
-            length: (batch,) valid frames, or None.
-            inputs: the units of ``x``; the weights that read them carry their mask.
-        Returns:
-            The same for the output.
-        """
-        units = units_of(self.hard_concrete)
-        conv, norm = self.conv, self.layer_norm
-        per_frame = isinstance(norm, nn.LayerNorm)
-        made = ALL_UNITS if per_frame else units
-        bias = None if conv.bias is None else made.rows(conv.bias)
-        x = F.conv1d(x, inputs.columns(made.rows(conv.weight)), bias, conv.stride)
-        if per_frame:
-            x = units.select(layer_norm(norm, x.transpose(1, 2)), -1).transpose(1, 2)
-        elif norm is not None:
-            x = x.to(norm.weight.dtype)
-            x = F.group_norm(x, x.size(1), units.rows(norm.weight), units.rows(norm.bias), norm.eps)
-        x = F.gelu(x)
-        if length is not None:
-            length = (torch.div(length - self.kernel_size, self.stride, rounding_mode="floor") + 1).clamp(
-                min=0
-            )
-        return x, length, units
-
-    @property
-    def out_channels(self) -> int:
-        return self.conv.out_channels
-
-    def size(self, in_channels: Size) -> tuple[Size, Size]:
-        """Returns the expected number of parameters, and of output channels."""
-        width = Size.width(self.hard_concrete, self.out_channels)
-        per_channel = (self.conv.bias is not None) + 2 * (self.layer_norm is not None)
-        return width * (in_channels * self.kernel_size + per_channel), width
-
-    def prune(self, inputs: Units, round_to: int) -> Units:
-        """Keeps the input channels ``inputs``, whose mask it takes over, and its own open ones, returned."""
-        if inputs.index is not None:
-            self.conv.weight = nn.Parameter(inputs.columns(self.conv.weight.detach()))
-            self.conv.in_channels = len(inputs.index)
-        if self.hard_concrete is None:
-            return ALL_UNITS
-        units = kept(self.hard_concrete, round_to)
-        keep(self.conv, "weight", units.index, 0)
-        keep(self.conv, "bias", units.index, 0)
-        self.conv.out_channels = len(units.index)
+    def forward(self, x: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(batch, channel, frame) and (batch,) valid frames or None -> the same of the output."""
+        x = self.conv(x)
         if self.layer_norm is not None:
-            keep(self.layer_norm, "weight", units.index, 0)
-            keep(self.layer_norm, "bias", units.index, 0)
-            if isinstance(self.layer_norm, nn.GroupNorm):
-                self.layer_norm.num_groups = self.layer_norm.num_channels = len(units.index)
-            else:
-                self.layer_norm.normalized_shape = (len(units.index),)
-        self.hard_concrete = None
-        return units
+            x = self.layer_norm(x)
+        if length is not None:
+            steps = torch.div(length - self.kernel_size, self.stride, rounding_mode="floor")
+            length = (steps + 1).clamp(min=0)
+        return F.gelu(x), length
 
 
 class FeatureExtractor(nn.Module):
@@ -134,8 +116,6 @@ class FeatureExtractor(nn.Module):
         prune_conv_channels: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in ("group_norm", "layer_norm"):
-            raise ValueError(f'extractor_mode is "group_norm" or "layer_norm", not {mode!r}')
         self.conv_layers = nn.ModuleList()
         in_channels = 1
         for i, (channels, kernel, stride) in enumerate(conv_layer_config):
@@ -152,35 +132,12 @@ class FeatureExtractor(nn.Module):
             waveforms: (batch, time).
             length: (batch,) valid samples, or None.
         Returns:
-            Features (batch, frame, channel), closed channels as zeros, and their lengths (batch,) or None.
+            Features (batch, frame, channel) and their lengths (batch,) or None.
         """
-        x, units = waveforms.unsqueeze(1), ALL_UNITS
+        x = waveforms.unsqueeze(1)
         for layer in self.conv_layers:
-            x, length, units = layer(x, length, units)
-        x = units.spread(x.transpose(1, 2), len(self.dummy_weight))
-        return x * self.dummy_weight, length
-
-    @property
-    def config(self) -> list[tuple[int, int, int]]:
-        return [(layer.out_channels, layer.kernel_size, layer.stride) for layer in self.conv_layers]
-
-    def size(self) -> tuple[Size, Size]:
-        """Returns the expected number of parameters (``dummy_weight`` too), and of output channels."""
-        total, width = Size({(): 0}), Size({(): 1})
-        for layer in self.conv_layers:
-            own, width = layer.size(width)
-            total = total + own
-        return total + width, width
-
-    def prune(self, round_to: int) -> Units:
-        """Cuts closed channels; ``dummy_weight`` takes over the last mask. Returns what is left there."""
-        units = ALL_UNITS
-        for layer in self.conv_layers:
-            units = layer.prune(units, round_to)
-        if units.index is not None:
-            keep(self, "dummy_weight", units.index, 0)
-            self.dummy_weight.detach().mul_(units.mask)
-        return units
+            x, length = layer(x, length)
+        return (x * self.dummy_weight.unsqueeze(-1)).transpose(1, 2), length
 
 
 class FeatureProjection(nn.Module):
@@ -188,23 +145,13 @@ class FeatureProjection(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, dropout: float) -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(in_features)
-        self.projection = Linear(in_features, out_features)
+        self.layer_norm = LayerNorm(in_features)
+        self.projection = nn.Linear(in_features, out_features)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, frame, channel) -> (batch, frame, feature)."""
-        return self.dropout(self.projection(layer_norm(self.layer_norm, x)))
-
-    def size(self, in_features: Size) -> Size:
-        return in_features * (2 + self.projection.out_features) + self.projection.out_features
-
-    def prune(self, inputs: Units) -> None:
-        if inputs.index is not None:
-            keep(self.layer_norm, "weight", inputs.index, 0)
-            keep(self.layer_norm, "bias", inputs.index, 0)
-            self.layer_norm.normalized_shape = (len(inputs.index),)
-            keep_inputs(self.projection, inputs.index)
+        return self.dropout(self.projection(self.layer_norm(x)))
 
 
 class WeightNormConv1d(nn.Conv1d):
@@ -268,41 +215,15 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         return F.gelu(x).transpose(1, 2)
 
 
-def kept(gate: HardConcrete, round_to: int = 1) -> Units:
-    """The units that ``gate`` leaves in evaluation mode, as :class:`Units` with an index."""
-    mask = gate.evaluation_mask(round_to)
-    index = mask.nonzero().squeeze(-1)
-    return Units(mask[index], index)
-
-
-def read_units(reader: nn.Linear, x: Tensor, units: Units, layer: Units) -> Tensor:
-    """``reader`` on x (batch, frame, open unit x width), under the masks of ``units`` and of the branch."""
-    n = reader.in_features if units.index is None else x.size(-1)
-    per_unit = n if units.mask is None else len(units.mask)
-    weight = reader.weight if units.mask is None else reader.weight.unflatten(1, (-1, n // per_unit))
-    weight = layer.scale(units.columns(weight).flatten(1))
-    return linear(x, weight, layer.scale(reader.bias))
-
-
-def fold_branch_gate(gate: HardConcrete | None, output: nn.Linear) -> bool:
-    """Folds the gate of a whole branch into its last layer ``output``. Returns whether it is open."""
-    if gate is None:
-        return True
-    scale = gate.evaluation_mask()
-    output.weight.detach().mul_(scale)
-    output.bias.detach().mul_(scale)
-    return bool(scale != 0)
-
-
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with gates on heads and on the whole branch.
+    """Multi-head self-attention.
 
     Args:
         embed_dim: features in and out.
-        num_heads: heads.
-        head_dim: features a head.
+        num_heads: heads; none is possible, and leaves the bias of ``out_proj``.
+        head_dim: features of a head.
         dropout: of the attention weights.
-        prune_heads, prune_layer: gates.
+        prune_heads, prune_layer: it owns a gate on its heads, and one on the whole branch.
     """
 
     def __init__(
@@ -315,79 +236,62 @@ class SelfAttention(nn.Module):
         prune_layer: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.head_dim = head_dim
         self.dropout = dropout
-        for name in ("k_proj", "v_proj", "q_proj"):
-            setattr(self, name, bert_linear(embed_dim, num_heads * head_dim))
+        self.k_proj = bert_linear(embed_dim, num_heads * head_dim)
+        self.v_proj = bert_linear(embed_dim, num_heads * head_dim)
+        self.q_proj = bert_linear(embed_dim, num_heads * head_dim)
         self.out_proj = bert_linear(num_heads * head_dim, embed_dim)
+        gated = num_heads > 0
         self.hard_concrete_for_heads = (
-            HardConcrete(num_heads, init_mean=0.01) if prune_heads and num_heads else None
+            HardConcrete(num_heads, init_mean=0.01) if prune_heads and gated else None
         )
-        if self.hard_concrete_for_heads is not None:
-            self.hard_concrete_for_heads.unit_features = head_dim
-        self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and num_heads else None
+        self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and gated else None
 
-    def relative_positions(self, frames: int) -> Tensor | None:
-        """The position bias (head, frame, frame) that all layers share, made once a pass; None here."""
+    @property
+    def num_heads(self) -> int:
+        return self.q_proj.out_features // self.head_dim
+
+    def position_bias(self, frames: int) -> Tensor | None:
+        """A bias by position, (head, frame, frame), that the first layer computes for all; None here."""
         return None
 
-    def bias(
-        self, x: Tensor, positions: Tensor | None, padding: Tensor | None, heads: Units
+    def attention_bias(
+        self, x: Tensor, position_bias: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor | None:
-        """What is added to the logits of the open ``heads``, broadcastable to (batch, head, frame, frame)."""
-        return padding
+        """What is added to the logits, broadcastable to (batch, head, frame, frame)."""
+        return attention_mask
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, position_bias: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             x: (batch, frame, feature).
-            positions: what ``relative_positions`` of the first layer made.
-            padding: (batch, 1, 1, frame) to add to the logits, or None where every utterance is whole.
+            position_bias: what ``position_bias`` of the first layer returned.
+            attention_mask: (batch, 1, 1, frame) to add to the logits, or None where every utterance is whole.
         """
-        layer = units_of(self.hard_concrete_for_layer)
-        if layer.closed:
-            return closed_branch(self, x)
-        if self.num_heads == 0:
-            return self.out_proj.bias.expand_as(x)
-        heads = units_of(self.hard_concrete_for_heads)
+        q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        bias = self.attention_bias(x, position_bias, attention_mask)
+        context = attend(q, k, v, bias, self.dropout if self.training else 0.0)
+        return self.out_proj(context.transpose(1, 2).flatten(2))
 
-        def project(layer: nn.Linear) -> Tensor:
-            weight = heads.rows(layer.weight.unflatten(0, (-1, self.head_dim))).flatten(0, 1)
-            bias = heads.rows(layer.bias.unflatten(0, (-1, self.head_dim))).flatten()
-            return linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(batch, frame, head x feature) -> (batch, head, frame, feature)."""
+        if x.size(-1) == self.head_dim:
+            return x.unsqueeze(1)  # the same, whose strides torch.export can follow
+        return x.unflatten(-1, (x.size(-1) // self.head_dim, self.head_dim)).transpose(1, 2)
 
-        q, k, v = project(self.q_proj), project(self.k_proj), project(self.v_proj)
-        bias = self.bias(x, positions, padding, heads)
-        dropout = self.dropout if self.training else 0.0
-        bias = None if bias is None else bias.to(q.dtype)
-        context = F.scaled_dot_product_attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
-        return read_units(self.out_proj, context, heads, layer)
 
-    def size(self) -> Size:
-        heads = Size.width(self.hard_concrete_for_heads, self.num_heads)
-        embed_dim = self.out_proj.out_features
-        per_head = 4 * embed_dim * self.head_dim + 3 * self.head_dim
-        return Size.width(self.hard_concrete_for_layer, 1) * (heads * per_head + embed_dim)
-
-    def prune(self) -> bool:
-        """Cuts closed heads and folds the masks into ``out_proj``. Returns whether anything is left."""
-        use = fold_branch_gate(self.hard_concrete_for_layer, self.out_proj)
-        self.hard_concrete_for_layer = None
-        if self.hard_concrete_for_heads is not None:
-            heads = kept(self.hard_concrete_for_heads)
-            self.keep_heads(heads.index, heads.mask)
-            self.hard_concrete_for_heads = None
-        return use and self.num_heads > 0
-
-    def keep_heads(self, index: Tensor, mask: Tensor | None = None) -> None:
-        features = (
-            index.unsqueeze(-1) * self.head_dim + torch.arange(self.head_dim, device=index.device)
-        ).flatten()
-        for projection in (self.k_proj, self.v_proj, self.q_proj):
-            keep_outputs(projection, features)
-        keep_inputs(self.out_proj, features, None if mask is None else mask.repeat_interleave(self.head_dim))
-        self.num_heads = len(index)
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention of (batch, head, frame, feature), under ``bias`` added to the logits."""
+    bias = None if bias is None else bias.to(q.dtype)
+    if q.size(1) == 0:
+        # Fused kernels may refuse to compute no head. Written out, nothing is computed, and the gradients of
+        # all that takes part are zeros, which optimisers and DDP expect of every parameter.
+        logits = q @ k.transpose(2, 3)
+        return (logits if bias is None else logits + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout)
 
 
 class WavLMSelfAttention(SelfAttention):
@@ -397,7 +301,8 @@ class WavLMSelfAttention(SelfAttention):
         embed_dim: features in and out.
         total_num_heads: heads of the first model, which the position bias and its gate are made for.
         remaining_heads: which of them are left here.
-        num_buckets, max_distance: of the relative positions; None but in the layer that makes the bias.
+        num_buckets, max_distance: of the relative positions; None but in the first layer, which computes the
+            position bias for all.
         dropout, prune_heads, prune_layer: as for :class:`SelfAttention`.
     """
 
@@ -415,7 +320,9 @@ class WavLMSelfAttention(SelfAttention):
         head_dim = embed_dim // total_num_heads
         super().__init__(embed_dim, len(remaining_heads), head_dim, dropout, prune_heads, prune_layer)
         self.total_num_heads = total_num_heads
-        self.remaining_heads = list(remaining_heads)
+        # On the CPU also where a model is built on "meta", to be given the tensors of a checkpoint.
+        remaining = torch.tensor(remaining_heads, dtype=torch.long, device="cpu")
+        self.register_buffer("remaining_heads", remaining, persistent=False)
         self.num_buckets = num_buckets
         self.max_distance = max_distance
         if num_buckets is not None:
@@ -425,54 +332,36 @@ class WavLMSelfAttention(SelfAttention):
         if not remaining_heads:
             nn.init.zeros_(self.out_proj.bias)
 
-    def relative_positions(self, frames: int) -> Tensor:
-        buckets = relative_buckets(
-            frames, self.num_buckets, self.max_distance, self.rel_attn_embed.weight.device
-        )
-        by_distance = self.rel_attn_embed(buckets).T
-        return by_distance.unfold(1, frames, 1).flip(1)
+    def position_bias(self, frames: int) -> Tensor:
+        place = torch.arange(frames, device=self.rel_attn_embed.weight.device)
+        distance = torch.arange(1 - frames, frames, device=place.device)
+        buckets = relative_buckets(distance, self.num_buckets, self.max_distance)
+        return self.rel_attn_embed(buckets[place - place.unsqueeze(1) + frames - 1]).permute(2, 0, 1)
 
-    def bias(self, x: Tensor, positions: Tensor | None, padding: Tensor | None, heads: Units) -> Tensor:
-        whole = len(self.remaining_heads) == self.total_num_heads
-        which = heads.index if whole else heads.rows(torch.tensor(self.remaining_heads, device=x.device))
-        which = Units(index=which)
-        query = which.select(x.unflatten(-1, (self.total_num_heads, -1)), 2).transpose(1, 2)
-        gates = torch.sigmoid(self.gru_rel_pos_linear(query).unflatten(-1, (2, 4)).sum(-1))
+    def attention_bias(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor | None) -> Tensor:
+        query = x.unflatten(-1, (self.total_num_heads, -1))
+        const, positions = self.gru_rel_pos_const, position_bias
+        if len(self.remaining_heads) < self.total_num_heads:
+            query = query.index_select(2, self.remaining_heads)
+            const = const.index_select(1, self.remaining_heads)
+            positions = positions.index_select(0, self.remaining_heads)
+        gates = torch.sigmoid(self.gru_rel_pos_linear(query.transpose(1, 2)).unflatten(-1, (2, 4)).sum(-1))
         update, reset = gates.chunk(2, dim=-1)
-        gate = update * (reset * which.select(self.gru_rel_pos_const, 1) - 1) + 2
-        bias = gate * which.select(positions, 0)
-        return bias if padding is None else bias + padding
-
-    def size(self) -> Size:
-        position = self.gru_rel_pos_const.numel() + sum(
-            p.numel() for p in self.gru_rel_pos_linear.parameters()
-        )
-        if self.num_buckets is None:
-            return super().size() + Size.width(self.hard_concrete_for_layer, 1) * position
-        return super().size() + position + self.rel_attn_embed.weight.numel()
-
-    def keep_heads(self, index: Tensor, mask: Tensor | None = None) -> None:
-        super().keep_heads(index, mask)
-        self.remaining_heads = [self.remaining_heads[i] for i in index.tolist()]
+        bias = (update * (reset * const - 1) + 2) * positions
+        return bias if attention_mask is None else bias + attention_mask
 
 
-@lru_cache(maxsize=16)
-def relative_buckets(frames: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
-    """T5's buckets of the relative positions, key - query = 1 - frames ... frames - 1.
+def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+    """T5's buckets of relative positions (Raffel et al. 2020, section 2.1).
 
     Half of ``num_buckets`` for each direction; of these, half are exact and half logarithmic up to
-    ``max_distance`` (Raffel et al. 2020, section 2.1).
+    ``max_distance``.
 
+    Args:
+        distance: key - query in frames, a LongTensor of any shape.
     Returns:
-        LongTensor (2 frames - 1,).
+        LongTensor of the same shape.
     """
-    # The cache serves training too, which could not use tensors made under inference mode.
-    with torch.inference_mode(False):
-        return _relative_buckets(frames, num_buckets, max_distance).to(device)
-
-
-def _relative_buckets(frames: int, num_buckets: int, max_distance: int) -> Tensor:
-    distance = torch.arange(1 - frames, frames)
     half = num_buckets // 2
     exact = half // 2
     magnitude = distance.abs()
@@ -482,7 +371,13 @@ def _relative_buckets(frames: int, num_buckets: int, max_distance: int) -> Tenso
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them; gates on the features between and on the whole branch."""
+    """Two linear layers with GELU between them.
+
+    Args:
+        io_features, intermediate_features: at its ends and between.
+        intermediate_dropout, output_dropout: after GELU, and at the end.
+        prune_intermediate, prune_layer: it owns a gate on the features between, and one on the whole branch.
+    """
 
     def __init__(
         self,
@@ -498,41 +393,16 @@ class FeedForward(nn.Module):
         self.intermediate_dropout = nn.Dropout(intermediate_dropout)
         self.output_dense = bert_linear(intermediate_features, io_features)
         self.output_dropout = nn.Dropout(output_dropout)
+        gated = intermediate_features > 0
         self.hard_concrete_for_intermediate = (
-            HardConcrete(intermediate_features) if prune_intermediate else None
+            HardConcrete(intermediate_features) if prune_intermediate and gated else None
         )
-        self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer else None
+        self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, frame, feature) -> the same."""
-        layer = units_of(self.hard_concrete_for_layer)
-        if layer.closed:
-            return closed_branch(self, x)
-        units = units_of(self.hard_concrete_for_intermediate)
-        dense = self.intermediate_dense
-        x = F.gelu(linear(x, units.rows(dense.weight), units.rows(dense.bias)))
-        x = self.intermediate_dropout(x)
-        return self.output_dropout(read_units(self.output_dense, x, units, layer))
-
-    @property
-    def intermediate_features(self) -> int:
-        return self.intermediate_dense.out_features
-
-    def size(self) -> Size:
-        width = Size.width(self.hard_concrete_for_intermediate, self.intermediate_features)
-        features = self.output_dense.out_features
-        return Size.width(self.hard_concrete_for_layer, 1) * (width * (2 * features + 1) + features)
-
-    def prune(self, round_to: int) -> bool:
-        """Cuts closed features, folds the masks into ``output_dense``. Returns whether anything is left."""
-        use = fold_branch_gate(self.hard_concrete_for_layer, self.output_dense)
-        self.hard_concrete_for_layer = None
-        if self.hard_concrete_for_intermediate is not None:
-            units = kept(self.hard_concrete_for_intermediate, round_to)
-            keep_outputs(self.intermediate_dense, units.index)
-            keep_inputs(self.output_dense, units.index, units.mask)
-            self.hard_concrete_for_intermediate = None
-        return use and self.intermediate_features > 0
+        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
+        return self.output_dropout(self.output_dense(x))
 
 
 class EncoderLayer(nn.Module):
@@ -556,39 +426,27 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
-        self.layer_norm = nn.LayerNorm(embed_dim)
+        self.layer_norm = LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first
         self.feed_forward = feed_forward
-        self.final_layer_norm = nn.LayerNorm(embed_dim)
+        self.final_layer_norm = LayerNorm(embed_dim)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """(batch, frame, feature) -> the same; ``positions`` and ``padding`` as for the attention."""
-        before, after = (layer_norm, _identity) if self.layer_norm_first else (_identity, layer_norm)
+    def forward(
+        self, x: Tensor, position_bias: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """(batch, frame, feature) -> the same; the other two as for :class:`SelfAttention`."""
+        if self.layer_norm_first:
+            if self.attention is not None:
+                x = x + self.dropout(self.attention(self.layer_norm(x), position_bias, attention_mask))
+            if self.feed_forward is not None:
+                x = x + self.feed_forward(self.final_layer_norm(x))
+            return x
         if self.attention is not None:
-            x = x + self.dropout(self.attention(before(self.layer_norm, x), positions, padding))
-        x = after(self.layer_norm, x)
+            x = x + self.dropout(self.attention(x, position_bias, attention_mask))
+        x = self.layer_norm(x)
         if self.feed_forward is not None:
-            x = x + self.feed_forward(before(self.final_layer_norm, x))
-        return after(self.final_layer_norm, x)
-
-    def size(self) -> Size:
-        total = Size({(): 2 * sum(p.numel() for p in self.layer_norm.parameters())})
-        for branch in (self.attention, self.feed_forward):
-            if branch is not None:
-                total = total + branch.size()
-        return total
-
-    def prune(self, round_to: int) -> None:
-        """Cuts the branches and removes empty ones, but for the attention that makes the position bias."""
-        if self.attention is not None and not self.attention.prune():
-            if getattr(self.attention, "num_buckets", None) is None:
-                self.attention = None
-            else:
-                self.attention.keep_heads(
-                    torch.empty(0, dtype=torch.long, device=self.attention.out_proj.bias.device)
-                )
-        if self.feed_forward is not None and not self.feed_forward.prune(round_to):
-            self.feed_forward = None
+            x = x + self.feed_forward(x)
+        return self.final_layer_norm(x)
 
 
 class Transformer(nn.Module):
@@ -605,41 +463,46 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.pos_conv_embed = pos_conv_embed
-        self.layer_norm = nn.LayerNorm(embed_dim)
+        self.layer_norm = LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first
         self.layer_drop = layer_drop
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
+        self.activation_checkpointing = False
+        """Compute each layer again in the backward pass, which saves the memory of its activations."""
 
-    def layer_outputs(
-        self, x: Tensor, padding: Tensor | None, num_layers: int, layer_drop: float = 0.0
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, num_layers: int | None = None, layer_drop: float = 0.0
     ) -> list[Tensor]:
         """
         Args:
             x: (batch, frame, feature), the projected features.
-            padding: as for the attention.
-            num_layers: how many layers to run.
+            attention_mask: as for :class:`SelfAttention`.
+            num_layers: how many layers to run, all for None.
             layer_drop: probability of skipping a layer.
         Returns:
             The outputs of the layers, each (batch, frame, feature).
         """
+        # The residual stream has the precision of the norms' weights also under autocast: what is rounded
+        # between layers adds up over a Large model's 24.
+        x = x.to(self.layer_norm.weight.dtype)
         x = x + self.pos_conv_embed(x)
         if not self.layer_norm_first:
-            x = layer_norm(self.layer_norm, x)
+            x = self.layer_norm(x)
         x = self.dropout(x)
-        maker = self.layers[0].attention
-        positions = None if maker is None else maker.relative_positions(x.size(1))
+        first = self.layers[0].attention
+        position_bias = None if first is None else first.position_bias(x.size(1))
         outputs = []
         for layer in self.layers[:num_layers]:
             if not (layer_drop and torch.rand(()).item() < layer_drop):
-                x = layer(x, positions, padding)
+                x = self._run(layer, x, position_bias, attention_mask)
             outputs.append(x)
         return outputs
 
-    def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """(batch, frame, feature) -> the output of the last layer, normalised."""
-        x = self.layer_outputs(x, padding, len(self.layers), self.layer_drop if self.training else 0.0)[-1]
-        return layer_norm(self.layer_norm, x) if self.layer_norm_first else x
+    def _run(self, layer: nn.Module, *args: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
 
 class Encoder(nn.Module):
@@ -650,66 +513,39 @@ class Encoder(nn.Module):
         self.feature_projection = feature_projection
         self.transformer = transformer
 
-    def project(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor | None = None,
+        num_layers: int | None = None,
+        layer_drop: float = 0.0,
+    ) -> list[Tensor]:
         """
         Args:
             features: (batch, frame, channel).
             lengths: (batch,) valid frames, or None where every utterance is whole.
+            num_layers: how many layers to run, all for None.
+            layer_drop: probability of skipping a layer.
         Returns:
-            (batch, frame, feature), zero where padded, and what to add to the attention logits
-            (batch, 1, 1, frame) or None.
+            The projected features, zero where padded, and the outputs of the layers, (batch, frame, feature).
         """
-        x = self.feature_projection(features)
-        if lengths is None:
-            return x, None
-        padded = torch.arange(x.size(1), device=x.device) >= lengths.unsqueeze(-1)
-        x = x.masked_fill(padded.unsqueeze(-1), 0.0)
-        return x, torch.zeros_like(padded, dtype=x.dtype).masked_fill(padded, MASKED)[:, None, None]
-
-    def extract_features(
-        self, features: Tensor, lengths: Tensor | None, num_layers: int | None
-    ) -> list[Tensor]:
-        """Projected features and outputs of the first ``num_layers`` layers, of all for None."""
-        total = len(self.transformer.layers)
-        if num_layers is not None and not 0 <= num_layers <= total:
-            raise ValueError(f"num_layers is between 0 and {total}, not {num_layers}")
-        x, padding = self.project(features, lengths)
+        x, attention_mask = self.feature_projection(features), None
+        if lengths is not None:
+            padded = torch.arange(x.size(1), device=x.device) >= lengths.unsqueeze(-1)
+            x = x.masked_fill(padded.unsqueeze(-1), 0.0)
+            attention_mask = torch.zeros_like(padded, dtype=x.dtype).masked_fill(padded, MASKED)[
+                :, None, None
+            ]
         if num_layers == 0:
             return [x]
-        return [x, *self.transformer.layer_outputs(x, padding, total if num_layers is None else num_layers)]
-
-    def forward(self, features: Tensor, lengths: Tensor | None) -> Tensor:
-        x, padding = self.project(features, lengths)
-        return self.transformer(x, padding)
-
-    def size(self, in_features: Size) -> Size:
-        transformer = self.transformer
-        fixed = [*transformer.pos_conv_embed.parameters(), *transformer.layer_norm.parameters()]
-        total = self.feature_projection.size(in_features) + sum(p.numel() for p in fixed)
-        for layer in transformer.layers:
-            total = total + layer.size()
-        return total
+        return [x, *self.transformer(x, attention_mask, num_layers, layer_drop)]
 
 
-def bert_linear(in_features: int, out_features: int) -> Linear:
+def bert_linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer as BERT starts it; it may have no features at all, which pruning can leave."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        layer = Linear(in_features, out_features)
+        layer = nn.Linear(in_features, out_features)
         nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _identity(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return x
-
-
-def check_conv_channels(layers: nn.ModuleList) -> None:
-    """Raises PruningError, before anything is cut, where the gates of a conv layer leave no channel."""
-    for i, layer in enumerate(layers):
-        if layer.hard_concrete is not None and not layer.hard_concrete.evaluation_mask().any():
-            raise PruningError(
-                f"conv layer {i} of the feature extractor is pruned to nothing: lower --target_sparsity or "
-                "--reg_learning_rate, or leave conv out of --pruning_units"
-            )

@@ -2,7 +2,6 @@
 ``{"config": dict, "state_dict": dict[, "distill_linear_projs": dict]}``, plain values and CPU tensors only.
 """
 
-import inspect
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,6 @@ from torch import Tensor
 from ..components import WeightNormConv1d
 from ..model import Wav2Vec2Model, wav2vec2_model
 from .files import UserError, atomic_write
-
-REQUIRED_KEYS = frozenset(
-    name
-    for name, parameter in inspect.signature(wav2vec2_model).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-)
 
 
 def read_file(path: str | Path) -> dict:
@@ -75,15 +68,10 @@ def build_model(
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
-    missing = REQUIRED_KEYS - config.keys()
-    if missing:
-        raise UserError(
-            f"{source}: the config lacks {', '.join(sorted(missing))}; convert or prune the model again"
-        )
     try:
         with torch.device("meta"):
             model = wav2vec2_model(**config)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     expected = model.state_dict()
     given = _our_names(state_dict)

@@ -4,8 +4,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..config import NO_GATES
 from ..model import Wav2Vec2Model, wav2vec2_model
-from ..pruning_utils import NO_GATES
 
 
 def multiply_accumulates(model: Wav2Vec2Model, seconds: float = 1.0) -> float:

@@ -1,0 +1,453 @@
+"""Gates narrow weights: one definition of which rows and columns belong to a unit, and what follows from it.
+
+A unit (a conv channel, an attention head, a feed-forward feature, or a whole branch) whose gate is exactly 0
+adds nothing to the output, and the gradients of its weights are exactly 0. So a gated model is a plain model
+whose weights are narrowed to the open units before a pass, with the units' mask multiplied into the weights
+that read them. :class:`Layout` says how each tensor of a model follows its gates, which serves
+
+- training: :class:`WeightSwap` puts the narrowed weights into their modules for the length of a pass,
+- masking for comparison: the same with every unit kept,
+- pruning: :func:`prune` keeps the narrowed weights as the modules' parameters,
+- counting: :class:`ExpectedCount` is the expected number of elements of these tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .components import (
+    ChannelLayerNorm,
+    ConvLayerBlock,
+    EncoderLayer,
+    FeatureExtractor,
+    FeatureProjection,
+    FeedForward,
+    SelfAttention,
+    WavLMSelfAttention,
+)
+from .hardconcrete import HardConcrete
+
+
+class PruningError(ValueError):
+    """A model that its gates leave unable to compute anything."""
+
+
+@dataclass(eq=False)
+class Axis:
+    """Units that live in the same dimension: the channels of a conv layer, the heads of an attention, or the
+    features inside a feed-forward branch.
+
+    Args:
+        n: number of units.
+        gate: their gate, or None.
+        branch: the gate of the whole branch that they are in, or None.
+        unit_features: features of a unit, by which widths are rounded.
+        least: a layer that cannot compute without any unit keeps this many, masked.
+        whole: computing keeps all units, masked, since a norm is taken over them.
+    """
+
+    n: int
+    gate: HardConcrete | None
+    branch: HardConcrete | None = None
+    unit_features: int = 1
+    least: int = 0
+    whole: bool = False
+
+
+@dataclass(eq=False)
+class Slicing:
+    """How a tensor of a module follows the gates.
+
+    Args:
+        module, name: its place.
+        axes: the dimensions that are gated.
+        masked: the dimension whose units' mask this tensor carries, or None. It belongs to what reads the
+            units: to mask a weight that reads a unit equals masking the unit, and a weight is smaller than a
+            batch.
+        branch: the gate of the branch that this tensor vanishes with, or None.
+        scaled: the tensor makes the branch's output, and carries the mask of ``branch``.
+    """
+
+    module: nn.Module
+    name: str
+    axes: dict[int, Axis] = field(default_factory=dict)
+    masked: int | None = None
+    branch: HardConcrete | None = None
+    scaled: bool = False
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return getattr(self.module, self.name)
+
+
+@dataclass
+class Units:
+    """The units of an axis that are kept.
+
+    Args:
+        index: which, a LongTensor; None for all.
+        mask: their mask, (unit,), or None where there is no gate.
+    """
+
+    index: Tensor | None
+    mask: Tensor | None
+
+    def narrow(self, tensor: Tensor, dim: int, n: int, masked: bool) -> Tensor:
+        """``tensor``, whose dimension ``dim`` has ``n`` units of one or several features, cut to these units
+        and, where ``masked``, multiplied by their mask."""
+        mask = self.mask if masked else None
+        if self.index is None and mask is None:
+            return tensor
+        features = tensor.size(dim) // n
+        tensor = tensor if features == 1 else tensor.unflatten(dim, (n, features))
+        if self.index is not None:
+            tensor = tensor.index_select(dim, self.index)
+        if mask is not None:
+            tensor = tensor * mask.view(-1, *[1] * (tensor.dim() - dim - 1))
+        return tensor if features == 1 else tensor.flatten(dim, dim + 1)
+
+
+class Layout:
+    """How the tensors of a model follow its gates.
+
+    Args:
+        model: the model.
+        pruning: for :func:`prune` and for counting, rather than for computing under the gates. The two differ
+            where a LayerNorm is taken over channels: its statistics are those of all channels, closed ones
+            included, until the model is pruned, and those of the remaining ones afterwards (as in the
+            original, so that a pruned model differs from the gated one there). So computing keeps all
+            channels of the last conv layer, which the feature projection normalises; and where a conv layer
+            has such a norm of its own, its convolution stays whole, and the norm passes on the open channels.
+    """
+
+    def __init__(self, model: nn.Module, pruning: bool) -> None:
+        self.slicings: list[Slicing] = []
+        channels = None
+        for module in model.modules():
+            if isinstance(module, FeatureExtractor):
+                channels = self._add_extractor(module, pruning)
+            elif isinstance(module, FeatureProjection):
+                self._add(module.layer_norm, "weight", {0: channels})
+                self._add(module.layer_norm, "bias", {0: channels})
+                self._add(module.projection, "weight", {1: channels})
+            elif isinstance(module, SelfAttention):
+                self._add_attention(module, pruning)
+            elif isinstance(module, FeedForward):
+                self._add_feed_forward(module, pruning)
+        self.axes = list(dict.fromkeys(axis for slicing in self.slicings for axis in slicing.axes.values()))
+        self.gates = [module for module in model.modules() if isinstance(module, HardConcrete)]
+
+    def _add(self, module: nn.Module, name: str, axes: dict[int, Axis | None], **how) -> None:
+        axes = {dim: axis for dim, axis in axes.items() if axis is not None}
+        self.slicings.append(Slicing(module, name, axes, **how))
+
+    def _add_extractor(self, extractor: FeatureExtractor, pruning: bool) -> Axis | None:
+        inputs = None
+        blocks = [module for module in extractor.modules() if isinstance(module, ConvLayerBlock)]
+        for block in blocks:
+            gate, norm = block.hard_concrete, block.layer_norm
+            outputs = None
+            if gate is not None:
+                outputs = Axis(gate.n_in, gate, least=1, whole=block is blocks[-1] and not pruning)
+            normed_whole = isinstance(norm, ChannelLayerNorm) and not pruning
+            rows = None if normed_whole else outputs
+            self._add(block.conv, "weight", {0: rows, 1: inputs}, masked=None if inputs is None else 1)
+            for name in ("weight", "bias"):
+                if norm is not None:
+                    self._add(norm, name, {0: rows})
+            if block.conv.bias is not None:
+                self._add(block.conv, "bias", {0: rows})
+            if normed_whole and outputs is not None:
+                self._add(norm, "channels", {0: outputs})
+            inputs = outputs
+        self._add(extractor, "dummy_weight", {0: inputs}, masked=None if inputs is None else 0)
+        return inputs
+
+    def _add_attention(self, attention: SelfAttention, pruning: bool) -> None:
+        gate, branch = attention.hard_concrete_for_heads, attention.hard_concrete_for_layer
+        heads, stays = None, computes_position_bias(attention)
+        if attention.num_heads and (gate is not None or branch is not None):
+            # A closed branch is pruned as a whole, but for the one that stays without a head.
+            heads = Axis(
+                attention.num_heads, gate, branch if stays or not pruning else None, attention.head_dim
+            )
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            self._add(projection, "weight", {0: heads}, branch=branch)
+            self._add(projection, "bias", {0: heads}, branch=branch)
+        self._add_output(attention.out_proj, heads, branch)
+        if isinstance(attention, WavLMSelfAttention):
+            self._add(attention, "remaining_heads", {0: heads})
+            position = (attention.gru_rel_pos_linear, "weight"), (attention.gru_rel_pos_linear, "bias")
+            for module, name in (*position, (attention, "gru_rel_pos_const")):
+                self._add(module, name, {}, branch=None if stays else branch)
+
+    def _add_feed_forward(self, feed_forward: FeedForward, pruning: bool) -> None:
+        gate, branch = feed_forward.hard_concrete_for_intermediate, feed_forward.hard_concrete_for_layer
+        dense, features = feed_forward.intermediate_dense, None
+        if dense.out_features and (gate is not None or branch is not None):
+            features = Axis(dense.out_features, gate, None if pruning else branch)
+        self._add(dense, "weight", {0: features}, branch=branch)
+        self._add(dense, "bias", {0: features}, branch=branch)
+        self._add_output(feed_forward.output_dense, features, branch)
+
+    def _add_output(self, output: nn.Linear, inputs: Axis | None, branch: HardConcrete | None) -> None:
+        how = {"branch": branch, "scaled": branch is not None}
+        self._add(output, "weight", {1: inputs}, masked=None if inputs is None else 1, **how)
+        self._add(output, "bias", {}, **how)
+
+    def narrow(
+        self, units: Mapping[Axis, Units], masks: Mapping[HardConcrete, Tensor]
+    ) -> dict[tuple[nn.Module, str], Tensor]:
+        """The tensors of the model that the gates change, by module and name."""
+        result = {}
+        for slicing in self.slicings:
+            narrowed = original = slicing.tensor
+            for dim, axis in slicing.axes.items():
+                if original is None:
+                    narrowed = units[axis].index
+                else:
+                    narrowed = units[axis].narrow(narrowed, dim, axis.n, masked=dim == slicing.masked)
+            if slicing.scaled:
+                narrowed = narrowed * masks[slicing.branch]
+            if narrowed is not original:
+                result[slicing.module, slicing.name] = narrowed
+        return result
+
+
+def draw(gates: Sequence[HardConcrete]) -> dict[HardConcrete, Tensor]:
+    """The masks of ``gates``; those in training mode are sampled together, in a handful of kernels."""
+    masks = {gate: gate() for gate in gates if not gate.training}
+    groups: dict[tuple, list[HardConcrete]] = {}
+    for gate in gates:
+        if gate.training:
+            groups.setdefault((gate.temperature, gate.low, gate.eps, gate.log_alpha.device), []).append(gate)
+    for group in groups.values():
+        sample = group[0].sample(torch.cat([gate.log_alpha for gate in group]))
+        masks |= zip(group, sample.split([gate.n_in for gate in group]), strict=True)
+    return masks
+
+
+def all_units(axes: Iterable[Axis], masks: Mapping[HardConcrete, Tensor]) -> dict[Axis, Units]:
+    """Every unit of every axis, under its mask."""
+    return {axis: Units(None, masks.get(axis.gate)) for axis in axes}
+
+
+def open_units(
+    axes: Sequence[Axis], masks: Mapping[HardConcrete, Tensor], multiple: int = 1
+) -> dict[Axis, Units]:
+    """The open units of every axis, found with one transfer to the host and one back.
+
+    Args:
+        axes: all axes of the model.
+        masks: of their gates. A branch whose mask is 0 has no open unit.
+        multiple: numbers of features are rounded up to a multiple of this with closed units, which their
+            zeros mask.
+    """
+    if not masks:
+        return all_units(axes, masks)
+    joint = torch.cat([mask.detach() for mask in masks.values()])
+    sizes = [gate.n_in for gate in masks]
+    is_open = dict(zip(masks, (joint > 0).cpu().split(sizes), strict=True))
+    selected: dict[Axis, Tensor] = {}
+    for axis in axes:
+        opened = torch.ones(axis.n, dtype=torch.bool) if axis.gate is None else is_open[axis.gate]
+        if axis.branch is not None and not is_open[axis.branch].item():
+            opened = torch.zeros_like(opened)
+        step = max(1, multiple // axis.unit_features)
+        width = min(axis.n, step * -(-max(axis.least, int(opened.sum())) // step))
+        if width < axis.n and not axis.whole:
+            selected[axis] = torch.argsort(opened, descending=True, stable=True)[:width].sort().values
+    indices: Iterator[Tensor] = iter(())
+    if selected:
+        joined = torch.cat(list(selected.values()))
+        if joint.is_cuda:
+            joined = joined.pin_memory().to(joint.device, non_blocking=True)
+        indices = iter(joined.split([len(index) for index in selected.values()]))
+    units = all_units(axes, masks)
+    for axis in selected:
+        index, mask = next(indices), masks.get(axis.gate)
+        units[axis] = Units(index, None if mask is None else mask.index_select(0, index))
+    return units
+
+
+class WeightSwap:
+    """Lets the modules of a model compute with narrowed tensors for a while.
+
+    ``torch.func.functional_call`` does so for a forward pass alone. But an activation checkpoint computes its
+    part of the forward pass again during the backward pass, and would do so with the whole, unmasked weights;
+    so the narrowed tensors are put back for that time.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: Mapping[tuple[nn.Module, str], Tensor] = {}
+        self._originals: list[tuple[dict, str, Tensor | None]] = []
+
+    def put(self, tensors: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+        """Puts ``tensors``, by module and name, in the place of the modules' own."""
+        self.restore()
+        self._tensors = tensors
+        for (module, name), tensor in tensors.items():
+            place = module._parameters if name in module._parameters else module._buffers
+            self._originals.append((place, name, place[name]))
+            place[name] = tensor
+
+    def restore(self) -> None:
+        """Gives the modules their own tensors back."""
+        for place, name, original in self._originals:
+            place[name] = original
+        self._tensors, self._originals = {}, []
+
+    def run(
+        self, tensors: Mapping[tuple[nn.Module, str], Tensor], compute: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """The outputs of ``compute()`` with ``tensors`` in place, during its backward pass too."""
+        self.put(tensors)
+        try:
+            outputs = compute()
+        finally:
+            self.restore()
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._put_for_backward(tensors))
+        return outputs
+
+    def _put_for_backward(self, tensors: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+        if self._tensors is not tensors:
+            self.put(tensors)
+            torch.autograd.Variable._execution_engine.queue_callback(self.restore)
+
+
+@torch.no_grad()
+def prune(model: nn.Module, round_to: int = 1) -> None:
+    """Cuts in place what the gates of ``model`` close in evaluation mode, and drops the gates.
+
+    Args:
+        model: the model; its config is not touched.
+        round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all).
+    Raises:
+        PruningError: a conv layer would be left without channels; nothing has been cut then.
+    """
+    layout = Layout(model, pruning=True)
+    of_heads = {axis.gate for axis in layout.axes if axis.unit_features > 1}
+    masks = {gate: gate.evaluation_mask(1 if gate in of_heads else round_to) for gate in layout.gates}
+    _check_conv_channels(model, masks)
+    narrowed = layout.narrow(open_units(layout.axes, masks), masks)
+    for (module, name), tensor in narrowed.items():
+        old = getattr(module, name)
+        is_parameter = isinstance(old, nn.Parameter)
+        setattr(module, name, nn.Parameter(tensor, old.requires_grad) if is_parameter else tensor)
+    for module in {module: None for module, _ in narrowed}:
+        _describe_shape(module)
+    for layer in (module for module in model.modules() if isinstance(module, EncoderLayer)):
+        attention, feed_forward = layer.attention, layer.feed_forward
+        if attention is not None and not computes_position_bias(attention):
+            closed = _is_closed(attention.hard_concrete_for_layer, masks)
+            layer.attention = attention if attention.num_heads and not closed else None
+        if feed_forward is not None:
+            closed = _is_closed(feed_forward.hard_concrete_for_layer, masks)
+            width = feed_forward.intermediate_dense.out_features
+            layer.feed_forward = feed_forward if width and not closed else None
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, HardConcrete):
+                setattr(module, name, None)
+
+
+def _is_closed(branch: HardConcrete | None, masks: Mapping[HardConcrete, Tensor]) -> bool:
+    return branch is not None and not masks[branch].any()
+
+
+def _check_conv_channels(model: nn.Module, masks: Mapping[HardConcrete, Tensor]) -> None:
+    blocks = (module for module in model.modules() if isinstance(module, ConvLayerBlock))
+    for i, block in enumerate(blocks):
+        if block.hard_concrete is not None and not masks[block.hard_concrete].any():
+            raise PruningError(
+                f"conv layer {i} of the feature extractor is pruned to nothing: lower --target_sparsity or "
+                "--reg_learning_rate, or leave conv out of --pruning_units"
+            )
+
+
+def _describe_shape(module: nn.Module) -> None:
+    """Sets what torch's modules record of the shapes of their weights."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv1d):
+        module.out_channels, module.in_channels, _ = module.weight.shape
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def computes_position_bias(attention: SelfAttention) -> bool:
+    """Whether the other layers need this attention, WavLM's first, whatever is left of it."""
+    return isinstance(attention, WavLMSelfAttention) and attention.num_buckets is not None
+
+
+class ExpectedCount(nn.Module):
+    """The expected number of elements of a model's tensors, each counted ``times`` over: a polynomial in the
+    expected widths w of its gated dimensions, sum of c_k w_i(k) w_j(k), evaluated in a handful of kernels.
+
+    Args:
+        model: a gated model, which :class:`HardConcrete` modules are those of.
+        times: how often a tensor counts, by module and name; by default once, which gives the expected number
+            of parameters (DPHuBERT, Peng et al. 2023, section 3.2).
+        extra: further terms of the polynomial, the coefficient of each product of gates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        times: Callable[[nn.Module, str], int] = lambda module, name: 1,
+        extra: Mapping[tuple[HardConcrete, ...], int] | None = None,
+    ) -> None:
+        super().__init__()
+        layout = Layout(model, pruning=True)
+        terms: dict[tuple[HardConcrete, ...], int] = dict(extra or {})
+        slicings = {(slicing.module, slicing.name): slicing for slicing in layout.slicings}
+        for module in model.modules():
+            if isinstance(module, HardConcrete):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                count, gates = parameter.numel() * times(module, name), []
+                if (slicing := slicings.get((module, name))) is not None:
+                    gated = [axis for axis in slicing.axes.values() if axis.gate is not None]
+                    for axis in gated:
+                        count //= axis.n
+                    gates = [axis.gate for axis in gated]
+                    gates += [] if slicing.branch is None else [slicing.branch]
+                terms[tuple(gates)] = terms.get(tuple(gates), 0) + count
+        self._gates = layout.gates
+        place = {gate: i for i, gate in enumerate(layout.gates)}
+        one = len(layout.gates)
+        pairs = [(*(place[gate] for gate in gates), one, one)[:2] for gates in terms]
+        owner = [i for gate, i in place.items() for _ in range(gate.n_in)]
+        # Whole numbers, which a model's .half() leaves alone; on the CPU also where it is built on "meta".
+        for name, values in (
+            ("coefficients", list(terms.values())),
+            ("left", [left for left, _ in pairs]),
+            ("right", [right for _, right in pairs]),
+            ("owner", owner),
+        ):
+            tensor = torch.tensor(values, dtype=torch.long, device="cpu")
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self) -> Tensor:
+        """The expected count, a float64 scalar, differentiable in every ``log_alpha``."""
+        if not self._gates:
+            return self.coefficients.sum().double()
+        log_alpha = torch.cat([gate.log_alpha for gate in self._gates]).double()
+        # A model builds all its gates with the same temperature and stretch.
+        probability = torch.sigmoid(log_alpha - self._gates[0].shift)
+        width = log_alpha.new_zeros(len(self._gates)).index_add(0, self.owner, probability)
+        width = torch.cat([width, width.new_ones(1)])
+        return (self.coefficients * width[self.left] * width[self.right]).sum()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The true number of parameters of ``model``, gates not counted."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith("log_alpha"))
