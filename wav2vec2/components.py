@@ -490,7 +490,10 @@ class Transformer(nn.Module):
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         x = self.dropout(x)
-        first = self.layers[0].attention
+        # Found by its type, so that a layer may be wrapped, for activation checkpointing say.
+        first = next(
+            (module for module in self.layers[0].modules() if isinstance(module, SelfAttention)), None
+        )
         position_bias = None if first is None else first.position_bias(x.size(1))
         outputs = []
         for layer in self.layers[:num_layers]:
