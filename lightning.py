@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dataset import AudioDataset, BucketedBatches, make_loader
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.gating import count_parameters
+from wav2vec2.utils.cost import count_parameters
 from wav2vec2.utils.files import UserError
 
 SEED = 2022

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
-from wav2vec2.gating import count_parameters
 from wav2vec2.utils.checkpoint import (
     build_model,
     read_checkpoint,
     read_file,
     save_checkpoint,
 )
-from wav2vec2.utils.cost import multiply_accumulates
+from wav2vec2.utils.cost import count_parameters, multiply_accumulates
 from wav2vec2.utils.files import UserError, run_script
 from wav2vec2.utils.flags import positive_int
 

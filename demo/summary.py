@@ -12,9 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from wav2vec2 import wav2vec2_model
-from wav2vec2.gating import count_parameters
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.cost import multiply_accumulates
+from wav2vec2.utils.cost import count_parameters, multiply_accumulates
 from wav2vec2.utils.files import UserError, run_script
 
 SNIPPET = """ckpt = torch.load("{path}", weights_only=True)

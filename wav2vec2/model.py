@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from . import components as parts
 from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
-from .gating import ExpectedCount, Layout, WeightSwap, all_units, draw, open_units, prune
+from .gating import Layout, WeightSwap, all_units, draw, open_units, prune
 from .hardconcrete import HardConcrete
+from .utils.cost import count_parameters, parameter_count
 
 
 class Wav2Vec2Model(nn.Module):
@@ -47,15 +48,15 @@ class Wav2Vec2Model(nn.Module):
         self.aux = None if aux is None else nn.Linear(config.encoder_embed_dim, aux)
         self.skip_closed_gates = True
         self.width_multiple = 8
-        self._count_layout()
+        self._follow_gates()
         self._weights = WeightSwap()
         # A backward pass that an error ended may have left narrowed weights in place.
         self.register_state_dict_pre_hook(_restore_weights)
 
-    def _count_layout(self) -> None:
+    def _follow_gates(self) -> None:
         gated = bool(self.gates())
         self._layout = Layout(self, pruning=False) if gated else None
-        self.expected_size = ExpectedCount(self) if gated else None
+        self._parameter_count = parameter_count(self) if gated else None
 
     def gates(self) -> list[HardConcrete]:
         """All gates, in the order of the modules."""
@@ -126,9 +127,9 @@ class Wav2Vec2Model(nn.Module):
 
     def get_num_params(self) -> Tensor:
         """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
-        if self.expected_size is not None:
-            return self.expected_size()
-        return torch.tensor(sum(p.numel() for p in self.parameters()), dtype=torch.float64)
+        if self._parameter_count is not None:
+            return self._parameter_count()
+        return torch.tensor(count_parameters(self), dtype=torch.float64)
 
     def prune(self, round_to: int = 1) -> tuple:
         """Cuts in place what the gates close in evaluation mode, folds their masks in and drops the gates.
@@ -147,7 +148,7 @@ class Wav2Vec2Model(nn.Module):
         layers = self.encoder.transformer.layers
         branches = [(layer.attention, layer.feed_forward) for layer in layers]
         prune(self, round_to)
-        self._count_layout()
+        self._follow_gates()
         is_wavlm = "encoder_remaining_heads" in self.config
         heads = "encoder_remaining_heads" if is_wavlm else "encoder_num_heads"
         # What a removed branch is said to have is what its own gates left of it, as in the original.
