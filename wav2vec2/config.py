@@ -25,7 +25,7 @@ NO_GATES = dict.fromkeys(PRUNING_UNITS.values(), False)
 MAX_WIDTH = 65_536
 """No published model is within a tenth of these; a larger number comes from a damaged or hostile file, and
 would take minutes or all memory before it failed."""
-MAX_LAYERS = 1_000
+MAX_LAYERS = 256
 
 
 def _show(value: object) -> str:

@@ -106,7 +106,8 @@ def shift_gates(model: nn.Module, count: Count, budget: float, round_to: int = 1
         smallest = left(low)
         left(0.0)
         raise PruningError(
-            f"the gates must leave {smallest:,}, which is above the budget of {budget:,.0f}: ask for less sparsity, or train with more of --pruning_units"
+            f"the gates must leave {smallest:,}, which is above the budget of {budget:,.0f}: ask for less "
+            "sparsity, or train with more of --pruning_units"
         )
     if left(high) <= budget:
         return high
