@@ -42,7 +42,8 @@ def read_file(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         # torch's own message goes on to advise loading the file in a way that would run what is in it.
         raise UserError(
-            f"{path}: holds something other than plain values and tensors, or is damaged; make or copy it again"
+            f"{path}: holds something other than plain values and tensors, or is damaged; make or copy it "
+            "again"
         ) from error
     except MemoryError as error:
         raise UserError(f"{path}: there is not enough memory to read it") from error
