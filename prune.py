@@ -71,11 +71,12 @@ def read_distilled(distilled_ckpt: str, original_ckpt: str) -> tuple[Wav2Vec2Mod
 
 def widths(model: Wav2Vec2Model) -> dict[str, int]:
     """Channels, heads and feed-forward widths, by what the table calls them; 0 for an absent branch."""
-    rows = {f"conv {i} channels": channels for i, (channels, *_) in enumerate(model.feature_extractor.config)}
+    blocks = model.feature_extractor.conv_layers
+    rows = {f"conv {i} channels": block.conv.out_channels for i, block in enumerate(blocks)}
     for i, layer in enumerate(model.encoder.transformer.layers):
         rows[f"layer {i} heads"] = 0 if layer.attention is None else layer.attention.num_heads
         rows[f"layer {i} feed-forward"] = (
-            0 if layer.feed_forward is None else layer.feed_forward.intermediate_features
+            0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
         )
     return rows
 
