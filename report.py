@@ -59,8 +59,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def sparsity(run: Run, logs: dict, teacher: Wav2Vec2Model, student: Student) -> dict:
-    """What was reached, 1 - student / teacher, in what stage 1 counted; what its gates lead one to expect, where
-    they are not cut yet; and what was wanted. None for what is not known."""
+    """What was reached, 1 - student / teacher, in what stage 1 counted; what its gates lead one to expect,
+    where they are not cut yet; and what was wanted. None for what is not known."""
     of = run.flag("distill", "sparsity_of") or "params"
     whole = COUNTS[of](teacher).whole()
     target = run.flag("distill", "target_sparsity")
