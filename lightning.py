@@ -7,16 +7,13 @@ otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
-from dataset import AudioDataset, BucketedBatches, make_loader
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.onednn import Linear
 from wav2vec2.pruning_utils import count_parameters
@@ -151,9 +148,9 @@ class DistillModule(pl.LightningModule):
         reg_learning_rate: of the gates and, in ascent, the Lagrange multipliers.
         target_sparsity: 1 - wanted size / teacher's size.
         sparsity_warmup_updates: the target grows linearly from 0 over these.
-        tsv_dir, train_subset: manifests ``tsv_dir/train_subset.tsv`` and ``valid.tsv``.
-        seconds_per_batch: of a batch on one device, before cropping.
-        num_workers: loader processes a device.
+        tsv_dir, train_subset, seconds_per_batch, num_workers: the data's flags, recorded among the
+            hyper-parameters and not used: a ``SpeechDataModule``, or any loader, gives ``Trainer.fit`` its
+            batches.
     """
 
     def __init__(
@@ -199,15 +196,10 @@ class DistillModule(pl.LightningModule):
         self.reg_learning_rate = reg_learning_rate
         self.target_sparsity = target_sparsity
         self.sparsity_warmup_updates = sparsity_warmup_updates
-        self.tsv_dir = tsv_dir
-        self.train_subset = train_subset
-        self.seconds_per_batch = seconds_per_batch
-        self.num_workers = num_workers
         self.teacher_size = count_parameters(teacher_model)
         if use_reg:
             self.lambda1 = nn.Parameter(torch.zeros(()))
             self.lambda2 = nn.Parameter(torch.zeros(()))
-        self.batches_done = 0
         self._random_state: list[dict] | None = None
         self._freeze_idle_parameters()
 
@@ -243,16 +235,14 @@ class DistillModule(pl.LightningModule):
         student, _ = self.student_model.extract_features(
             waveforms, lengths, top if self.distill_mode == "layer2layer" else None
         )
-        read = (
-            (lambda layer: student[layer])
+        sources = (
+            [student[layer] for layer in self.distill_layers]
             if self.distill_mode == "layer2layer"
-            else (lambda layer: student[-1])
+            else [student[-1]] * len(self.distill_layers)
         )
-        pairs = zip(self.distill_layers, self.distill_linear_projs, strict=True)
-        projected = [projection(read(layer)) for layer, projection in pairs]
-        return torch.stack(projected, dim=1), torch.stack(
-            [teacher[layer] for layer in self.distill_layers], dim=1
-        )
+        pairs = zip(self.distill_linear_projs, sources, strict=True)
+        projected = torch.stack([projection(source) for projection, source in pairs], dim=1)
+        return projected, torch.stack([teacher[layer] for layer in self.distill_layers], dim=1)
 
     @property
     def current_target_sparsity(self) -> float:
@@ -283,7 +273,6 @@ class DistillModule(pl.LightningModule):
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """One batch: waveforms (batch, time), alone or with their lengths (batch,)."""
         losses = self._losses(*_waveforms_and_lengths(batch))
-        self.batches_done += 1
         logged = {name if "loss" not in name else f"train_{name}": value for name, value in losses.items()}
         self.log_dict(
             {k: v.detach() if isinstance(v, Tensor) else v for k, v in logged.items()}, batch_size=1
@@ -330,52 +319,16 @@ class DistillModule(pl.LightningModule):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
-    def train_dataloader(self) -> DataLoader:
-        total = self.max_updates * self.trainer.accumulate_grad_batches
-        loader = self._loader(self.train_subset, shuffle=True, run=(self.batches_done, total))
-        if self.trainer.check_val_every_n_epoch is None:
-            # To Lightning the run is one epoch; validation comes after each epoch of the data.
-            self.trainer.val_check_interval = len(loader.batch_sampler.batches)
-        return loader
-
-    def can_validate(self) -> bool:
-        """Whether ``valid.tsv`` is there and has an utterance to use."""
-        if self.tsv_dir is None or not (Path(self.tsv_dir) / "valid.tsv").exists():
-            return False
-        return (
-            BucketedBatches(
-                AudioDataset(self.tsv_dir, "valid").lengths, self.seconds_per_batch
-            ).num_utterances
-            > 0
-        )
-
-    def val_dataloader(self) -> DataLoader | list:
-        return self._loader("valid", shuffle=False) if self.can_validate() else []
-
-    def _loader(self, subset: str, **arguments) -> DataLoader:
-        return make_loader(
-            self.tsv_dir,
-            subset,
-            self.seconds_per_batch,
-            self.num_workers,
-            seed=SEED,
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
-            pin_memory=self.device.type == "cuda",
-            **arguments,
-        )
-
     @property
     def strict_loading(self) -> bool:
         return False
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leaves the teacher out; adds the random state of every rank and the place in the data."""
+        """Leaves the teacher out; adds the random state of every rank."""
         teacher = [key for key in checkpoint["state_dict"] if key.startswith("teacher_model.")]
         for key in teacher:
             del checkpoint["state_dict"][key]
         checkpoint["random_state"] = self._gather(_random_state(self.device))
-        checkpoint["data"] = {"batches_done": self.batches_done, **self._batches_an_update()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         given = checkpoint["state_dict"]
@@ -387,28 +340,22 @@ class DistillModule(pl.LightningModule):
                 f"--resume_checkpoint: {min(wrong)} is missing, unexpected or of another shape: give "
                 "the models and flags that the checkpoint was made with"
             )
-        for name, now in self._batches_an_update().items():
-            if (then := checkpoint["data"][name]) != now:
-                raise UserError(
-                    f"--resume_checkpoint: was made with {name} {then}, not {now}: go on with the same"
-                )
-        self.batches_done = checkpoint["data"]["batches_done"]
         self._random_state = checkpoint["random_state"]
 
     def on_train_start(self) -> None:
-        """Each rank draws its own gates and dropout, or goes on drawing where the checkpoint was written."""
-        if self._random_state is None:
-            torch.manual_seed(SEED + self.global_rank)
-        elif len(self._random_state) == self.trainer.world_size:
-            state = self._random_state[self.global_rank]
-            torch.set_rng_state(state["cpu"].cpu())
-            if "cuda" in state and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
-        self._random_state = None
+        """Each rank draws its own gates and dropout, or goes on drawing where the checkpoint was written.
 
-    def _batches_an_update(self) -> dict[str, int]:
-        """Processes, and batches of each: what a place in the data depends on."""
-        return {"world_size": self.trainer.world_size, "accum_grad": self.trainer.accumulate_grad_batches}
+        With another number of processes there is no state to go on from: they draw anew, and not what they
+        drew at the start.
+        """
+        states, self._random_state = self._random_state, None
+        if states is None or len(states) != self.trainer.world_size:
+            torch.manual_seed(SEED + self.global_rank + self.trainer.world_size * self.global_step)
+            return
+        state = states[self.global_rank]
+        torch.set_rng_state(state["cpu"].cpu())
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
 
     def _gather(self, value: dict) -> list[dict]:
         if self.trainer.world_size == 1:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -15,8 +13,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from tqdm import tqdm
 
+from callbacks import LastCheckpoint, Progress, StopOnSignal, say
+from dataset.datamodule import SpeechDataModule
 from lightning import SEED, DistillLoss, DistillModule, distill_projections, parse_distill_layers
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.checkpoint import read_file
@@ -122,8 +121,9 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
     devices = hardware(args)
     if args.compile:
         compile_models(module)
+    data = SpeechDataModule(args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, SEED)
+    stopper, progress = StopOnSignal(), Progress(args.log_interval)
     saver = LastCheckpoint(last, args.save_interval, keep_existing=resume is None)
-    progress = Progress(args.log_interval)
     trainer = pl.Trainer(
         **devices,
         num_nodes=args.num_nodes,
@@ -134,7 +134,7 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
         gradient_clip_val=args.clip_norm,
         log_every_n_steps=args.log_interval,
         logger=TensorBoardLogger(exp_dir, name="", version="logs"),
-        callbacks=[saver, progress],
+        callbacks=[stopper, saver, progress],
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -142,20 +142,21 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         inference_mode=False,  # what a model caches in validation, training uses
+        # Validation comes after each epoch of the data; to Lightning, these are parts of one epoch.
         check_val_every_n_epoch=None,
-        val_check_interval=None,
+        val_check_interval=data.batches_an_epoch(devices["devices"] * args.num_nodes),
     )
-    validates = module.can_validate()
+    validates = data.has_validation()
     if not validates:
         say(f"{args.tsv_dir}/valid.tsv is missing or has no utterance to use: no validation")
     elif resume is None:
-        trainer.validate(module, verbose=False)
-    trainer.fit(module, ckpt_path=resume, weights_only=True)
-    if saver.interrupted:
+        trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if stopper.signal:
         say(f"stopped at update {trainer.global_step}; go on with --resume_checkpoint {last}")
-        sys.exit(128 + (saver.signal or signal.SIGTERM))
+        sys.exit(128 + stopper.signal)
     if validates and progress.validated != trainer.global_step:
-        trainer.validate(module, verbose=False)
+        trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero and trainer.global_step >= args.max_updates:
         mark_finished(exp_dir, args.max_updates)
 
@@ -193,163 +194,13 @@ def hardware(args: argparse.Namespace) -> dict:
     return {"accelerator": accelerator, "devices": devices, "strategy": "ddp" if several else "auto"}
 
 
-class LastCheckpoint(pl.Callback):
-    """Keeps ``path`` up to date: every ``interval`` updates, at the end, and when a signal stops the run.
-
-    Args:
-        path: replaced atomically.
-        interval: updates.
-        keep_existing: an earlier run's ``path`` is set aside as ``last.previous.ckpt`` rather than replaced.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self, path: Path, interval: int, keep_existing: bool) -> None:
-        self.path = path
-        self.interval = interval
-        self.keep_existing = keep_existing
-        self.interrupted = False
-        self._saved_step = 0
-        self.signal: int | None = None
-
-    def _on_signal(self, number: int, frame) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def setup(self, trainer: pl.Trainer, module: DistillModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            (self.path.parent.parent / "finished").unlink(missing_ok=True)
-            for left_by_a_killed_run in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-                left_by_a_killed_run.unlink()
-            if self.keep_existing and self.path.exists():
-                previous = self.path.with_name("last.previous.ckpt")
-                self.path.replace(previous)
-                say(f"kept the checkpoint of an earlier run as {previous}")
-
-    def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._saved_step = trainer.global_step
-        # Only now, because Lightning's own handlers would stop the run without saving.
-        for number in self.SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: DistillModule, outputs, batch, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if trainer.fit_loop._should_accumulate() or step == self._saved_step:
-            return
-        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
-        if stop or step % self.interval == 0 or step >= trainer.max_steps:
-            with atomic_write(self.path) if trainer.is_global_zero else _no_path() as temporary:
-                trainer.save_checkpoint(temporary)
-            self._saved_step = step
-        if stop and step < trainer.max_steps:
-            self.interrupted = trainer.should_stop = True
-            trainer.limit_val_batches = 0
-
-
-class _no_path:
-    """Stands in for ``atomic_write`` on the ranks that write nothing but take part in gathering."""
-
-    def __enter__(self) -> str:
-        return os.devnull
-
-    def __exit__(self, *_) -> None:
-        return None
-
-
-class Progress(pl.Callback):
-    """A bar over all updates: loss, sparsity, its target, audio seconds a second; lines without a terminal.
-
-    Args:
-        interval: updates between lines.
-    """
-
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
-        self.validated: int | None = None
-        """The update after which validation came last."""
-        self._bar: tqdm | None = None
-        self._samples = 0
-        self._since = self._paused = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._samples, self._since = 0, time.monotonic()
-        if trainer.is_global_zero and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=trainer.max_steps,
-                initial=trainer.global_step,
-                unit="update",
-                dynamic_ncols=True,
-                smoothing=0.05,
-            )
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: DistillModule, outputs, batch, batch_idx: int
-    ) -> None:
-        waveforms = batch[0] if isinstance(batch, (tuple, list)) else batch
-        self._samples += waveforms.numel() * trainer.world_size
-        if trainer.fit_loop._should_accumulate():
-            return
-        step, elapsed = trainer.global_step, time.monotonic() - self._since
-        due = step % self.interval == 0 or step >= trainer.max_steps
-        if not due and (self._bar is None or elapsed < 1):
-            if self._bar is not None:
-                self._bar.update(step - self._bar.n)
-            return
-        logged = trainer.callback_metrics
-        speed = self._samples / 16_000 / elapsed
-        words = {"loss": f"{logged['train_loss']:.4f}"}
-        if "sparsity_expected" in logged:
-            words["sparsity"] = f"{logged['sparsity_expected']:.4f}"
-            words["target"] = f"{logged['sparsity_target']:.4f}"
-        words["audio"] = f"{speed:.1f} s/s"
-        self._samples, self._since = 0, time.monotonic()
-        if due:
-            for logger in trainer.loggers:
-                logger.log_metrics({"audio_seconds_per_second": speed}, step)
-        if self._bar is not None:
-            self._bar.set_postfix(words, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif due and trainer.is_global_zero:
-            say(
-                f"update {step}/{trainer.max_steps}: "
-                + ", ".join(f"{key} {value}" for key, value in words.items())
-            )
-
-    def on_validation_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._paused = time.monotonic()
-
-    def on_validation_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._since += time.monotonic() - self._paused
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self.validated = trainer.global_step
-        logged = trainer.callback_metrics
-        if trainer.is_global_zero and "valid_loss_distill" in logged:
-            self._say(f"update {trainer.global_step}: valid loss_distill {logged['valid_loss_distill']:.4f}")
-
-    def on_train_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr) if self._bar is not None else say(text)
-
-
-def say(text: str) -> None:
-    """A line for the user, on the first process of a run alone."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
 def quieten() -> None:
     """Lightning's advertisements and the warnings that do not concern this project's way of using it."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*have overridden `on_before_batch_transfer`.*",
         ".*smaller than the logging interval.*",
         ".*dataloader is not resumable.*",
         ".*in eval mode at the start of training.*",

@@ -14,13 +14,13 @@ import training
 
 out = Path(sys.argv.pop(1))
 batches, batches_an_epoch = [], []
-crops, train = dataset.batches.BucketedBatches._crops, training.train
+crops, train = dataset.batches.BucketBatchSampler._crops, training.train
 
 
 def note_batch(self, utterances, epoch):
     if self.shuffle:
         batches.append(utterances.tolist())
-        batches_an_epoch.append(len(self))
+        batches_an_epoch.append(self.batches_an_epoch)
     return crops(self, utterances, epoch)
 
 
@@ -33,6 +33,6 @@ def note_end(module, args):
     torch.save(content, out / f"rank{module.global_rank}.pt")
 
 
-dataset.batches.BucketedBatches._crops = note_batch
+dataset.batches.BucketBatchSampler._crops = note_batch
 training.train = note_end
 distill.main()

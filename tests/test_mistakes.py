@@ -12,7 +12,7 @@ from test_stages import flags
 
 from wav2vec2 import wav2vec2_model
 from wav2vec2.utils.checkpoint import read_checkpoint, save_checkpoint
-from wav2vec2.utils.files import run_script, atomic_write
+from wav2vec2.utils.files import atomic_write, run_script
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_a_signal_saves_at_the_next_update(number, unbroken, manifests, teacher,
 
 
 def test_two_ranks_end_with_equal_weights_and_see_every_utterance_once_an_epoch(manifests, teacher, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tests" / "ddp_worker.py"), str(tmp_path)]
     command += flags(manifests, teacher, tmp_path / "exp", num_workers=0)
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
@@ -168,10 +168,13 @@ def test_two_ranks_end_with_equal_weights_and_see_every_utterance_once_an_epoch(
 
 
 def test_gradients_are_accumulated_over_batches_and_across_epochs(manifests, teacher, tmp_path):
-    run("distill.py", *flags(manifests, teacher, tmp_path, accum_grad=3, max_updates=3, num_workers=0))
-    checkpoint = torch.load(tmp_path / "ckpts" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 3
-    assert checkpoint["data"]["batches_done"] == 9
+    arguments = flags(manifests, teacher, tmp_path, accum_grad=3, max_updates=3, num_workers=0)
+    run("tests/ddp_worker.py", tmp_path, *arguments)
+    assert torch.load(tmp_path / "ckpts" / "last.ckpt", weights_only=True)["global_step"] == 3
+    trained = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    epoch = trained["batches_an_epoch"]
+    assert len(trained["batches"]) == 9 > epoch
+    assert sorted(index for batch in trained["batches"][:epoch] for index in batch) == list(range(12))
 
 
 def test_slurms_signal_saves_and_requeues_the_job(manifests, teacher, tmp_path):
@@ -228,7 +231,10 @@ def test_a_longer_run_goes_on_along_its_own_schedule(manifests, teacher, tmp_pat
     arguments = flags(manifests, teacher, tmp_path, max_updates=8, num_workers=0, learning_rate=0.001)
     refused = run("distill.py", *arguments, "--accum_grad", 2, "--resume_checkpoint", last, check=False)
     assert refused.returncode == 2
-    assert "made with accum_grad 1, not 2" in refused.stderr.splitlines()[-1]
+    assert (
+        "made with 1 batches an update (--accum_grad 1 on 1 processes), not 2"
+        in refused.stderr.splitlines()[-1]
+    )
     run("distill.py", *arguments, "--resume_checkpoint", last)
     checkpoint = torch.load(last, weights_only=True)
     assert checkpoint["global_step"] == 8 and (tmp_path / "finished").read_text() == "8\n"
