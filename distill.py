@@ -2,6 +2,11 @@
 """Stage 1: distil the teacher into a gated copy of itself while the gates learn what may go (DPHuBERT,
 section 3.1)."""
 
+if __name__ == "__main__":
+    import processes
+
+    processes.quit_on_signals()
+
 import argparse
 
 import training
@@ -9,7 +14,7 @@ from lightning import DistillModule
 from wav2vec2.pruning_utils import PRUNING_UNITS
 from wav2vec2.utils.checkpoint import load_model
 from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import natural, positive, share
+from wav2vec2.utils.flags import natural, path, positive, share
 
 
 def gates(pruning_units: str) -> dict[str, bool]:
@@ -34,7 +39,10 @@ def parse_args() -> argparse.Namespace:
     training.add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument(
-        "--student_ckpt", default="pretrained/hubert-base-ls960.hf.pth", help="the student starts from this"
+        "--student_ckpt",
+        type=path,
+        default="pretrained/hubert-base-ls960.hf.pth",
+        help="the student starts from this",
     )
     pruning.add_argument(
         "--pruning_units", default="conv,head,interm,attlayer,ffnlayer", help="what gets gates, a comma list"
@@ -54,18 +62,22 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    training.seed()
-    teacher = load_model(args.teacher_ckpt)
-    student = load_model(args.student_ckpt, **gates(args.pruning_units))
-    student.skip_closed_gates = not args.no_skip
-    module = DistillModule(
-        **training.module_arguments(args, teacher, student),
-        use_reg=True,
-        reg_learning_rate=args.reg_learning_rate,
-        target_sparsity=args.target_sparsity,
-        sparsity_warmup_updates=args.sparsity_warmup_updates,
-    )
-    training.train(module, args)
+    new_gates = gates(args.pruning_units)
+    with training.run_of("distill", args) as run:
+        if run.finished:
+            return
+        training.seed()
+        teacher = load_model(args.teacher_ckpt)
+        student = load_model(args.student_ckpt, **new_gates)
+        student.skip_closed_gates = not args.no_skip
+        module = DistillModule(
+            **training.module_arguments(args, teacher, student),
+            use_reg=True,
+            reg_learning_rate=args.reg_learning_rate,
+            target_sparsity=args.target_sparsity,
+            sparsity_warmup_updates=args.sparsity_warmup_updates,
+        )
+        training.train(module, run)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,7 @@ class DistillModule(pl.LightningModule):
         if use_reg:
             self.lambda1 = nn.Parameter(torch.zeros(()))
             self.lambda2 = nn.Parameter(torch.zeros(()))
+        self.gradient_norm: Tensor | None = None
         self._random_state: list[dict] | None = None
         self._freeze_idle_parameters()
 
@@ -314,10 +315,15 @@ class DistillModule(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clips the norm of all gradients, which Lightning refuses to do for a fused optimiser."""
+        """Clips the norm of all gradients, which Lightning refuses to do for a fused optimiser.
+
+        The norm before clipping is kept as ``gradient_norm``.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
     @property
     def strict_loading(self) -> bool:
@@ -337,8 +343,8 @@ class DistillModule(pl.LightningModule):
         wrong |= {key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape}
         if wrong:
             raise UserError(
-                f"--resume_checkpoint: {min(wrong)} is missing, unexpected or of another shape: give "
-                "the models and flags that the checkpoint was made with"
+                f"the checkpoint to go on from: {min(wrong)} is missing, unexpected or of another shape: "
+                "give the models and flags that it was made with"
             )
         self._random_state = checkpoint["random_state"]
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wav2vec2.utils.files import UserError
 
-from .manifest import SAMPLE_RATE, format_complaint, read_manifest
+from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
 
 # 2 to 15.6 s: the original DPHuBERT's smallest and largest sample sizes, kept so that results are comparable.
 # A batch is cropped to its shortest member, so a shorter utterance would leave next to nothing of the others;
@@ -213,6 +214,10 @@ class AudioDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def path(self, index: int) -> str:
+        """Where the utterance is."""
+        return os.path.join(self.root, self.paths[index])
+
     def __getitem__(self, crop: Crop) -> Tensor:
         """Reads one crop ``(utterance, first sample, number of samples)``, and no more of the file than that.
 
@@ -220,10 +225,11 @@ class AudioDataset(Dataset[Tensor]):
             (time,) float32 in [-1, 1].
 
         Raises:
-            AudioError: the file is missing or broken, or has changed since the manifest was made.
+            AudioError: the file is missing or broken, has changed since the manifest was made, or holds
+                samples that are no audio.
         """
         index, start, length = crop
-        path = os.path.join(self.root, self.paths[index])
+        path = self.path(index)
         try:
             with soundfile.SoundFile(path) as audio:
                 complaint = format_complaint(audio)
@@ -243,6 +249,8 @@ class AudioDataset(Dataset[Tensor]):
                 f"cannot read {path}: it breaks off at sample {start + len(samples)} of "
                 f"{self.lengths[index]}: restore it"
             )
+        if (complaint := samples_complaint(samples)) is not None:
+            raise AudioError(f"{path}: {complaint}: mend it, or leave it out of the manifest")
         return torch.from_numpy(samples)
 
 
@@ -260,9 +268,21 @@ def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _leave_signals_to_training(worker: int) -> None:
-    """A signal that asks training to save and stop reaches all its processes: the readers have to go on."""
+    """A signal that asks training to save and stop reaches all its processes: the readers have to go on.
+
+    A SIGTERM of training's own is how Python ends what is left of them, so it has to be told from others'.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent_alone, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent_alone(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def make_loader(

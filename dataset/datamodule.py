@@ -5,8 +5,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from wav2vec2.utils.files import UserError
-
 from .batches import AudioDataset, BucketBatchSampler, make_loader
 
 
@@ -14,14 +12,16 @@ class SpeechDataModule(pl.LightningDataModule):
     """The batches of a training stage.
 
     The place in the data is the update: rank r's batches of update u (from 0) are numbers
-    ``u * accum_grad`` to ``(u + 1) * accum_grad - 1`` of its sampler. Nothing is counted here; the state is
-    what a place depends on besides the update.
+    ``u * accum_grad`` to ``(u + 1) * accum_grad - 1`` of its sampler. Nothing else is counted.
 
     Args:
         tsv_dir, train_subset: manifests ``tsv_dir/train_subset.tsv`` and ``valid.tsv``.
         seconds_per_batch: of a batch on one device, before cropping.
         num_workers: loader processes a device.
         seed: what the order of batches and the crops follow from.
+
+    Attributes:
+        first_update: where training starts: 0, or the update of the checkpoint that is resumed.
     """
 
     def __init__(
@@ -33,6 +33,8 @@ class SpeechDataModule(pl.LightningDataModule):
         self.seconds_per_batch = seconds_per_batch
         self.num_workers = num_workers
         self.seed = seed
+        self.first_update = 0
+        self._training: DataLoader | None = None
 
     def batches_an_epoch(self, world_size: int) -> int:
         """How many batches each of ``world_size`` processes gets in an epoch of the training data."""
@@ -49,15 +51,23 @@ class SpeechDataModule(pl.LightningDataModule):
         return BucketBatchSampler(lengths, self.seconds_per_batch).num_utterances > 0
 
     def train_dataloader(self) -> DataLoader:
-        """The batches from the trainer's update on to its last one.
+        """The batches of the updates from ``first_update`` to the trainer's last one.
 
         To Lightning the whole run is one epoch, because an update's batches may lie on both sides of the end
         of an epoch of the data: Lightning would end an epoch with an update of too few batches, and start the
         loader's processes anew.
         """
         accum_grad = self.trainer.accumulate_grad_batches
-        run = range(self.trainer.global_step * accum_grad, self.trainer.max_steps * accum_grad)
-        return self._loader(self.train_subset, shuffle=True, run=run)
+        run = range(self.first_update * accum_grad, self.trainer.max_steps * accum_grad)
+        self._training = self._loader(self.train_subset, shuffle=True, run=run)
+        return self._training
+
+    def utterances(self, update: int) -> list[str]:
+        """The paths of the utterances that this process trained on in the update that ended as ``update``."""
+        accum_grad = self.trainer.accumulate_grad_batches
+        batches, dataset = self._training.batch_sampler, self._training.dataset
+        numbers = range((update - 1) * accum_grad, update * accum_grad)
+        return [dataset.path(index) for number in numbers for index, _, _ in batches[number]]
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader("valid", shuffle=False) if self.has_validation() else []
@@ -76,19 +86,8 @@ class SpeechDataModule(pl.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Processes, and batches of each: with the update, the place in the data."""
-        return {"world_size": self.trainer.world_size, "accum_grad": self.trainer.accumulate_grad_batches}
+        """The place: after this update."""
+        return {"update": self.trainer.global_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Refuses a checkpoint whose updates had another number of batches than this run's.
-
-        Raises:
-            UserError: the batches of an update, over all processes, are not as many as they were.
-        """
-        then, now = (state["world_size"] * state["accum_grad"] for state in (state_dict, self.state_dict()))
-        if then != now:
-            raise UserError(
-                f"the checkpoint was made with {then} batches an update (--accum_grad "
-                f"{state_dict['accum_grad']} on {state_dict['world_size']} processes), not {now}: "
-                "go on with as many"
-            )
+        self.first_update = state_dict["update"]

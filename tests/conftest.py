@@ -1,33 +1,12 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from stage_helpers import ENVIRONMENT, ROOT, run, start  # noqa: F401
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def run(script, *args, check=True, **environment):
-    """Runs a script of the checkout as a user would; returns the finished process with its output."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    process = subprocess.run(
-        command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
-    )
-    assert not check or process.returncode == 0, process.stdout + process.stderr
-    return process
-
-
-def start(script, *args, **arguments):
-    """Starts a script of the checkout; its output is one stream of lines."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **arguments
-    )
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 @pytest.fixture(scope="session")
