@@ -98,7 +98,7 @@ def parse_distill_layers(text: str, num_layers: int) -> list[list[int]]:
         groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
     except ValueError:
         raise UserError(
-            f"--distill_layers {text}: separate layers by commas and groups of layers by periods, as in 0.4,8,12"
+            f"--distill_layers {text}: separate layers by commas and groups by periods, as in 0.4,8,12"
         ) from None
     outside = [layer for group in groups for layer in group if not 0 <= layer <= num_layers]
     if outside:
