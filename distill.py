@@ -4,12 +4,14 @@ section 3.1)."""
 
 import argparse
 
-import training
-from lightning import DistillModule
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, run_script
+from wav2vec2.utils.files import UserError, needs_extra, run_script
 from wav2vec2.utils.flags import natural, positive, share
+
+with needs_extra("train"):
+    import training
+    from lightning import DistillModule
 
 
 def gates(pruning_units: str) -> dict[str, bool]:

@@ -3,10 +3,12 @@
 
 import argparse
 
-import training
-from lightning import DistillModule
 from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint
-from wav2vec2.utils.files import UserError, run_script
+from wav2vec2.utils.files import UserError, needs_extra, run_script
+
+with needs_extra("train"):
+    import training
+    from lightning import DistillModule
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,11 +15,13 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import soundfile
-from tqdm import tqdm
+from wav2vec2.utils.files import UserError, needs_extra, run_script
 
-from dataset.manifest import SAMPLE_RATE, format_complaint, write_manifests
-from wav2vec2.utils.files import UserError, run_script
+with needs_extra("train"):
+    import soundfile
+    from tqdm import tqdm
+
+    from dataset.manifest import SAMPLE_RATE, format_complaint, write_manifests
 
 FILES_A_TASK = 64
 

@@ -32,6 +32,9 @@ from .components import (
 )
 from .hardconcrete import HardConcrete
 
+NarrowedWeights = dict[tuple[nn.Module, str], Tensor]
+"""The tensors of a model that its gates change, by module and name."""
+
 
 class PruningError(ValueError):
     """A model that its gates leave unable to compute anything."""
@@ -206,9 +209,7 @@ class Layout:
         self._add(output, "weight", {1: inputs}, masked=masked, inside=inputs, scaled=branch)
         self._add(output, "bias", {}, inside=inputs, scaled=branch)
 
-    def narrow(
-        self, units: Mapping[Axis, Units], masks: Mapping[HardConcrete, Tensor]
-    ) -> dict[tuple[nn.Module, str], Tensor]:
+    def narrow(self, units: Mapping[Axis, Units], masks: Mapping[HardConcrete, Tensor]) -> NarrowedWeights:
         """The tensors of the model that the gates change, by module and name."""
         result = {}
         for slicing in self.slicings:
@@ -290,10 +291,10 @@ class WeightSwap:
     """
 
     def __init__(self) -> None:
-        self._tensors: Mapping[tuple[nn.Module, str], Tensor] = {}
+        self._tensors: NarrowedWeights = {}
         self._originals: list[tuple[dict, str, Tensor | None]] = []
 
-    def put(self, tensors: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+    def put(self, tensors: NarrowedWeights) -> None:
         """Puts ``tensors``, by module and name, in the place of the modules' own."""
         self.restore()
         self._tensors = tensors
@@ -308,9 +309,7 @@ class WeightSwap:
             place[name] = original
         self._tensors, self._originals = {}, []
 
-    def run(
-        self, tensors: Mapping[tuple[nn.Module, str], Tensor], compute: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def run(self, tensors: NarrowedWeights, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The outputs of ``compute()`` with ``tensors`` in place, during its backward pass too."""
         self.put(tensors)
         try:
@@ -322,7 +321,7 @@ class WeightSwap:
                 output.register_hook(lambda gradient: self._put_for_backward(tensors))
         return outputs
 
-    def _put_for_backward(self, tensors: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+    def _put_for_backward(self, tensors: NarrowedWeights) -> None:
         if self._tensors is not tensors:
             self.put(tensors)
             torch.autograd.Variable._execution_engine.queue_callback(self.restore)

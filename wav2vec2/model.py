@@ -6,15 +6,13 @@ The architecture follows wav2vec 2.0 (Baevski et al. 2020), HuBERT (Hsu et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import components as parts
 from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
-from .gating import Layout, WeightSwap, all_units, draw, open_units, prune
+from .gating import Layout, NarrowedWeights, WeightSwap, all_units, draw, open_units, prune
 from .hardconcrete import HardConcrete
 from .utils.cost import count_parameters, parameter_count
 
@@ -62,8 +60,28 @@ class Wav2Vec2Model(nn.Module):
         """All gates, in the order of the modules."""
         return [module for module in self.modules() if isinstance(module, HardConcrete)]
 
+    def narrow(self) -> NarrowedWeights | None:
+        """Draws every gate, and narrows the weights to what is open; None for a model without gates.
+
+        Finding what is open waits until a GPU has done all that it was given before, so a training step calls
+        this first, and gives the result to :meth:`extract_features`.
+        """
+        if self._layout is None:
+            return None
+        self._weights.restore()
+        axes, masks = self._layout.axes, draw(self._layout.gates)
+        if self.skip_closed_gates:
+            units = open_units(axes, masks, self.width_multiple)
+        else:
+            units = all_units(axes, masks)
+        return self._layout.narrow(units, masks)
+
     def extract_features(
-        self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        num_layers: int | None = None,
+        weights: NarrowedWeights | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """The projected features and the output of every transformer layer, without layer drop.
 
@@ -71,6 +89,7 @@ class Wav2Vec2Model(nn.Module):
             waveforms: (batch, time), 16 kHz.
             lengths: (batch,) valid samples of each waveform; None where all are whole, which is faster.
             num_layers: run only this many transformer layers.
+            weights: what :meth:`narrow` returned, for a model with gates; None draws them anew.
         Returns:
             ``([h0, h1, ..., hL], lengths)``: h0 (batch, frame, feature) is the input of the positional
             convolution, padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid
@@ -81,7 +100,7 @@ class Wav2Vec2Model(nn.Module):
         total = len(self.encoder.transformer.layers)
         if num_layers is not None and not 0 <= num_layers <= total:
             raise ValueError(f"num_layers is between 0 and {total}, not {num_layers}")
-        return self._hidden_states(waveforms, lengths, num_layers)
+        return self._hidden_states(waveforms, lengths, num_layers, weights=weights)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The output of the model, with layer drop in training mode.
@@ -99,7 +118,12 @@ class Wav2Vec2Model(nn.Module):
         return (x if self.aux is None else self.aux(x)), lengths
 
     def _hidden_states(
-        self, waveforms: Tensor, lengths: Tensor | None, num_layers: int | None, layer_drop: float = 0.0
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        num_layers: int | None,
+        layer_drop: float = 0.0,
+        weights: NarrowedWeights | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms are (batch, time), not {tuple(waveforms.shape)}")
@@ -112,18 +136,9 @@ class Wav2Vec2Model(nn.Module):
             features, frames = self.feature_extractor(waveforms, lengths)
             return self.encoder(features, frames, num_layers, layer_drop)
 
-        states = compute() if self._layout is None else self._compute_under_gates(compute)
+        weights = self.narrow() if weights is None else weights
+        states = compute() if weights is None else self._weights.run(weights, compute)
         return states, frames
-
-    def _compute_under_gates(self, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """``compute()`` with the weights narrowed to a new draw of every gate."""
-        self._weights.restore()
-        axes, masks = self._layout.axes, draw(self._layout.gates)
-        if self.skip_closed_gates:
-            units = open_units(axes, masks, self.width_multiple)
-        else:
-            units = all_units(axes, masks)
-        return self._weights.run(self._layout.narrow(units, masks), compute)
 
     def get_num_params(self) -> Tensor:
         """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
