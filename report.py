@@ -59,8 +59,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def sparsity(run: Run, logs: dict, teacher: Wav2Vec2Model, student: Student) -> dict:
-    """What was reached, 1 - student / teacher, in what stage 1 counted; what its gates lead one to expect,
-    where they are not cut yet; and what was wanted. None for what is not known."""
+    """1 - student / teacher, in what stage 1 counts: reached, wanted, and expected by gates not cut yet.
+
+    What is not known is None.
+    """
     of = run.flag("distill", "sparsity_of") or "params"
     whole = COUNTS[of](teacher).whole()
     target = run.flag("distill", "target_sparsity")
@@ -98,17 +100,19 @@ def collect(args: argparse.Namespace) -> dict:
     widths = {"teacher": measure.widths(teacher), "student": measure.widths(student.model)}
     logs = run.logs()
     heard = utterances(args, run)
-    distance = None if heard is None else measure.distances(teacher, students, heard)
+    distance = None
+    if heard is not None:
+        say(f"measuring distances on {len(heard.files)} utterances")
+        distance = measure.distances(teacher, students, heard)
+    say("measuring speed")
+    rows = measure.speeds(teacher, student.model, args.repeats)
     return {
         "teacher": str(args.teacher_ckpt),
         "student": {"path": str(student.path), "made": student.made, "saved": student.saved},
         "sizes": sizes,
         "sparsity": sparsity(run, logs, teacher, student),
         "widths": widths,
-        "speed": {
-            "repeats": args.repeats,
-            "rows": measure.speeds(teacher, student.model, args.repeats),
-        },
+        "speed": {"repeats": args.repeats, "rows": rows},
         "training": logs,
         "distance": distance,
         "stages": run.records,
@@ -122,6 +126,10 @@ def collect(args: argparse.Namespace) -> dict:
             },
         },
     }
+
+
+def say(text: str) -> None:
+    print(f"report.py: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

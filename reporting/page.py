@@ -45,6 +45,7 @@ def render(report: dict) -> str:
         distance_table=distance_table(report["distance"]),
         stage_rows=stage_rows(report["stages"]),
         flag_table=flag_table(report["stages"]),
+        input_rows=input_rows(report["stages"]),
     )
 
 
@@ -336,6 +337,15 @@ def flag_table(stages: dict) -> dict | None:
         for name in names
     ]
     return {"caption": "Flags of each stage", "head": head, "rows": rows}
+
+
+def input_rows(stages: dict) -> list[tuple[str, str, str, str]]:
+    """The files that each stage was made from."""
+    return [
+        (STAGES[stage].partition(":")[0], name, str(file.get("path", "")), str(file.get("sha256", ""))[:12])
+        for stage, entry in stages.items()
+        for name, file in ((entry or {}).get("inputs") or {}).items()
+    ]
 
 
 def _date(text: str | None) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning import distill_projections
 from prune import GATE_NAMES, part
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
@@ -177,11 +176,13 @@ def add_projections(student: Student, content: dict) -> None:
     layers, mode = settings.get("distill_layers"), settings.get("distill_mode")
     if not layers or not mode or not tensors:
         return
-    teacher_dim, student_dim = next(tensor.shape for tensor in tensors.values() if tensor.dim() == 2)
-    # Layers of a group share a projection, and the checkpoint has it once for each of them.
-    projections = distill_projections(mode, [[layer] for layer in layers], student_dim, teacher_dim)
-    projections.load_state_dict(tensors)
-    student.projections = dict(zip(layers, projections.eval(), strict=True))
+    # Rebuilt here rather than by lightning.py, whose import takes longer than all the rest of a small report.
+    layered = "0." if mode == "predlayer" else ""
+    for place, layer in enumerate(layers):
+        weight, bias = (tensors[f"{place}.{layered}{name}"] for name in ("weight", "bias"))
+        linear = nn.Linear(weight.size(1), weight.size(0))
+        linear.load_state_dict({"weight": weight, "bias": bias})
+        student.projections[layer] = nn.Sequential(linear, nn.GELU()) if layered else linear
     student.reads_last_layer = mode == "predlayer"
 
 
