@@ -84,7 +84,7 @@ def sentence_of(monkeypatch, capsys, script, *args):
     return lines[-1]
 
 
-def flags(manifests, teacher, exp_dir, **changes):
+def flags(manifests, teacher, exp_dir, /, **changes):
     """Flags of distill.py for ten updates; a change to None leaves a flag out."""
     values = {
         "tsv_dir": manifests,
