@@ -203,6 +203,8 @@ class DistillModule(pl.LightningModule):
         if use_reg:
             self.teacher_cost = COUNTS[sparsity_of](teacher_model).whole()
             self.student_cost = COUNTS[sparsity_of](student_model)
+            # Pruning to a target of the teacher's cost needs it, and does not read the teacher.
+            self.hparams["teacher_cost"] = self.teacher_cost
             self.lambda1 = nn.Parameter(torch.zeros(()))
             self.lambda2 = nn.Parameter(torch.zeros(()))
         self.gradient_norm: Tensor | None = None

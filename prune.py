@@ -2,6 +2,7 @@
 """Stage 2: cut what the gates of stage 1 have closed (DPHuBERT, section 3.1)."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from wav2vec2 import PruningError, Wav2Vec2Model
@@ -12,9 +13,9 @@ from wav2vec2.utils.checkpoint import (
     read_file,
     save_checkpoint,
 )
-from wav2vec2.utils.cost import count_parameters, multiply_accumulates
+from wav2vec2.utils.cost import COUNTS, count_parameters, multiply_accumulates, shift_gates
 from wav2vec2.utils.files import UserError, needs_extra, run_script
-from wav2vec2.utils.flags import path, positive_int
+from wav2vec2.utils.flags import path, positive_int, share
 
 with needs_extra("train"):
     import provenance
@@ -26,6 +27,10 @@ GATE_NAMES = {
     "interm": "feed_forward.hard_concrete_for_intermediate.log_alpha",
     "ffnlayer": "feed_forward.hard_concrete_for_layer.log_alpha",
 }
+
+
+TOLERANCE = 0.005
+"""A sparsity that misses the target by more than half a point is worth a word."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,6 +51,12 @@ def parse_args() -> argparse.Namespace:
         default=1,
         help="round channels and feed-forward widths up to a multiple",
     )
+    parser.add_argument(
+        "--target_sparsity",
+        type=share,
+        help="open or close the gates, in the order that training found, until what is left is just within "
+        "this target, in what stage 1's --sparsity_of counted; by default, what the gates close is cut",
+    )
     provenance.add_argument(parser)
     return parser.parse_args()
 
@@ -55,9 +66,29 @@ def part(state_dict: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def read_distilled(args: argparse.Namespace, record: dict) -> tuple[Wav2Vec2Model, dict, dict | None]:
-    """The gated student of a stage-1 checkpoint, in evaluation mode, the tensors of its projections, and what
-    stage 1 was made with, where the checkpoint says so.
+@dataclass
+class Distilled:
+    """What stage 1 has left.
+
+    Attributes:
+        student: the gated student, in evaluation mode.
+        projections: the tensors of its projections.
+        made_with: what stage 1 was made with, where the checkpoint says so.
+        target: the sparsity that stage 1 was asked for.
+        sparsity_of: what it counted.
+        teacher_cost: the teacher's count of it.
+    """
+
+    student: Wav2Vec2Model
+    projections: dict
+    made_with: dict | None
+    target: float | None
+    sparsity_of: str
+    teacher_cost: int
+
+
+def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
+    """Reads the checkpoint of stage 1.
 
     Raises:
         UserError: a file cannot be read, holds no gates, or the two do not go together.
@@ -82,7 +113,18 @@ def read_distilled(args: argparse.Namespace, record: dict) -> tuple[Wav2Vec2Mode
     config = {**config, **{key: unit in units for unit, key in PRUNING_UNITS.items()}}
     source = f"{distilled_ckpt} with the config of --original_ckpt {original_ckpt}"
     model = build_model(config, student, source).eval()
-    return model, part(state_dict, "distill_linear_projs."), made_with
+    hyper_parameters = checkpoint.get("hyper_parameters", {})
+    sparsity_of = hyper_parameters.get("sparsity_of", "params")
+    if sparsity_of not in COUNTS:
+        raise UserError(f"{distilled_ckpt}: its sparsity_of is {sparsity_of!r}, none of {', '.join(COUNTS)}")
+    return Distilled(
+        model,
+        part(state_dict, "distill_linear_projs."),
+        made_with,
+        hyper_parameters.get("target_sparsity"),
+        sparsity_of,
+        hyper_parameters.get("teacher_cost") or COUNTS[sparsity_of](model).whole(),
+    )
 
 
 def widths(model: Wav2Vec2Model) -> dict[str, int]:
@@ -97,27 +139,40 @@ def widths(model: Wav2Vec2Model) -> dict[str, int]:
     return rows
 
 
-def prune(model: Wav2Vec2Model, args: argparse.Namespace) -> str:
-    """Prunes ``model`` in place; returns a table of what it had and what it has.
+def prune(distilled: Distilled, args: argparse.Namespace) -> str:
+    """Prunes the student in place; returns a table of what it had and what it has, and how that compares with
+    the target.
 
     Raises:
-        UserError: nothing of a conv layer would be left.
+        UserError: nothing of a conv layer would be left, or the gates cannot reach the target.
     """
-    before, size, cost = widths(model), count_parameters(model), multiply_accumulates(model)
-    expected = model.get_num_params().item()
+    model, count = distilled.student, COUNTS[distilled.sparsity_of]
+    before, size, macs = widths(model), count_parameters(model), multiply_accumulates(model)
+    expected = 1 - count(model)().item() / distilled.teacher_cost
     try:
+        if args.target_sparsity is not None:
+            shift_gates(
+                model, count(model), (1 - args.target_sparsity) * distilled.teacher_cost, args.round_to
+            )
         model.prune(args.round_to)
     except PruningError as error:
         raise UserError(f"{args.distilled_ckpt}: {error}") from error
-    after, pruned_size, pruned_cost = widths(model), count_parameters(model), multiply_accumulates(model)
+    after, pruned_size, pruned_macs = widths(model), count_parameters(model), multiply_accumulates(model)
+    reached = 1 - count(model).whole() / distilled.teacher_cost
+    what = {"params": "parameters", "macs": "multiply-accumulates"}[distilled.sparsity_of]
     lines = [f"{'':24}{'before':>12}{'after':>12}"]
     lines += [f"{name:24}{width:>12}{after[name]:>12}" for name, width in before.items()]
     lines += [
         f"{'parameters':24}{size:>12,}{pruned_size:>12,}",
-        f"{'MACs a second of audio':24}{cost / 1e6:>11,.0f}M{pruned_cost / 1e6:>11,.0f}M",
-        f"sparsity {1 - pruned_size / size:.4f} of --original_ckpt, "
-        f"the gates expected {1 - expected / size:.4f}",
+        f"{'MACs a second of audio':24}{macs / 1e6:>11,.0f}M{pruned_macs / 1e6:>11,.0f}M",
+        f"sparsity {reached:.4f} of the teacher's {what}; after training the gates expected {expected:.4f}",
     ]
+    missed = args.target_sparsity is None and distilled.target is not None
+    if missed and abs(reached - distilled.target) > TOLERANCE:
+        lines.append(
+            f"stage 1 was asked for a sparsity of {distilled.target:g}: for exactly that, run prune.py again "
+            f"with --target_sparsity {distilled.target:g}"
+        )
     return "\n".join(lines)
 
 
@@ -133,10 +188,10 @@ def main() -> None:
         print(f"prune.py: this stage is finished: {out}")
         return
     with provenance.Diary(folder, record, args) as diary:
-        model, projections, made_with = read_distilled(args, record)
-        table = prune(model, args)
-        save_checkpoint(out, model, verify=True, distill_linear_projs=projections)
-        more = {} if made_with is None else {"distilled": made_with}
+        distilled = read_distilled(args, record)
+        table = prune(distilled, args)
+        save_checkpoint(out, distilled.student, verify=True, distill_linear_projs=distilled.projections)
+        more = {} if distilled.made_with is None else {"distilled": distilled.made_with}
         diary.note(output=provenance.file_input(out), **more)
     print(f"{table}\nwrote {out}")
 

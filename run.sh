@@ -26,6 +26,7 @@ set -euo pipefail
 # stage 1: distil and prune
 : "${lr:=0.0002}" "${warmup:=15000}" "${max:=50000}"
 : "${pruning_units:=conv,head,interm}" "${reg_lr:=0.02}" "${target_sparsity:=0.75}" "${sparsity_warmup:=5000}"
+: "${sparsity_of:=params}" "${match_target:=0}" # params or macs; 1 prunes to exactly the target
 
 # stage 3: distil the pruned model
 : "${final_lr:=0.0001}" "${final_warmup:=5000}" "${final_max:=25000}"
@@ -38,7 +39,7 @@ set -euo pipefail
 # The folder is named by what matters, which the stages check too.
 model=$(basename "$teacher_ckpt" .pth) && model=${model/#hubert-base-ls960.hf/hubert-base}
 [ "$student_ckpt" = "$teacher_ckpt" ] || model+=_$(basename "$student_ckpt" .pth)
-: "${root_dir:=exp/${model}_${train_subset}_sp${target_sparsity}_spup${sparsity_warmup}_lr${lr}_up${warmup}_max${max}_${distill_mode}${distill_layers}_reglr${reg_lr}_${pruning_units}}"
+: "${root_dir:=exp/${model}_${train_subset}_sp${target_sparsity}${sparsity_of#params}_spup${sparsity_warmup}_lr${lr}_up${warmup}_max${max}_${distill_mode}${distill_layers}_reglr${reg_lr}_${pruning_units}}"
 : "${final_dir:=$root_dir/lr${final_lr}_up${final_warmup}_max${final_max}}"
 pruned=$root_dir/ckpts/pruned_hubert_base.pth
 
@@ -85,10 +86,16 @@ train() {
 
 train distill.py --exp_dir "$root_dir" --student_ckpt "$student_ckpt" --learning_rate "$lr" \
     --warmup_updates "$warmup" --max_updates "$max" --pruning_units "$pruning_units" \
-    --reg_learning_rate "$reg_lr" --target_sparsity "$target_sparsity" --sparsity_warmup_updates "$sparsity_warmup"
+    --reg_learning_rate "$reg_lr" --target_sparsity "$target_sparsity" --sparsity_of "$sparsity_of" \
+    --sparsity_warmup_updates "$sparsity_warmup"
+match=()
+[ "$match_target" = 0 ] || match=(--target_sparsity "$target_sparsity")
 run prune.py "$python" "$here/prune.py" --distilled_ckpt "$root_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt" \
-    --out "$pruned" --allow_changed "$allow_changed"
+    --out "$pruned" --allow_changed "$allow_changed" ${match[@]+"${match[@]}"}
 train final_distill.py --exp_dir "$final_dir" --student_ckpt "$pruned" --learning_rate "$final_lr" \
     --warmup_updates "$final_warmup" --max_updates "$final_max"
 run save_final_ckpt.py "$python" "$here/save_final_ckpt.py" --config_path "$pruned" --allow_changed "$allow_changed" \
     --ckpt_after_final_distill "$final_dir/ckpts/last.ckpt" --out "$final_dir/ckpts/pruned_hubert_base.pth"
+"$python" "$here/report.py" --teacher_ckpt "$teacher_ckpt" --root_dir "$root_dir" --final_dir "$final_dir" \
+    --tsv_dir "$tsv_dir" --out "$final_dir/report" ||
+    echo "run.sh: the model is finished, but its report could not be written" >&2

@@ -287,10 +287,10 @@ def _train(module: DistillModule, run: Run) -> int:
 
 
 def compile_models(module: DistillModule) -> None:
-    """Compiles the transformer layers of the models without gates, the teacher and stage 3's student, in place.
+    """Compiles the layers of the models without gates, the teacher and the student of stage 3, in place.
 
-    A gated student's widths change with every update, so that it would be compiled again and again. Layers
-    are compiled one by one because they share one graph. Names in the state dict stay.
+    A gated student's widths change with every update, and it would be compiled again and again. Layers are
+    compiled one by one because they share one graph. Names in the state dict stay.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for model in (module.teacher_model, module.student_model):
