@@ -21,7 +21,7 @@ with needs_extra("train"):
     import soundfile
     from tqdm import tqdm
 
-    from dataset.manifest import SAMPLE_RATE, format_complaint, write_manifests
+    from dataset.manifest import SAMPLE_RATE, format_complaint, samples_complaint, write_manifests
 
 FILES_A_TASK = 64
 
@@ -98,11 +98,16 @@ def available_cpus() -> int:
 
 
 def inspect(root: str, path: str) -> int | str:
-    """Reads one file's header: its number of samples, or the reason to leave it out."""
+    """Reads a file's header, and float samples too: its number of samples, or the reason to leave it out."""
     full = os.path.join(root, path)
     try:
         with soundfile.SoundFile(full) as audio:
-            return format_complaint(audio) or audio.frames or "empty"
+            complaint = format_complaint(audio)
+            if complaint is None and audio.subtype in ("FLOAT", "DOUBLE"):
+                # Only these can hold what is no audio, so only these are read whole.
+                blocks = (samples_complaint(block) for block in audio.blocks(2**20, dtype="float32"))
+                complaint = next((found for found in blocks if found is not None), None)
+            return complaint or audio.frames or "empty"
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         if os.path.exists(full) and os.path.getsize(full) == 0:
             return "empty"

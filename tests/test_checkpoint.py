@@ -11,8 +11,8 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
 from model_helpers import tiny_config
+from stage_helpers import ENVIRONMENT, ROOT
 
 from wav2vec2 import wav2vec2_model
 from wav2vec2.utils.checkpoint import load_model, read_checkpoint, read_file, save_checkpoint

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import (
+from convert_helpers import (
     GOLDEN,
     RECORDED,
     assert_layers_equal,

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 import transformers
-from helpers import (
+from convert_helpers import (
     CLASSES,
     compressed_checkpoint,
     converted,

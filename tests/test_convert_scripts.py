@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
-from helpers import (
+from convert_helpers import (
     CLASSES,
     GOLDEN,
     RECORDED,
@@ -15,6 +14,7 @@ from helpers import (
     load,
     run_with_torch_alone,
 )
+from stage_helpers import ENVIRONMENT, ROOT
 
 
 def process(script, *flags, folder):

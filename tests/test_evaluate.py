@@ -8,7 +8,8 @@ import pytest
 import soundfile
 import soxr
 import torch
-from conftest import run, tiny_config
+from model_helpers import tiny_config
+from stage_helpers import run
 
 import evaluate
 from wav2vec2 import wav2vec2_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from model_helpers import tiny_config
 
 from wav2vec2 import wav2vec2_model
 from wav2vec2.utils.checkpoint import save_checkpoint

@@ -8,8 +8,8 @@ import zipfile
 from email import message_from_string
 
 import pytest
-from conftest import ROOT
-from helpers import run_with_torch_alone
+from convert_helpers import run_with_torch_alone
+from stage_helpers import ROOT
 
 SCRIPTS = {
     "prepare_data.py": "train",

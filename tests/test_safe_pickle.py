@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import hf_config, recorded, refused, refused_in_little_memory, save_changed
+from convert_helpers import hf_config, recorded, refused, refused_in_little_memory, save_changed
 
 from converters import safe_pickle
 from wav2vec2.utils.files import UserError

@@ -111,11 +111,15 @@ class Wav2Vec2Model(nn.Module):
         Returns:
             (batch, frame, feature), and the lengths in frames (batch,) or None.
         """
-        transformer = self.encoder.transformer
-        layer_drop = transformer.layer_drop if self.training else 0.0
+        layer_drop = self.encoder.transformer.layer_drop if self.training else 0.0
         states, lengths = self._hidden_states(waveforms, lengths, None, layer_drop)
-        x = transformer.layer_norm(states[-1]) if transformer.layer_norm_first else states[-1]
-        return (x if self.aux is None else self.aux(x)), lengths
+        return self.output(states[-1]), lengths
+
+    def output(self, last: Tensor) -> Tensor:
+        """What ``forward`` returns, (batch, frame, feature), from the output of the last layer."""
+        transformer = self.encoder.transformer
+        x = transformer.layer_norm(last) if transformer.layer_norm_first else last
+        return x if self.aux is None else self.aux(x)
 
     def _hidden_states(
         self,

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from conftest import ENVIRONMENT, ROOT
+from stage_helpers import ENVIRONMENT, ROOT
 
 from converters import fairseq, safe_pickle
 from wav2vec2 import wav2vec2_model
