@@ -99,11 +99,11 @@ def collect(args: argparse.Namespace) -> dict:
     }
     widths = {"teacher": measure.widths(teacher), "student": measure.widths(student.model)}
     logs = run.logs()
-    heard = utterances(args, run)
+    validation = utterances(args, run)
     distance = None
-    if heard is not None:
-        say(f"measuring distances on {len(heard.files)} utterances")
-        distance = measure.distances(teacher, students, heard)
+    if validation is not None:
+        say(f"measuring distances on {len(validation.files)} utterances")
+        distance = measure.distances(teacher, students, validation)
     say("measuring speed")
     rows = measure.speeds(teacher, student.model, args.repeats)
     return {

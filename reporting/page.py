@@ -138,7 +138,7 @@ def width_figures(widths: dict) -> list[tuple[str, str, str]]:
         picture = figures.widths(teacher, student, title, layer)
         kept = f"{sum(student):,} of {sum(teacher):,}"
         alternative = f"{title} by {layer}, teacher {teacher}, student {student}."
-        caption = f"{title} that each {layer} keeps, before the teacher's: {kept} in all."
+        caption = f"{title} that each {layer} keeps (blue) of the teacher's (grey): {kept} in all."
         result.append((picture, alternative, caption))
     return result
 

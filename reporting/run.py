@@ -109,7 +109,13 @@ class Run:
                     students[-1].model.config, weights, f"{again} with the config of {pruned}"
                 )
                 students.append(Student(model.eval(), again, made, saved=False))
-            add_projections(students[-1], content)
+            settings = content.get("hyper_parameters", {})
+            add_projections(students[-1], part(content["state_dict"], "distill_linear_projs."), settings)
+            if pruned is not None:
+                # Stage 3 distils the layers of stage 1, whose projections stage 2 hands on.
+                add_projections(
+                    students[0], read_checkpoint(pruned).get("distill_linear_projs", {}), settings
+                )
         if students:
             return students
         if distilled is None:
@@ -140,7 +146,8 @@ class Run:
             raise UserError(f"{distilled}: {error}") from error
         made = f"in stage 1, after update {content['global_step']:,}{_of(content)}, cut as its gates stand"
         student = Student(model, distilled, made, saved=False, gated=gated)
-        add_projections(student, content)
+        settings = content.get("hyper_parameters", {})
+        add_projections(student, part(content["state_dict"], "distill_linear_projs."), settings)
         return student
 
     def logs(self) -> dict[str, dict[str, dict[str, list]]]:
@@ -169,10 +176,14 @@ def read_training_checkpoint(path: Path) -> dict:
     return content
 
 
-def add_projections(student: Student, content: dict) -> None:
-    """Gives ``student`` the projections of a training checkpoint, where it says which layers they read."""
-    settings = content.get("hyper_parameters", {})
-    tensors = part(content["state_dict"], "distill_linear_projs.")
+def add_projections(student: Student, tensors: dict, settings: dict) -> None:
+    """Gives ``student`` its projections, where it is known which layers they read.
+
+    Args:
+        student: gets them.
+        tensors: theirs, by the names of a module list.
+        settings: ``distill_layers`` and ``distill_mode`` of the run, or neither.
+    """
     layers, mode = settings.get("distill_layers"), settings.get("distill_mode")
     if not layers or not mode or not tensors:
         return

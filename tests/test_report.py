@@ -218,15 +218,17 @@ def test_distances_are_those_computed_from_the_audio(report, whole_run, teacher,
         for entry in student["hidden_states"]:
             check(entry, states[entry["layer"]], wanted[entry["layer"]])
 
-    projected = content["distance"]["students"][-1]["projected"]
     tensors = torch.load(final / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
-    assert [entry["layer"] for entry in projected] == [0, 1, 3]
-    for place, entry in enumerate(projected):
-        weight, bias = (
-            tensors[f"distill_linear_projs.{place}.{name}"].numpy() for name in ("weight", "bias")
-        )
-        layer = entry["layer"]
-        check(entry, states[layer] @ weight.T + bias, wanted[layer])
+    after_stage_3 = {key.removeprefix("distill_linear_projs."): value for key, value in tensors.items()}
+    after_stage_2 = torch.load(files[0], weights_only=True)["distill_linear_projs"]
+    sources = zip(content["distance"]["students"], files, (after_stage_2, after_stage_3), strict=True)
+    for student, path, tensors in sources:
+        states = hidden_states(path)
+        assert [entry["layer"] for entry in student["projected"]] == [0, 1, 3]
+        for place, entry in enumerate(student["projected"]):
+            weight, bias = (tensors[f"{place}.{name}"].numpy() for name in ("weight", "bias"))
+            layer = entry["layer"]
+            check(entry, states[layer] @ weight.T + bias, wanted[layer])
 
 
 def test_speeds_are_given_for_both_lengths_and_agree_with_themselves(report):
@@ -251,13 +253,12 @@ def test_the_page_is_complete_in_itself(report):
     assert "report.html" in printed.splitlines()[-1]
 
 
-def test_what_a_stage_has_recorded_is_shown_and_what_it_has_not_is_said(
-    whole_run, teacher, manifests, tmp_path
-):
+def test_a_run_in_stage_3_with_what_its_stages_have_recorded(whole_run, report, teacher, manifests, tmp_path):
     root, final = tmp_path / "exp", tmp_path / "exp" / "final"
     shutil.copytree(whole_run[0], root)
     for folder in (root, final):
         (folder / "run.json").unlink(missing_ok=True)
+    (final / "ckpts" / "pruned_hubert_base.pth").unlink()
     session = {
         "started": "2026-01-02T03:04:05+00:00",
         "ended": "2026-01-02T05:34:05+00:00",
@@ -275,6 +276,10 @@ def test_what_a_stage_has_recorded_is_shown_and_what_it_has_not_is_said(
     }
     (root / "run.json").write_text(json.dumps({"distill": entry}))
     content, page, _ = make_report(teacher, root, tmp_path / "out", "--final_dir", final, "--utterances", 3)
+    assert content["student"]["path"] == str(final / "ckpts" / "last.ckpt")
+    assert content["student"]["made"] == "in stage 3, after update 4 of 4"
+    assert content["sizes"]["student"]["parameters"] == report[0]["sizes"]["student"]["parameters"]
+    assert content["widths"] == report[0]["widths"]
     assert content["stages"]["distill"] == entry
     assert content["stages"]["prune"] is content["stages"]["save_final_ckpt"] is None
     assert content["sparsity"]["target"] == 0.6
