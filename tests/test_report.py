@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import run, start
 from model_helpers import LARGE, config_of, tiny_config
+from stage_helpers import run, start
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
