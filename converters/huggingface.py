@@ -41,7 +41,6 @@ CLASSES = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2", "wavlm": "WavLM"}
 """The names of transformers' classes begin with these."""
 
 IGNORED_OPTIONS = (
-    "attn_implementation",  # can name a repository with code
     "auto_map",  # names code in the folder
     "quantization_config",
     "num_labels",  # of a head; transformers makes as many labels as this says
@@ -137,6 +136,7 @@ def load_huggingface(name: str, family: str) -> tuple[Wav2Vec2Model, str]:
                 "model's; use the config it came with"
             )
     config_class = getattr(transformers, f"{CLASSES[family]}Config")
+    # Stated here, because a config could name a repository whose code computes the attention.
     config = _call(name, config_class.from_dict, options, attn_implementation="eager")
     normalized = normalizes_input(source, config)
     config_from_options(config, name, normalized)  # refuses an impossible config before anything is built

@@ -159,7 +159,6 @@ ATTACK = "__import__('os').system('touch ran')"
         ("fairseq_hubert_base", set_option(conv_feature_layers=ATTACK), "conv_feature_layers is"),
         ("fairseq_hubert_base", set_option(conv_feature_layers="[(1,1,1)] * 999999999"), "feature_layers"),
         ("fairseq_hubert_base", set_option(conv_feature_layers="[(512,10)]"), "conv_feature_layers"),
-        ("fairseq_hubert_base", set_option(conv_feature_layers="[(1,1,1)]" + "*99" * 9), "feature_layers"),
         ("fairseq_hubert_base", set_option(conv_feature_layers="[(9,9,1)]"), "into 1 to 400 frames"),
         ("fairseq_hubert_base", set_option(encoder_layers=20_000), "encoder_layers of its config is 20000"),
         ("fairseq_hubert_base", set_option(encoder_layers=10**5000), "encoder_layers of its config is a"),
@@ -269,9 +268,11 @@ def test_a_small_file_that_claims_huge_tensors_is_refused_before_memory_is_taken
         compressed_checkpoint(tmp_path / "compressed.pt", zeros),
         save_changed(tmp_path / "stride.pt", name, stride_0),
         save_changed(tmp_path / "legacy.pt", name, stride_0, _use_new_zipfile_serialization=False),
+        save_changed(tmp_path / "conv.pt", name, set_option(conv_feature_layers="[(1,1,1)]" + "*99" * 4)),
     ]
     assert all(file.stat().st_size < 10**6 for file in files)
     sentences = refused_in_little_memory("convert_hubert_from_fairseq.py", files, tmp_path)
     assert "refused, because it is compressed" in sentences[0]
     assert "its tensors are larger than the file" in sentences[1]
     assert "its tensors are larger than the file" in sentences[2]
+    assert "conv_feature_layers is '[(1,1,1)]*99*99*99*99'" in sentences[3]

@@ -183,6 +183,14 @@ def test_normalised_input_follows_the_feature_extractor_or_else_the_architecture
     assert model.normalize_waveform is ((norm == "large") if given is None else given)
 
 
+def test_the_feature_extractor_of_a_processor_decides_about_normalised_input(tmp_path):
+    hf_model("hubert").save_pretrained(tmp_path / "model")
+    processor = {"feature_extractor": {"do_normalize": True}}
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps(processor))
+    model = load(converted("convert_hubert_from_hf.py", tmp_path / "model", tmp_path))
+    assert model.normalize_waveform is True
+
+
 def test_our_normalised_input_is_the_feature_extractors():
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     waveforms, lengths = speech() + 0.03, torch.tensor([12_000, 9_000])
