@@ -203,14 +203,14 @@ def _check(exported: Exported, path: Path, out: Path, with_lengths: bool, int8: 
         for name, (actual, expected) in _compute(exported, path, waveforms, with_lengths).items():
             if actual.shape != expected.shape or not np.isfinite(actual).all():
                 raise UserError(
-                    f"{out}: not written, because {name} in onnxruntime at {size} has the shape {actual.shape} "
-                    f"instead of {expected.shape}, or numbers that are not finite"
+                    f"{out}: not written, because {name} in onnxruntime at {size} has the shape "
+                    f"{actual.shape} instead of {expected.shape}, or numbers that are not finite"
                 )
             error = np.abs(actual - expected).max() / np.abs(expected).max()
             if not int8 and error > TOLERANCE:
                 raise UserError(
-                    f"{out}: not written, because {name} in onnxruntime at {size} differs by {error:.1e} from "
-                    "PyTorch's"
+                    f"{out}: not written, because {name} in onnxruntime at {size} differs by "
+                    f"{error:.1e} from PyTorch's"
                 )
 
 

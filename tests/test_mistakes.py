@@ -30,7 +30,7 @@ MISTAKES = [
     ({"tsv_dir": "no/such"}, "train100.tsv"),
     ({"train_subset": "train960x"}, "train960x.tsv"),
     ({"distill_layers": "0.9"}, "layer 9 is not one of 0 to 3"),
-    ({"distill_layers": "0;3"}, "parted by commas"),
+    ({"distill_layers": "0;3"}, "separate layers by commas"),
     ({"distill_mode": "other"}, "invalid choice: 'other'"),
     ({"pruning_units": "conv,heads"}, "heads is none of conv, head, attlayer, interm, ffnlayer"),
     ({"target_sparsity": "1.5"}, "'1.5' is not a number from 0 to below 1"),

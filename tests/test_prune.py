@@ -42,7 +42,7 @@ def test_the_target_is_met_to_the_last_unit(round_to, stage_1, teacher, monkeypa
         call(monkeypatch, "prune", *arguments, "--target_sparsity", sparsity, "--out", out)
         budget = (1 - sparsity) * cost(teacher, what)
         sizes.append(cost(out, what))
-        # After three updates the layers' gates are so alike that all seven conv layers gain a channel at once.
+        # After three updates the gates are so alike that all seven conv layers gain a channel at once.
         assert 0 <= budget - sizes[-1] < (0.06 if round_to == 1 else 0.2) * cost(teacher, what)
     assert sizes[1] < sizes[0]
     printed = capsys.readouterr().out
