@@ -87,6 +87,40 @@ class Distilled:
     teacher_cost: int
 
 
+def gated_units(student: dict) -> list[str]:
+    """The units, of ``--pruning_units``, that have gates among a student's tensors."""
+    return [unit for unit, name in GATE_NAMES.items() if any(key.endswith(name) for key in student)]
+
+
+def gated_tensors(state_dict: dict, distilled_ckpt: str | Path) -> dict:
+    """The student's tensors in the state dict of ``distilled_ckpt``.
+
+    Raises:
+        UserError: there is no student, or it has no gates.
+    """
+    student = part(state_dict, "student_model.")
+    if not student:
+        raise UserError(f"{distilled_ckpt}: holds no student_model; give stage 1's last.ckpt")
+    if not gated_units(student):
+        raise UserError(
+            f"{distilled_ckpt}: its student has no gates; give stage 1's last.ckpt, not stage 3's"
+        )
+    return student
+
+
+def gated_student(student: dict, distilled_ckpt: str | Path, original_ckpt: str | Path) -> Wav2Vec2Model:
+    """The model of the tensors ``student`` of ``distilled_ckpt``, in evaluation mode.
+
+    Raises:
+        UserError: ``original_ckpt`` is not what the student started from.
+    """
+    units = gated_units(student)
+    config = read_checkpoint(original_ckpt)["config"]
+    config = {**config, **{key: unit in units for unit, key in PRUNING_UNITS.items()}}
+    source = f"{distilled_ckpt} with the config of --original_ckpt {original_ckpt}"
+    return build_model(config, student, source).eval()
+
+
 def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
     """Reads the checkpoint of stage 1.
 
@@ -96,23 +130,13 @@ def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
     distilled_ckpt, original_ckpt = args.distilled_ckpt, args.original_ckpt
     checkpoint = read_file(distilled_ckpt)
     state_dict = checkpoint.get("state_dict", {})
-    student = part(state_dict, "student_model.")
-    if not student:
-        raise UserError(f"{distilled_ckpt}: holds no student_model; give stage 1's last.ckpt")
-    units = [unit for unit, name in GATE_NAMES.items() if any(key.endswith(name) for key in student)]
-    if not units:
-        raise UserError(
-            f"{distilled_ckpt}: its student has no gates; give stage 1's last.ckpt, not stage 3's"
-        )
+    student = gated_tensors(state_dict, distilled_ckpt)
     made_with = checkpoint.get("run")
     if made_with is not None:
         then = {"flags": {}, "inputs": {"original_ckpt": made_with["inputs"]["student_ckpt"]}}
         remedy = "Give --original_ckpt what stage 1 had as --student_ckpt"
         provenance.refuse(provenance.differences(then, record), distilled_ckpt, args.allow_changed, remedy)
-    config = read_checkpoint(original_ckpt)["config"]
-    config = {**config, **{key: unit in units for unit, key in PRUNING_UNITS.items()}}
-    source = f"{distilled_ckpt} with the config of --original_ckpt {original_ckpt}"
-    model = build_model(config, student, source).eval()
+    model = gated_student(student, distilled_ckpt, original_ckpt)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
     sparsity_of = hyper_parameters.get("sparsity_of", "params")
     if sparsity_of not in COUNTS:

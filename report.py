@@ -17,17 +17,12 @@ from pathlib import Path
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.checkpoint import load_model
 from wav2vec2.utils.cost import COUNTS
-from wav2vec2.utils.files import UserError, atomic_write, run_script
+from wav2vec2.utils.files import UserError, atomic_write, needs_extra, run_script
 from wav2vec2.utils.flags import positive_int
 
-try:
+with needs_extra("eval"):
     from reporting import measure, page
     from reporting.run import Run, Student
-except ModuleNotFoundError as error:
-    if error.name not in ("matplotlib", "jinja2"):
-        raise
-    print(f"report.py: error: {error.name} is missing: pip install -e '.[eval]' brings it", file=sys.stderr)
-    sys.exit(2)
 
 
 def parse_args() -> argparse.Namespace:

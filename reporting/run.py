@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from prune import GATE_NAMES, part
+from provenance import read_run
+from prune import gated_student, gated_tensors, part
 from wav2vec2 import PruningError, Wav2Vec2Model
-from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint, read_file
 from wav2vec2.utils.files import UserError
 
@@ -69,7 +68,7 @@ class Run:
             raise UserError(f"--root_dir {root_dir}: no such folder; give stage 1's --exp_dir")
         self.root_dir = root_dir
         self.final_dir = final_dir if final_dir is not None and final_dir.is_dir() else None
-        recorded = read_records(root_dir) | ({} if self.final_dir is None else read_records(self.final_dir))
+        recorded = read_run(root_dir) | ({} if self.final_dir is None else read_run(self.final_dir))
         self.records: dict[str, dict | None] = {stage: recorded.get(stage) for stage in STAGES}
 
     def _file(self, folder: Path | None, name: str) -> Path | None:
@@ -132,13 +131,7 @@ class Run:
     def _cut_in_memory(self, distilled: Path, original: Path) -> Student:
         """Stage 1's student as stage 2 would cut it now."""
         content = read_training_checkpoint(distilled)
-        weights = part(content["state_dict"], "student_model.")
-        gates = {
-            PRUNING_UNITS[unit]: any(key.endswith(name) for key in weights)
-            for unit, name in GATE_NAMES.items()
-        }
-        config = {**read_checkpoint(original)["config"], **gates}
-        gated = build_model(config, weights, f"{distilled} with the config of {original}").eval()
+        gated = gated_student(gated_tensors(content["state_dict"], distilled), distilled, original)
         model = copy.deepcopy(gated)
         try:
             model.prune()
@@ -195,24 +188,6 @@ def add_projections(student: Student, tensors: dict, settings: dict) -> None:
         linear.load_state_dict({"weight": weight, "bias": bias})
         student.projections[layer] = nn.Sequential(linear, nn.GELU()) if layered else linear
     student.reads_last_layer = mode == "predlayer"
-
-
-def read_records(folder: Path) -> dict[str, dict]:
-    """The ``run.json`` of a folder: what each stage was made with. Empty where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
-            raise ValueError("it is not an object of objects")
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}); move it away to do without") from error
-    return content
 
 
 def read_scalars(folder: Path) -> dict[str, dict[str, list]]:

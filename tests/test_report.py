@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ import pytest
 import soundfile
 import torch
 from model_helpers import LARGE, config_of, tiny_config
-from stage_helpers import run, start
+from stage_helpers import ENVIRONMENT, RECIPE, ROOT, call, flags, run, sentence_of, start
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -27,70 +28,31 @@ from wav2vec2 import wav2vec2_model
 from wav2vec2.config import NO_GATES
 from wav2vec2.utils.checkpoint import save_checkpoint
 
-UPDATES, WARMUP, TARGET = 12, 4, 0.75
+UPDATES, WARMUP, TARGET = RECIPE["max"], RECIPE["sparsity_warmup"], 0.75
+STAGE_1 = {"pruning_units": "conv,head,interm", "reg_learning_rate": 0.1}
 
 
-def distill(script, manifests, teacher, student, exp_dir, updates, *more):
-    return run(script, *distill_flags(manifests, teacher, student, exp_dir, updates, *more))
-
-
-def distill_flags(manifests, teacher, student, exp_dir, updates, *more):
-    values = {
-        "tsv_dir": manifests,
-        "teacher_ckpt": teacher,
-        "student_ckpt": student,
-        "exp_dir": exp_dir,
-        "gpus": 0,
-        "max_updates": updates,
-        "warmup_updates": 2,
-        "distill_layers": "0.1,3",
-        "seconds_per_batch": 8,
-        "save_interval": 4,
-        "log_interval": 1,
-    }
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + [*more]
-
-
-PRUNING = [
-    "--pruning_units",
-    "conv,head,interm",
-    "--sparsity_warmup_updates",
-    str(WARMUP),
-    "--target_sparsity",
-    str(TARGET),
-    "--reg_learning_rate",
-    "0.1",
-]
-
-
-def make_report(teacher, root, out, *more):
-    """The content of report.json, the page, and what was printed."""
-    process = run(
-        "report.py", "--teacher_ckpt", teacher, "--root_dir", root, "--out", out, "--repeats", 2, *more
-    )
-    content = json.loads((out / "report.json").read_text())
-    return content, (out / "report.html").read_text(), process.stdout
+def read(out):
+    """The numbers and the page in the folder that a report was written to."""
+    return json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def whole_run(manifests, teacher, tmp_path_factory):
-    """All four stages on a HuBERT; the folders and what stage 1 printed."""
+    """All four stages on a HuBERT, and the report that run.sh ends with: the folders, and what it printed."""
     root = tmp_path_factory.mktemp("whole")
     final = root / "final"
-    printed = distill("distill.py", manifests, teacher, teacher, root, UPDATES, *PRUNING).stderr
-    pruned, distilled = (root / "ckpts" / name for name in ("pruned_hubert_base.pth", "last.ckpt"))
-    run("prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
-    distill("final_distill.py", manifests, teacher, pruned, final, 4)
-    again = final / "ckpts" / "last.ckpt"
-    run("save_final_ckpt.py", "--config_path", pruned, "--ckpt_after_final_distill", again)
-    return root, final, printed
+    folders = {"tsv_dir": manifests, "teacher_ckpt": teacher, "root_dir": root, "final_dir": final}
+    environment = ENVIRONMENT | {name: str(value) for name, value in (RECIPE | folders).items()}
+    command = ["bash", str(ROOT / "run.sh")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return root, final, process.stdout
 
 
 @pytest.fixture(scope="module")
-def report(whole_run, manifests, teacher, tmp_path_factory):
-    root, final, _ = whole_run
-    out = tmp_path_factory.mktemp("report") / "report"
-    return make_report(teacher, root, out, "--final_dir", final, "--tsv_dir", manifests)
+def report(whole_run):
+    return *read(whole_run[1] / "report"), whole_run[2]
 
 
 def load(path):
@@ -253,7 +215,9 @@ def test_the_page_is_complete_in_itself(report):
     assert "report.html" in printed.splitlines()[-1]
 
 
-def test_a_run_in_stage_3_with_what_its_stages_have_recorded(whole_run, report, teacher, manifests, tmp_path):
+def test_a_run_in_stage_3_with_what_its_stages_have_recorded(
+    whole_run, report, teacher, manifests, tmp_path, monkeypatch
+):
     root, final = tmp_path / "exp", tmp_path / "exp" / "final"
     shutil.copytree(whole_run[0], root)
     for folder in (root, final):
@@ -275,7 +239,9 @@ def test_a_run_in_stage_3_with_what_its_stages_have_recorded(whole_run, report, 
         "sessions": [session],
     }
     (root / "run.json").write_text(json.dumps({"distill": entry}))
-    content, page, _ = make_report(teacher, root, tmp_path / "out", "--final_dir", final, "--utterances", 3)
+    more = ["--final_dir", final, "--out", tmp_path / "out", "--utterances", 3, "--repeats", 1]
+    call(monkeypatch, "report", "--teacher_ckpt", teacher, "--root_dir", root, *more)
+    content, page = read(tmp_path / "out")
     assert content["student"]["path"] == str(final / "ckpts" / "last.ckpt")
     assert content["student"]["made"] == "in stage 3, after update 4 of 4"
     assert content["sizes"]["student"]["parameters"] == report[0]["sizes"]["student"]["parameters"]
@@ -302,24 +268,21 @@ def test_stage_1_of_a_large_model_can_be_reported_on_while_it_trains(manifests, 
     teacher, root = tmp_path / "large.pth", tmp_path / "exp"
     save_checkpoint(teacher, wav2vec2_model(**tiny_config(**LARGE)))
     last = root / "ckpts" / "last.ckpt"
-    process = start(
-        "distill.py",
-        *distill_flags(manifests, teacher, teacher, root, 100_000, *PRUNING),
-        start_new_session=True,
-    )
+    arguments = flags(manifests, teacher, root, max_updates=100_000, **STAGE_1)
+    process = start("distill.py", *arguments, start_new_session=True)
     try:
         waiting_since = time.monotonic()
         while not last.exists() and process.poll() is None and time.monotonic() - waiting_since < 120:
             time.sleep(0.1)
         # Held, not ended, so that its checkpoint stays the one that the report has read.
         os.killpg(process.pid, signal.SIGSTOP)
-        content, page, _ = make_report(
-            teacher, root, tmp_path / "out", "--final_dir", root / "later", "--tsv_dir", manifests
-        )
+        more = ["--final_dir", root / "later", "--tsv_dir", manifests, "--out", tmp_path / "out"]
+        run("report.py", "--teacher_ckpt", teacher, "--root_dir", root, *more)
         checkpoint = torch.load(last, weights_only=True)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    content, page = read(tmp_path / "out")
     assert content["student"]["path"] == str(last)
     assert f"stage 1, after update {checkpoint['global_step']} of 100,000" in content["student"]["made"]
     assert content["sizes"]["student"]["file_bytes"] is None and "not written yet" in page
@@ -345,15 +308,17 @@ def test_stage_1_of_a_large_model_can_be_reported_on_while_it_trains(manifests, 
     assert check_page(page) == 3 + 4 + 2
 
 
-def test_a_wavlm_run_without_a_validation_set(manifests, tmp_path):
+def test_a_wavlm_run_without_a_validation_set(manifests, tmp_path, monkeypatch):
     torch.manual_seed(0)
     teacher, root, data = tmp_path / "wavlm.pth", tmp_path / "exp", tmp_path / "data"
     save_checkpoint(teacher, wav2vec2_model(**config_of("wavlm_base", **NO_GATES)))
     data.mkdir()
     shutil.copy(manifests / "train100.tsv", data)
-    distill("distill.py", data, teacher, teacher, root, UPDATES, *PRUNING)
-    run("prune.py", "--distilled_ckpt", root / "ckpts" / "last.ckpt", "--original_ckpt", teacher)
-    content, page, _ = make_report(teacher, root, tmp_path / "out", "--tsv_dir", data)
+    run("distill.py", *flags(data, teacher, root, **STAGE_1))
+    distilled = root / "ckpts" / "last.ckpt"
+    call(monkeypatch, "prune", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
+    call(monkeypatch, "report", "--teacher_ckpt", teacher, "--root_dir", root, "--repeats", 1)
+    content, page = read(root / "report")
     pruned = torch.load(root / "ckpts" / "pruned_hubert_base.pth", weights_only=True)
     assert content["student"]["made"] == "after stage 2"
     heads = [len(remaining) for remaining in pruned["config"]["encoder_remaining_heads"]]
@@ -361,7 +326,7 @@ def test_a_wavlm_run_without_a_validation_set(manifests, tmp_path):
     assert content["widths"]["student"]["heads"] == [n * use for n, use in zip(heads, used, strict=True)]
     assert content["sizes"]["student"]["parameters"] == numel(pruned["state_dict"])
     assert content["distance"] is None and "valid_loss" not in content["training"]["distill"]
-    assert "no validation set is known" in page and "No validation loss was logged" in page
+    assert "Not measured: no" in page and "No validation loss was logged" in page
     assert check_page(page) == 3 + 4
 
 
@@ -378,16 +343,15 @@ def damaged(folder):
 
 
 @pytest.mark.parametrize(
-    ("prepare", "flags", "words"),
+    ("prepare", "more", "words"),
     [
         (lambda folder: None, [], "has no ckpts/last.ckpt and no ckpts/pruned_hubert_base.pth; wait until"),
-        (damaged, [], "run.json: is damaged"),
+        (damaged, [], "run.json is damaged"),
         (lambda folder: None, ["--root_dir", "nowhere"], "--root_dir nowhere: no such folder"),
     ],
 )
-def test_a_mistake_is_one_sentence(prepare, flags, words, teacher, tmp_path):
+def test_a_mistake_is_one_sentence(prepare, more, words, teacher, tmp_path, monkeypatch, capsys):
     prepare(tmp_path)
-    process = run("report.py", "--teacher_ckpt", teacher, "--root_dir", tmp_path, *flags, check=False)
-    assert process.returncode == 2
-    assert words in process.stderr and len(process.stderr.splitlines()) == 1
+    flags = ["--teacher_ckpt", teacher, "--root_dir", tmp_path, *more]
+    assert words in sentence_of(monkeypatch, capsys, "report", *flags)
     assert not list(tmp_path.rglob("report.*"))
