@@ -200,7 +200,7 @@ def load_audio(paths: list[Path]) -> list[Tensor]:
 
 def load_huggingface_folder(folder: str) -> Wav2Vec2Model:
     """The encoder of a folder that transformers wrote, converted in memory."""
-    from wav2vec2.utils.import_huggingface import MODELS, load_huggingface
+    from converters.huggingface import MODELS, load_huggingface
 
     config = Path(folder) / "config.json"
     if not config.is_file():

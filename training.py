@@ -205,6 +205,8 @@ def train(module: DistillModule, run: Run) -> None:
         except RuntimeError as error:
             if (words := _in_words(str(error), run.args)) is None:
                 raise
+            # torch would raise an error for each further worker that ends, wherever this process then is.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise UserError(words) from error
         if signal_number and diary is not None:
             diary.outcome = f"stopped by {signal.Signals(signal_number).name}"
