@@ -200,7 +200,7 @@ def load_audio(paths: list[Path]) -> list[Tensor]:
 
 def load_huggingface_folder(folder: str) -> Wav2Vec2Model:
     """The encoder of a folder that transformers wrote, converted in memory."""
-    from converters.huggingface import MODELS, load_huggingface
+    from converters.huggingface import CLASSES, load_huggingface
 
     config = Path(folder) / "config.json"
     if not config.is_file():
@@ -209,9 +209,9 @@ def load_huggingface_folder(folder: str) -> Wav2Vec2Model:
         family = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{config}: not a model's config ({error}); copy it again") from error
-    if family not in MODELS:
+    if family not in CLASSES:
         raise UserError(
-            f"--hf {folder}: a model of the type {family!r}; only {', '.join(MODELS)} can be evaluated"
+            f"--hf {folder}: a model of the type {family!r}; only {', '.join(CLASSES)} can be evaluated"
         )
     return load_huggingface(folder, family)[0]
 
