@@ -31,8 +31,8 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from dataset.manifest import SAMPLE_RATE
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.cost import count_parameters
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.cost import count_parameters
 from wav2vec2.utils.files import UserError, atomic_write, run_script
 from wav2vec2.utils.flags import natural, number, positive
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.config import NO_GATES
-from wav2vec2.gating import count_parameters
+from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.model import Wav2Vec2Model, normalize
 from wav2vec2.utils.checkpoint import load_model, on_cpu, plain
-from wav2vec2.utils.cost import multiply_accumulates
 from wav2vec2.utils.files import UserError, run_script
 
 ROOT = Path(__file__).parent
@@ -26,7 +25,7 @@ CODE = [
     *(ROOT / "exports" / f"{name}_pruned_speech.py" for name in ("configuration", "modeling")),
     *(
         ROOT / "wav2vec2" / f"{name}.py"
-        for name in ("config", "model", "components", "gating", "hardconcrete")
+        for name in ("config", "model", "components", "cost", "gating", "hardconcrete")
     ),
 ]
 """The wrappers for transformers, and all that the model's modules import: torch and one another."""

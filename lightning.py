@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.utils.cost import COUNTS
+from wav2vec2.cost import COUNTS
 from wav2vec2.utils.files import UserError
 
 SEED = 2022

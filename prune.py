@@ -7,13 +7,13 @@ from pathlib import Path
 
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
+from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates, shift_gates
 from wav2vec2.utils.checkpoint import (
     build_model,
     read_checkpoint,
     read_file,
     save_checkpoint,
 )
-from wav2vec2.utils.cost import COUNTS, count_parameters, multiply_accumulates, shift_gates
 from wav2vec2.utils.files import UserError, needs_extra, run_script
 from wav2vec2.utils.flags import path, positive_int, share
 

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.cost import COUNTS
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.cost import COUNTS
 from wav2vec2.utils.files import UserError, atomic_write, needs_extra, run_script
 from wav2vec2.utils.flags import positive_int
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wav2vec2 import PruningError, wav2vec2_model
-from wav2vec2.utils.cost import COUNTS, count_parameters, mac_count, multiply_accumulates, shift_gates
+from wav2vec2.cost import COUNTS, count_parameters, mac_count, multiply_accumulates, shift_gates
 
 SECONDS = 0.7
 

@@ -7,8 +7,8 @@ from stage_helpers import call, checkpoint, flags, run
 
 from lightning import DistillLoss, DistillModule, distill_projections
 from wav2vec2 import wav2vec2_model
+from wav2vec2.cost import COUNTS
 from wav2vec2.utils.checkpoint import load_model, save_checkpoint
-from wav2vec2.utils.cost import COUNTS
 
 
 @pytest.fixture(scope="module", params=COUNTS)

@@ -8,7 +8,7 @@ that read them. :class:`Layout` says how each tensor of a model follows its gate
 - training: :class:`WeightSwap` puts the narrowed weights into their modules for the length of a pass,
 - masking for comparison: the same with every unit kept,
 - pruning: :func:`prune` keeps the narrowed weights as the modules' parameters,
-- counting: :class:`Count` adds up these tensors, as parameters or as work (utils/cost.py).
+- counting: :class:`Count` adds up these tensors, as parameters or as work (cost.py).
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from . import components as parts
 from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
+from .cost import count_parameters, parameter_count
 from .gating import Layout, NarrowedWeights, WeightSwap, all_units, draw, open_units, prune
 from .hardconcrete import HardConcrete
-from .utils.cost import count_parameters, parameter_count
 
 
 class Wav2Vec2Model(nn.Module):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..components import FeatureExtractor, WavLMSelfAttention, WeightNormConv1d
-from ..gating import Count, Layout, PruningError, Term, evaluation_masks
-from ..hardconcrete import HardConcrete
+from .components import FeatureExtractor, WavLMSelfAttention, WeightNormConv1d
+from .gating import Count, Layout, PruningError, Term, evaluation_masks
+from .hardconcrete import HardConcrete
 
 SAMPLE_RATE = 16_000
 UTTERANCE_SECONDS = 10
