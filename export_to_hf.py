@@ -98,18 +98,17 @@ def tensors_of(model: Wav2Vec2Model) -> dict[str, Tensor]:
 def read_run(ckpt: Path) -> dict[str, dict]:
     """The record of each stage of the run that made ``ckpt``: run.json beside it or, where it lies in
     EXP/ckpts, in EXP. Empty if there is none."""
-    for folder in (ckpt.parent, ckpt.absolute().parent.parent):
-        path = folder / "run.json"
-        if path.is_file():
-            try:
-                run = json.loads(path.read_text(encoding="utf-8"))
-                if not all(isinstance(entry, dict) for entry in run.values()):
-                    raise ValueError("not an object of objects")
-                return run
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{path} is damaged ({error}): move it away, or copy it again") from error
-        if ckpt.absolute().parent.name != "ckpts":
-            break
+    parent = ckpt.absolute().parent
+    for path in (parent / "run.json", *([parent.parent / "run.json"] if parent.name == "ckpts" else [])):
+        if not path.is_file():
+            continue
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(entry, dict) for entry in run.values()):
+                raise ValueError("not an object of objects")
+            return run
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}): move it away, or copy it again") from error
     return {}
 
 
@@ -135,7 +134,7 @@ def model_card(model: Wav2Vec2Model, name: str, run: dict[str, dict]) -> str:
     task = "feature-extraction" if model.aux is None else "automatic-speech-recognition"
     size = count_parameters(model)
     macs = [multiply_accumulates(model, seconds) / 1e6 for seconds in (1.0, 10.0)]
-    rows = "\n".join(f"| {name} | {', '.join(map(str, row))} |" for name, row in widths(model).items())
+    rows = "\n".join(f"| {what} | {', '.join(map(str, row))} |" for what, row in widths(model).items())
     config = "\n".join(
         f"{key}: {json.dumps(value)}" for key, value in plain(model.config).items() if key not in NO_GATES
     )

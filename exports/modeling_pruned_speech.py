@@ -210,3 +210,8 @@ def _use_names_that_transformers_loads(model: PrunedSpeechModel) -> None:
     for module in model.encoder.modules():
         if isinstance(module, WavLMSelfAttention):
             module.register_buffer("remaining_heads", module.remaining_heads)
+
+
+# save_pretrained writes the code of a registered class beside its weights.
+PrunedSpeechModel.register_for_auto_class("AutoModel")
+PrunedSpeechForCTC.register_for_auto_class("AutoModelForCTC")
