@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ENVIRONMENT, ROOT, run
 from model_helpers import config_of, randomly_gated, ungated
+from stage_helpers import ENVIRONMENT, ROOT, run
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 
+from converters.huggingface import import_huggingface_model
 from wav2vec2 import wav2vec2_model
 from wav2vec2.model import normalize
 from wav2vec2.utils.checkpoint import save_checkpoint
-from wav2vec2.utils.import_huggingface import import_huggingface_model
 
 transformers.utils.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings(
@@ -121,7 +121,7 @@ def largest_difference(a, b):
 @torch.no_grad()
 def test_an_unpruned_export_computes_what_the_model_of_transformers_computes(family, size, tmp_path):
     original = transformers_model(family, **(LARGE if size == "large" else {}))
-    ours = import_huggingface_model(original, normalize_waveform=size == "large")
+    ours = import_huggingface_model(original, size == "large")
     exported = load(export(ours, tmp_path / "model"))
     waveforms, mask = batch()
     for attention_mask in (None, mask):
