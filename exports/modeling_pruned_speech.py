@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from .components import FeatureExtractor, WavLMSelfAttention
 from .config import Wav2Vec2Config  # noqa: F401
 from .configuration_pruned_speech import PrunedSpeechConfig
+from .cost import count_parameters  # noqa: F401
 from .gating import PruningError  # noqa: F401
 from .hardconcrete import HardConcrete  # noqa: F401
 from .model import Wav2Vec2Model
