@@ -4,7 +4,7 @@
 import argparse
 import json
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,12 @@ from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.model import Wav2Vec2Model, normalize
 from wav2vec2.utils.checkpoint import load_model, on_cpu, plain
-from wav2vec2.utils.files import UserError, run_script
+from wav2vec2.utils.files import UserError, needs_extra, run_script
+from wav2vec2.utils.flags import path
+
+with needs_extra("export"):
+    import transformers
+    from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent
 CODE = [
@@ -36,8 +41,12 @@ TOLERANCE = 1e-5
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", required=True, help="a checkpoint without gates, pruned or converted")
-    parser.add_argument("--out", required=True, help="the folder to write, which must not be there yet")
+    parser.add_argument(
+        "--ckpt", type=path, required=True, help="a checkpoint without gates, pruned or converted"
+    )
+    parser.add_argument(
+        "--out", type=path, required=True, help="the folder to write, which must not be there yet"
+    )
     return parser.parse_args()
 
 
@@ -94,21 +103,28 @@ def tensors_of(model: Wav2Vec2Model) -> dict[str, Tensor]:
     return on_cpu(tensors)
 
 
+def copy_code(folder: Path) -> None:
+    """Copies the code into ``folder``, where all of it lies side by side."""
+    for file in CODE:
+        code = file.read_text(encoding="utf-8")
+        code = re.sub(r"^from \.+(?:utils\.)?(?=\w)", "from .", code, flags=re.MULTILINE)
+        (folder / file.name).write_text(code, encoding="utf-8")
+
+
 def read_run(ckpt: Path) -> dict[str, dict]:
     """The record of each stage of the run that made ``ckpt``: run.json beside it or, where it lies in
     EXP/ckpts, in EXP. Empty if there is none."""
-    for folder in (ckpt.parent, ckpt.absolute().parent.parent):
-        path = folder / "run.json"
-        if path.is_file():
-            try:
-                run = json.loads(path.read_text(encoding="utf-8"))
-                if not all(isinstance(entry, dict) for entry in run.values()):
-                    raise ValueError("not an object of objects")
-                return run
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{path} is damaged ({error}): move it away, or copy it again") from error
-        if ckpt.absolute().parent.name != "ckpts":
-            break
+    parent = ckpt.absolute().parent
+    for file in (parent / "run.json", *([parent.parent / "run.json"] if parent.name == "ckpts" else [])):
+        if not file.is_file():
+            continue
+        try:
+            run = json.loads(file.read_text(encoding="utf-8"))
+            if not all(isinstance(entry, dict) for entry in run.values()):
+                raise ValueError("not an object of objects")
+            return run
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file} is damaged ({error}): move it away, or copy it again") from error
     return {}
 
 
@@ -134,7 +150,7 @@ def model_card(model: Wav2Vec2Model, name: str, run: dict[str, dict]) -> str:
     task = "feature-extraction" if model.aux is None else "automatic-speech-recognition"
     size = count_parameters(model)
     macs = [multiply_accumulates(model, seconds) / 1e6 for seconds in (1.0, 10.0)]
-    rows = "\n".join(f"| {name} | {', '.join(map(str, row))} |" for name, row in widths(model).items())
+    rows = "\n".join(f"| {what} | {', '.join(map(str, row))} |" for what, row in widths(model).items())
     config = "\n".join(
         f"{key}: {json.dumps(value)}" for key, value in plain(model.config).items() if key not in NO_GATES
     )
@@ -213,23 +229,23 @@ def _stage(stage: str, entry: dict) -> str:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder of the same name to fill, which becomes ``path`` when the block ends without an error.
+def new_folder(out: Path) -> Iterator[Path]:
+    """Gives a folder of the same name to fill, which becomes ``out`` when the block ends without an error.
 
     Raises:
         UserError: there is a file or a folder with something in it already.
     """
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"--out {path} is already there: name another folder, or remove it first")
-    if "." in path.name:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"--out {out} is already there: name another folder, or remove it first")
+    if "." in out.name:
         raise UserError(
-            f"--out {path} has a dot in its name, where transformers 4.48 cannot load code from: "
-            f"name it {path.name.strip('.').replace('.', '-') or 'model'}, say"
+            f"--out {out} has a dot in its name, where transformers 4.48 cannot load code from: "
+            f"name it {out.name.strip('.').replace('.', '-') or 'model'}, say"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as temporary:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as temporary:
         # transformers keeps a copy of the code it loads under the folder's name, so that is the final one.
-        folder = Path(temporary) / path.name
+        folder = Path(temporary) / out.name
         folder.mkdir()
         yield folder
         umask = os.umask(0)
@@ -238,15 +254,13 @@ def new_folder(path: Path) -> Iterator[Path]:
             file.chmod(0o666 & ~umask)  # safetensors lets the owner alone read what it writes
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        os.replace(folder, path)
+        os.replace(folder, out)
 
 
 @torch.no_grad()
 def largest_difference(folder: Path, model: Wav2Vec2Model) -> float:
     """The largest difference between the hidden states and outputs of the exported model, as transformers
     loads it, and those of ``model``, relative to the largest value of each."""
-    import transformers
-
     transformers.utils.logging.disable_progress_bar()
     auto = transformers.AutoModel if model.aux is None else transformers.AutoModelForCTC
     exported = auto.from_pretrained(folder, trust_remote_code=True).eval()
@@ -275,13 +289,8 @@ def main() -> None:
             "save_final_ckpt.py writes"
         )
     run = read_run(ckpt)
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install transformers") from error
     with new_folder(out) as folder:
-        for file in CODE:
-            shutil.copyfile(file, folder / file.name)
+        copy_code(folder)
         for name, content in (
             ("config.json", config_of(model)),
             ("preprocessor_config.json", feature_extractor_of(model)),

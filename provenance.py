@@ -15,16 +15,15 @@ import platform
 import time
 import zipfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
 import torch
 
-from dataset import read_manifest
 from processes import say
 from wav2vec2.utils.files import UserError, atomic_write
 
@@ -111,6 +110,9 @@ def manifest_input(tsv_dir: str | Path, name: str) -> dict[str, str]:
     Raises:
         UserError: it is missing or malformed.
     """
+    # Stages 2 and 4 read no audio, and need none of the packages that do.
+    from dataset import read_manifest
+
     manifest = read_manifest(tsv_dir, name)
     digest = hashlib.sha256(manifest.lengths.astype("<i8").tobytes())
     digest.update("\n".join(manifest.paths).encode())
@@ -283,11 +285,10 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pytorch-lightning": version("pytorch-lightning"),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        versions["pytorch-lightning"] = version("pytorch-lightning")
+    return versions
 
 
 def _machine() -> dict[str, object]:

@@ -5,6 +5,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import provenance
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates, shift_gates
@@ -14,11 +15,8 @@ from wav2vec2.utils.checkpoint import (
     read_file,
     save_checkpoint,
 )
-from wav2vec2.utils.files import UserError, needs_extra, run_script
+from wav2vec2.utils.files import UserError, run_script
 from wav2vec2.utils.flags import path, positive_int, share
-
-with needs_extra("train"):
-    import provenance
 
 GATE_NAMES = {
     "conv": "conv_layers.0.hard_concrete.log_alpha",

@@ -4,14 +4,12 @@
 import argparse
 from pathlib import Path
 
+import provenance
 from prune import part
 from wav2vec2.cost import count_parameters
 from wav2vec2.utils.checkpoint import build_model, read_checkpoint, read_file, save_checkpoint
-from wav2vec2.utils.files import UserError, needs_extra, run_script
+from wav2vec2.utils.files import UserError, run_script
 from wav2vec2.utils.flags import path
-
-with needs_extra("train"):
-    import provenance
 
 
 def parse_args() -> argparse.Namespace:

@@ -75,3 +75,7 @@ def _defaults(wavlm: bool) -> dict:
     """HuBERT Base's or WavLM Base's config, without gates and without what the CTC head stands for here."""
     config = base_config(wavlm=wavlm)
     return {key: value for key, value in config.items() if key not in NO_GATES and key != "aux_num_out"}
+
+
+# save_pretrained writes the code of a registered class beside the config.
+PrunedSpeechConfig.register_for_auto_class()

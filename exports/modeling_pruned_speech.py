@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from .components import FeatureExtractor, WavLMSelfAttention
 from .config import Wav2Vec2Config  # noqa: F401
 from .configuration_pruned_speech import PrunedSpeechConfig
+from .cost import count_parameters  # noqa: F401
 from .gating import PruningError  # noqa: F401
 from .hardconcrete import HardConcrete  # noqa: F401
 from .model import Wav2Vec2Model
@@ -210,3 +211,8 @@ def _use_names_that_transformers_loads(model: PrunedSpeechModel) -> None:
     for module in model.encoder.modules():
         if isinstance(module, WavLMSelfAttention):
             module.register_buffer("remaining_heads", module.remaining_heads)
+
+
+# save_pretrained writes the code of a registered class beside its weights.
+PrunedSpeechModel.register_for_auto_class("AutoModel")
+PrunedSpeechForCTC.register_for_auto_class("AutoModelForCTC")
