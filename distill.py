@@ -2,14 +2,22 @@
 """Stage 1: distil the teacher into a gated copy of itself while the gates learn what may go (DPHuBERT,
 section 3.1)."""
 
+if __name__ == "__main__":
+    import processes
+
+    processes.quit_on_signals()
+
 import argparse
 
-import training
-from lightning import DistillModule
 from wav2vec2.config import PRUNING_UNITS
+from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import natural, positive, share
+from wav2vec2.utils.files import UserError, needs_extra, run_script
+from wav2vec2.utils.flags import natural, path, positive, share
+
+with needs_extra("train"):
+    import training
+    from lightning import DistillModule
 
 
 def gates(pruning_units: str) -> dict[str, bool]:
@@ -34,14 +42,23 @@ def parse_args() -> argparse.Namespace:
     training.add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument(
-        "--student_ckpt", default="pretrained/hubert-base-ls960.hf.pth", help="the student starts from this"
+        "--student_ckpt",
+        type=path,
+        default="pretrained/hubert-base-ls960.hf.pth",
+        help="the student starts from this",
     )
     pruning.add_argument(
         "--pruning_units", default="conv,head,interm,attlayer,ffnlayer", help="what gets gates, a comma list"
     )
     pruning.add_argument("--reg_learning_rate", type=positive, default=0.02, help="of gates and multipliers")
     pruning.add_argument(
-        "--target_sparsity", type=share, default=0.75, help="1 - wanted size / teacher's size"
+        "--target_sparsity", type=share, default=0.75, help="1 - wanted cost / teacher's cost"
+    )
+    pruning.add_argument(
+        "--sparsity_of",
+        choices=COUNTS,
+        default="params",
+        help=f"the cost: parameters, or multiply-accumulates of an utterance of {UTTERANCE_SECONDS} s",
     )
     pruning.add_argument(
         "--sparsity_warmup_updates", type=natural, default=5_000, help="updates to the full target"
@@ -54,18 +71,23 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    training.seed()
-    teacher = load_model(args.teacher_ckpt)
-    student = load_model(args.student_ckpt, **gates(args.pruning_units))
-    student.skip_closed_gates = not args.no_skip
-    module = DistillModule(
-        **training.module_arguments(args, teacher, student),
-        use_reg=True,
-        reg_learning_rate=args.reg_learning_rate,
-        target_sparsity=args.target_sparsity,
-        sparsity_warmup_updates=args.sparsity_warmup_updates,
-    )
-    training.train(module, args)
+    new_gates = gates(args.pruning_units)
+    with training.run_of("distill", args) as run:
+        if run.finished:
+            return
+        training.seed()
+        teacher = load_model(args.teacher_ckpt)
+        student = load_model(args.student_ckpt, **new_gates)
+        student.skip_closed_gates = not args.no_skip
+        module = DistillModule(
+            **training.module_arguments(args, teacher, student),
+            use_reg=True,
+            reg_learning_rate=args.reg_learning_rate,
+            target_sparsity=args.target_sparsity,
+            sparsity_warmup_updates=args.sparsity_warmup_updates,
+            sparsity_of=args.sparsity_of,
+        )
+        training.train(module, run)
 
 
 if __name__ == "__main__":

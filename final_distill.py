@@ -1,12 +1,21 @@
 #!/usr/bin/env python3
 """Stage 3: distil the pruned model again, without gates (DPHuBERT, section 3.1)."""
 
+if __name__ == "__main__":
+    import processes
+
+    processes.quit_on_signals()
+
 import argparse
 
-import training
-from lightning import DistillModule
 from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint
-from wav2vec2.utils.files import UserError, run_script
+from wav2vec2.utils.files import UserError, needs_extra, run_script
+from wav2vec2.utils.flags import path
+
+with needs_extra("train"):
+    import provenance
+    import training
+    from lightning import DistillModule
 
 
 def parse_args() -> argparse.Namespace:
@@ -15,27 +24,48 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_arguments(parser, learning_rate=1e-4, warmup_updates=5_000, max_updates=25_000)
     parser.add_argument(
-        "--student_ckpt", required=True, help="stage 2's file, EXP/ckpts/pruned_hubert_base.pth"
+        "--student_ckpt",
+        type=path,
+        required=True,
+        help="stage 2's file, EXP/ckpts/pruned_hubert_base.pth",
     )
     return parser.parse_args()
 
 
+def check_same_teaching(args: argparse.Namespace, record: dict) -> None:
+    """Refuses another teacher or other layers than stage 1's, whose projections this stage goes on with."""
+    pruned = provenance.made_by(args.student_ckpt)
+    if pruned is None or "distilled" not in pruned:
+        return
+    stage_1 = pruned["distilled"]
+    then = {
+        "flags": {name: stage_1["flags"][name] for name in ("distill_layers", "distill_mode")},
+        "inputs": {"teacher_ckpt": stage_1["inputs"]["teacher_ckpt"]},
+    }
+    remedy = "Give the teacher and the layers of stage 1"
+    provenance.refuse(provenance.differences(then, record), args.student_ckpt, args.allow_changed, remedy)
+
+
 def main() -> None:
     args = parse_args()
-    training.seed()
-    checkpoint = read_checkpoint(args.student_ckpt)
-    teacher = load_model(args.teacher_ckpt)
-    student = build_model(checkpoint["config"], checkpoint["state_dict"], args.student_ckpt)
-    arguments = training.module_arguments(args, teacher, student)
-    try:
-        arguments["distill_linear_projs"].load_state_dict(checkpoint.get("distill_linear_projs", {}))
-    except RuntimeError as error:
-        raise UserError(
-            f"{args.student_ckpt}: its projections are not those of --distill_mode {args.distill_mode} "
-            f"--distill_layers {args.distill_layers}; give the flags of stage 1, and stage 2's file"
-        ) from error
-    module = DistillModule(**arguments, use_reg=False)
-    training.train(module, args)
+    with training.run_of("final_distill", args) as run:
+        check_same_teaching(args, run.record)
+        if run.finished:
+            return
+        training.seed()
+        checkpoint = read_checkpoint(args.student_ckpt)
+        teacher = load_model(args.teacher_ckpt)
+        student = build_model(checkpoint["config"], checkpoint["state_dict"], args.student_ckpt)
+        arguments = training.module_arguments(args, teacher, student)
+        try:
+            arguments["distill_linear_projs"].load_state_dict(checkpoint.get("distill_linear_projs", {}))
+        except RuntimeError as error:
+            raise UserError(
+                f"{args.student_ckpt}: its projections are not those of --distill_mode {args.distill_mode} "
+                f"--distill_layers {args.distill_layers}; give the flags of stage 1, and stage 2's file"
+            ) from error
+        module = DistillModule(**arguments, use_reg=False)
+        training.train(module, run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Entries of ``torch.hub.load(REPOSITORY_OR_FOLDER, ENTRY, ...)``."""
+"""Entries of ``torch.hub.load(REPOSITORY_OR_FOLDER, ENTRY, ...)``, and an upstream for s3prl."""
+
+import math as _math
+
+import torch as _torch
 
 from wav2vec2 import (
     hubert_base,
@@ -20,6 +24,7 @@ __all__ = [
     "hubert_base",
     "hubert_large",
     "hubert_xlarge",
+    "s3prl_upstream",
     "wav2vec2_base",
     "wav2vec2_large",
     "wav2vec2_large_lv60k",
@@ -37,3 +42,43 @@ def compressed(ckpt_path: str) -> _Wav2Vec2Model:
         UserError: it cannot be read, or its tensors do not belong to its config.
     """
     return _load_model(ckpt_path).eval()
+
+
+class _Upstream(_torch.nn.Module):
+    """A model behind the interface of an upstream in s3prl, the toolkit of the SUPERB benchmark."""
+
+    def __init__(self, model: _Wav2Vec2Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, waveforms: list[_torch.Tensor]) -> dict[str, list[_torch.Tensor]]:
+        """Every layer of a batch.
+
+        Args:
+            waveforms: each (time,), 16 kHz, of any lengths.
+        Returns:
+            ``{"hidden_states": [h0, h1, ..., hL]}``, each (batch, frame, feature). Frames beyond a waveform's
+            end are no features; s3prl cuts them off. The model is told the lengths, so that a waveform
+            gives what it gives alone, but where a group norm runs over time (HuBERT and WavLM Base), whose
+            statistics see the padding as they do in s3prl's own upstreams.
+        """
+        lengths = _torch.tensor([len(waveform) for waveform in waveforms], device=waveforms[0].device)
+        padded = _torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+        states, _ = self.model.extract_features(padded, lengths)
+        return {"hidden_states": states}
+
+    def get_downsample_rates(self, key: str | None = None) -> int:
+        """Samples from one frame to the next, of all layers alike: 320 in the published architectures."""
+        return _math.prod(stride for _, _, stride in self.model.config["extractor_conv_layer_config"])
+
+
+def s3prl_upstream(ckpt: str, **options) -> _Upstream:
+    """The model of a checkpoint as an upstream of s3prl; docs/evaluation.md shows its use.
+
+    Args:
+        ckpt: a file with ``config`` and ``state_dict``.
+        options: what else s3prl gives every upstream (``model_config``, ``refresh``); of no use here.
+    Raises:
+        UserError: as :func:`compressed`.
+    """
+    return _Upstream(compressed(ckpt)).eval()

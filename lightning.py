@@ -7,18 +7,15 @@ otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
-from dataset import AudioDataset, BucketedBatches, make_loader
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.gating import count_parameters
+from wav2vec2.cost import COUNTS
 from wav2vec2.utils.files import UserError
 
 SEED = 2022
@@ -92,7 +89,7 @@ class DistillLoss(nn.Module):
 
 
 def parse_distill_layers(text: str, num_layers: int) -> list[list[int]]:
-    """``"0.4,8,12"`` -> [[0], [4, 8, 12]]: a period parts groups, a comma the layers in one.
+    """``"0.4,8,12"`` -> [[0], [4, 8, 12]]: commas separate the layers of a group, and periods the groups.
 
     Raises:
         UserError: not such a list, or an index outside 0 ... ``num_layers``.
@@ -101,7 +98,7 @@ def parse_distill_layers(text: str, num_layers: int) -> list[list[int]]:
         groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
     except ValueError:
         raise UserError(
-            f"--distill_layers {text}: layers are parted by commas and groups by periods, as in 0.4,8,12"
+            f"--distill_layers {text}: separate layers by commas and groups by periods, as in 0.4,8,12"
         ) from None
     outside = [layer for group in groups for layer in group if not 0 <= layer <= num_layers]
     if outside:
@@ -148,11 +145,13 @@ class DistillModule(pl.LightningModule):
         warmup_updates, max_updates: of the learning rates.
         use_reg: train gates under the size constraint (equation 7).
         reg_learning_rate: of the gates and, in ascent, the Lagrange multipliers.
-        target_sparsity: 1 - wanted size / teacher's size.
+        target_sparsity: 1 - wanted cost / teacher's cost.
+        sparsity_of: the cost that is constrained: "params", parameters, or "macs", multiply-accumulates of an
+            utterance of 10 s (HJ-Pruning, Peng et al. 2023b, section 3).
         sparsity_warmup_updates: the target grows linearly from 0 over these.
-        tsv_dir, train_subset: manifests ``tsv_dir/train_subset.tsv`` and ``valid.tsv``.
-        seconds_per_batch: of a batch on one device, before cropping.
-        num_workers: loader processes a device.
+        tsv_dir, train_subset, seconds_per_batch, num_workers: the data's flags, recorded among the
+            hyper-parameters and not used: a ``SpeechDataModule``, or any loader, gives ``Trainer.fit`` its
+            batches.
     """
 
     def __init__(
@@ -172,6 +171,7 @@ class DistillModule(pl.LightningModule):
         reg_learning_rate: float | None = None,
         target_sparsity: float | None = None,
         sparsity_warmup_updates: int | None = None,
+        sparsity_of: str = "params",
         tsv_dir: str | None = None,
         train_subset: str | None = None,
         seconds_per_batch: float | None = None,
@@ -180,6 +180,8 @@ class DistillModule(pl.LightningModule):
         super().__init__()
         if distill_mode not in ("layer2layer", "predlayer"):
             raise ValueError(f'distill_mode is "layer2layer" or "predlayer", not {distill_mode!r}')
+        if sparsity_of not in COUNTS:
+            raise ValueError(f"sparsity_of is one of {', '.join(COUNTS)}, not {sparsity_of!r}")
         distill_layers = list(distill_layers)
         self.save_hyperparameters(
             ignore=["teacher_model", "student_model", "distill_linear_projs", "distill_loss"], logger=False
@@ -198,15 +200,14 @@ class DistillModule(pl.LightningModule):
         self.reg_learning_rate = reg_learning_rate
         self.target_sparsity = target_sparsity
         self.sparsity_warmup_updates = sparsity_warmup_updates
-        self.tsv_dir = tsv_dir
-        self.train_subset = train_subset
-        self.seconds_per_batch = seconds_per_batch
-        self.num_workers = num_workers
-        self.teacher_size = count_parameters(teacher_model)
         if use_reg:
+            self.teacher_cost = COUNTS[sparsity_of](teacher_model).whole()
+            self.student_cost = COUNTS[sparsity_of](student_model)
+            # Pruning to a target of the teacher's cost needs it, and does not read the teacher.
+            self.hparams["teacher_cost"] = self.teacher_cost
             self.lambda1 = nn.Parameter(torch.zeros(()))
             self.lambda2 = nn.Parameter(torch.zeros(()))
-        self.batches_done = 0
+        self.gradient_norm: Tensor | None = None
         self._random_state: list[dict] | None = None
         self._freeze_idle_parameters()
 
@@ -237,21 +238,20 @@ class DistillModule(pl.LightningModule):
             lengths: (batch,) valid samples, or None where all are whole.
         """
         top = max(self.distill_layers)
+        weights = self.student_model.narrow()
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
         student, _ = self.student_model.extract_features(
-            waveforms, lengths, top if self.distill_mode == "layer2layer" else None
+            waveforms, lengths, top if self.distill_mode == "layer2layer" else None, weights
         )
-        read = (
-            (lambda layer: student[layer])
+        sources = (
+            [student[layer] for layer in self.distill_layers]
             if self.distill_mode == "layer2layer"
-            else (lambda layer: student[-1])
+            else [student[-1]] * len(self.distill_layers)
         )
-        pairs = zip(self.distill_layers, self.distill_linear_projs, strict=True)
-        projected = [projection(read(layer)) for layer, projection in pairs]
-        return torch.stack(projected, dim=1), torch.stack(
-            [teacher[layer] for layer in self.distill_layers], dim=1
-        )
+        pairs = zip(self.distill_linear_projs, sources, strict=True)
+        projected = torch.stack([projection(source) for projection, source in pairs], dim=1)
+        return projected, torch.stack([teacher[layer] for layer in self.distill_layers], dim=1)
 
     @property
     def current_target_sparsity(self) -> float:
@@ -265,7 +265,7 @@ class DistillModule(pl.LightningModule):
         losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         if not self.use_reg:
             return {"loss": loss_distill, **losses}
-        sparsity = (1 - self.student_model.get_num_params() / self.teacher_size).to(loss_distill.dtype)
+        sparsity = (1 - self.student_cost() / self.teacher_cost).to(loss_distill.dtype)
         target = self.current_target_sparsity
         excess = sparsity - target
         loss_reg = self.lambda1 * excess + self.lambda2 * excess**2
@@ -282,7 +282,6 @@ class DistillModule(pl.LightningModule):
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """One batch: waveforms (batch, time), alone or with their lengths (batch,)."""
         losses = self._losses(*_waveforms_and_lengths(batch))
-        self.batches_done += 1
         logged = {name if "loss" not in name else f"train_{name}": value for name, value in losses.items()}
         self.log_dict(
             {k: v.detach() if isinstance(v, Tensor) else v for k, v in logged.items()}, batch_size=1
@@ -324,57 +323,26 @@ class DistillModule(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clips the norm of all gradients, which Lightning refuses to do for a fused optimiser."""
+        """Clips the norm of all gradients, which Lightning refuses to do for a fused optimiser.
+
+        The norm before clipping is kept as ``gradient_norm``.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-
-    def train_dataloader(self) -> DataLoader:
-        total = self.max_updates * self.trainer.accumulate_grad_batches
-        loader = self._loader(self.train_subset, shuffle=True, run=(self.batches_done, total))
-        if self.trainer.check_val_every_n_epoch is None:
-            # To Lightning the run is one epoch; validation comes after each epoch of the data.
-            self.trainer.val_check_interval = len(loader.batch_sampler.batches)
-        return loader
-
-    def can_validate(self) -> bool:
-        """Whether ``valid.tsv`` is there and has an utterance to use."""
-        if self.tsv_dir is None or not (Path(self.tsv_dir) / "valid.tsv").exists():
-            return False
-        return (
-            BucketedBatches(
-                AudioDataset(self.tsv_dir, "valid").lengths, self.seconds_per_batch
-            ).num_utterances
-            > 0
-        )
-
-    def val_dataloader(self) -> DataLoader | list:
-        return self._loader("valid", shuffle=False) if self.can_validate() else []
-
-    def _loader(self, subset: str, **arguments) -> DataLoader:
-        return make_loader(
-            self.tsv_dir,
-            subset,
-            self.seconds_per_batch,
-            self.num_workers,
-            seed=SEED,
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
-            pin_memory=self.device.type == "cuda",
-            **arguments,
-        )
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
     @property
     def strict_loading(self) -> bool:
         return False
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leaves the teacher out; adds the random state of every rank and the place in the data."""
+        """Leaves the teacher out; adds the random state of every rank."""
         teacher = [key for key in checkpoint["state_dict"] if key.startswith("teacher_model.")]
         for key in teacher:
             del checkpoint["state_dict"][key]
         checkpoint["random_state"] = self._gather(_random_state(self.device))
-        checkpoint["data"] = {"batches_done": self.batches_done, **self._batches_an_update()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         given = checkpoint["state_dict"]
@@ -383,31 +351,25 @@ class DistillModule(pl.LightningModule):
         wrong |= {key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape}
         if wrong:
             raise UserError(
-                f"--resume_checkpoint: {min(wrong)} is missing, unexpected or of another shape: give "
-                "the models and flags that the checkpoint was made with"
+                f"the checkpoint to go on from: {min(wrong)} is missing, unexpected or of another shape: "
+                "give the models and flags that it was made with"
             )
-        for name, now in self._batches_an_update().items():
-            if (then := checkpoint["data"][name]) != now:
-                raise UserError(
-                    f"--resume_checkpoint: was made with {name} {then}, not {now}: go on with the same"
-                )
-        self.batches_done = checkpoint["data"]["batches_done"]
         self._random_state = checkpoint["random_state"]
 
     def on_train_start(self) -> None:
-        """Each rank draws its own gates and dropout, or goes on drawing where the checkpoint was written."""
-        if self._random_state is None:
-            torch.manual_seed(SEED + self.global_rank)
-        elif len(self._random_state) == self.trainer.world_size:
-            state = self._random_state[self.global_rank]
-            torch.set_rng_state(state["cpu"].cpu())
-            if "cuda" in state and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
-        self._random_state = None
+        """Each rank draws its own gates and dropout, or goes on drawing where the checkpoint was written.
 
-    def _batches_an_update(self) -> dict[str, int]:
-        """Processes, and batches of each: what a place in the data depends on."""
-        return {"world_size": self.trainer.world_size, "accum_grad": self.trainer.accumulate_grad_batches}
+        With another number of processes there is no state to go on from: they draw anew, and not what they
+        drew at the start.
+        """
+        states, self._random_state = self._random_state, None
+        if states is None or len(states) != self.trainer.world_size:
+            torch.manual_seed(SEED + self.global_rank + self.trainer.world_size * self.global_step)
+            return
+        state = states[self.global_rank]
+        torch.set_rng_state(state["cpu"].cpu())
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
 
     def _gather(self, value: dict) -> list[dict]:
         if self.trainer.world_size == 1:

@@ -15,11 +15,13 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import soundfile
-from tqdm import tqdm
+from wav2vec2.utils.files import UserError, needs_extra, run_script
 
-from dataset.manifest import SAMPLE_RATE, format_complaint, write_manifests
-from wav2vec2.utils.files import UserError, run_script
+with needs_extra("train"):
+    import soundfile
+    from tqdm import tqdm
+
+    from dataset.manifest import SAMPLE_RATE, format_complaint, samples_complaint, write_manifests
 
 FILES_A_TASK = 64
 
@@ -96,11 +98,16 @@ def available_cpus() -> int:
 
 
 def inspect(root: str, path: str) -> int | str:
-    """Reads one file's header: its number of samples, or the reason to leave it out."""
+    """Reads a file's header, and float samples too: its number of samples, or the reason to leave it out."""
     full = os.path.join(root, path)
     try:
         with soundfile.SoundFile(full) as audio:
-            return format_complaint(audio) or audio.frames or "empty"
+            complaint = format_complaint(audio)
+            if complaint is None and audio.subtype in ("FLOAT", "DOUBLE"):
+                # Only these can hold what is no audio, so only these are read whole.
+                blocks = (samples_complaint(block) for block in audio.blocks(2**20, dtype="float32"))
+                complaint = next((found for found in blocks if found is not None), None)
+            return complaint or audio.frames or "empty"
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         if os.path.exists(full) and os.path.getsize(full) == 0:
             return "empty"

@@ -2,20 +2,21 @@
 """Stage 2: cut what the gates of stage 1 have closed (DPHuBERT, section 3.1)."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+import provenance
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
-from wav2vec2.gating import count_parameters
+from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates, shift_gates
 from wav2vec2.utils.checkpoint import (
     build_model,
     read_checkpoint,
     read_file,
     save_checkpoint,
 )
-from wav2vec2.utils.cost import multiply_accumulates
 from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import positive_int
+from wav2vec2.utils.flags import path, positive_int, share
 
 GATE_NAMES = {
     "conv": "conv_layers.0.hard_concrete.log_alpha",
@@ -26,21 +27,35 @@ GATE_NAMES = {
 }
 
 
+TOLERANCE = 0.005
+"""A sparsity that misses the target by more than half a point is worth a word."""
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--distilled_ckpt", required=True, help="stage 1's EXP/ckpts/last.ckpt")
+    parser.add_argument("--distilled_ckpt", type=path, required=True, help="stage 1's EXP/ckpts/last.ckpt")
     parser.add_argument(
-        "--original_ckpt", required=True, help="what stage 1's student started from (--student_ckpt)"
+        "--original_ckpt",
+        type=path,
+        required=True,
+        help="what stage 1's student started from (--student_ckpt)",
     )
-    parser.add_argument("--out", help="default: pruned_hubert_base.pth beside --distilled_ckpt")
+    parser.add_argument("--out", type=path, help="default: pruned_hubert_base.pth beside --distilled_ckpt")
     parser.add_argument(
         "--round_to",
         type=positive_int,
         default=1,
         help="round channels and feed-forward widths up to a multiple",
     )
+    parser.add_argument(
+        "--target_sparsity",
+        type=share,
+        help="open or close the gates, in the order that training found, until what is left is just within "
+        "this target, in what stage 1's --sparsity_of counted; by default, what the gates close is cut",
+    )
+    provenance.add_argument(parser)
     return parser.parse_args()
 
 
@@ -49,61 +64,158 @@ def part(state_dict: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def read_distilled(distilled_ckpt: str, original_ckpt: str) -> tuple[Wav2Vec2Model, dict]:
-    """The gated student of a stage-1 checkpoint, in evaluation mode, and the tensors of its projections.
+@dataclass
+class Distilled:
+    """What stage 1 has left.
+
+    Attributes:
+        student: the gated student, in evaluation mode.
+        projections: the tensors of its projections.
+        made_with: what stage 1 was made with, where the checkpoint says so.
+        target: the sparsity that stage 1 was asked for.
+        sparsity_of: what it counted.
+        teacher_cost: the teacher's count of it.
+    """
+
+    student: Wav2Vec2Model
+    projections: dict
+    made_with: dict | None
+    target: float | None
+    sparsity_of: str
+    teacher_cost: int
+
+
+def gated_units(student: dict) -> list[str]:
+    """The units, of ``--pruning_units``, that have gates among a student's tensors."""
+    return [unit for unit, name in GATE_NAMES.items() if any(key.endswith(name) for key in student)]
+
+
+def gated_tensors(state_dict: dict, distilled_ckpt: str | Path) -> dict:
+    """The student's tensors in the state dict of ``distilled_ckpt``.
+
+    Raises:
+        UserError: there is no student, or it has no gates.
+    """
+    student = part(state_dict, "student_model.")
+    if not student:
+        raise UserError(f"{distilled_ckpt}: holds no student_model; give stage 1's last.ckpt")
+    if not gated_units(student):
+        raise UserError(
+            f"{distilled_ckpt}: its student has no gates; give stage 1's last.ckpt, not stage 3's"
+        )
+    return student
+
+
+def gated_student(student: dict, distilled_ckpt: str | Path, original_ckpt: str | Path) -> Wav2Vec2Model:
+    """The model of the tensors ``student`` of ``distilled_ckpt``, in evaluation mode.
+
+    Raises:
+        UserError: ``original_ckpt`` is not what the student started from.
+    """
+    units = gated_units(student)
+    config = read_checkpoint(original_ckpt)["config"]
+    config = {**config, **{key: unit in units for unit, key in PRUNING_UNITS.items()}}
+    source = f"{distilled_ckpt} with the config of --original_ckpt {original_ckpt}"
+    return build_model(config, student, source).eval()
+
+
+def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
+    """Reads the checkpoint of stage 1.
 
     Raises:
         UserError: a file cannot be read, holds no gates, or the two do not go together.
     """
-    state_dict = read_file(distilled_ckpt).get("state_dict", {})
-    student = part(state_dict, "student_model.")
-    if not student:
-        raise UserError(f"{distilled_ckpt}: holds no student_model; give stage 1's last.ckpt")
-    units = [unit for unit, name in GATE_NAMES.items() if any(key.endswith(name) for key in student)]
-    if not units:
-        raise UserError(
-            f"{distilled_ckpt}: its student has no gates; give stage 1's last.ckpt, not stage 3's"
-        )
-    config = read_checkpoint(original_ckpt)["config"]
-    config = {**config, **{key: unit in units for unit, key in PRUNING_UNITS.items()}}
-    source = f"{distilled_ckpt} with the config of --original_ckpt {original_ckpt}"
-    return build_model(config, student, source).eval(), part(state_dict, "distill_linear_projs.")
+    distilled_ckpt, original_ckpt = args.distilled_ckpt, args.original_ckpt
+    checkpoint = read_file(distilled_ckpt)
+    state_dict = checkpoint.get("state_dict", {})
+    student = gated_tensors(state_dict, distilled_ckpt)
+    made_with = checkpoint.get("run")
+    if made_with is not None:
+        then = {"flags": {}, "inputs": {"original_ckpt": made_with["inputs"]["student_ckpt"]}}
+        remedy = "Give --original_ckpt what stage 1 had as --student_ckpt"
+        provenance.refuse(provenance.differences(then, record), distilled_ckpt, args.allow_changed, remedy)
+    model = gated_student(student, distilled_ckpt, original_ckpt)
+    hyper_parameters = checkpoint.get("hyper_parameters", {})
+    sparsity_of = hyper_parameters.get("sparsity_of", "params")
+    if sparsity_of not in COUNTS:
+        raise UserError(f"{distilled_ckpt}: its sparsity_of is {sparsity_of!r}, none of {', '.join(COUNTS)}")
+    return Distilled(
+        model,
+        part(state_dict, "distill_linear_projs."),
+        made_with,
+        hyper_parameters.get("target_sparsity"),
+        sparsity_of,
+        hyper_parameters.get("teacher_cost") or COUNTS[sparsity_of](model).whole(),
+    )
 
 
 def widths(model: Wav2Vec2Model) -> dict[str, int]:
     """Channels, heads and feed-forward widths, by what the table calls them; 0 for an absent branch."""
-    rows = {f"conv {i} channels": channels for i, (channels, *_) in enumerate(model.feature_extractor.config)}
+    blocks = model.feature_extractor.conv_layers
+    rows = {f"conv {i} channels": block.conv.out_channels for i, block in enumerate(blocks)}
     for i, layer in enumerate(model.encoder.transformer.layers):
         rows[f"layer {i} heads"] = 0 if layer.attention is None else layer.attention.num_heads
         rows[f"layer {i} feed-forward"] = (
-            0 if layer.feed_forward is None else layer.feed_forward.intermediate_features
+            0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
         )
     return rows
+
+
+def prune(distilled: Distilled, args: argparse.Namespace) -> str:
+    """Prunes the student in place; returns a table of what it had and what it has, and how that compares with
+    the target.
+
+    Raises:
+        UserError: nothing of a conv layer would be left, or the gates cannot reach the target.
+    """
+    model, count = distilled.student, COUNTS[distilled.sparsity_of]
+    before, size, macs = widths(model), count_parameters(model), multiply_accumulates(model)
+    expected = 1 - count(model)().item() / distilled.teacher_cost
+    try:
+        if args.target_sparsity is not None:
+            shift_gates(
+                model, count(model), (1 - args.target_sparsity) * distilled.teacher_cost, args.round_to
+            )
+        model.prune(args.round_to)
+    except PruningError as error:
+        raise UserError(f"{args.distilled_ckpt}: {error}") from error
+    after, pruned_size, pruned_macs = widths(model), count_parameters(model), multiply_accumulates(model)
+    reached = 1 - count(model).whole() / distilled.teacher_cost
+    what = {"params": "parameters", "macs": "multiply-accumulates"}[distilled.sparsity_of]
+    lines = [f"{'':24}{'before':>12}{'after':>12}"]
+    lines += [f"{name:24}{width:>12}{after[name]:>12}" for name, width in before.items()]
+    lines += [
+        f"{'parameters':24}{size:>12,}{pruned_size:>12,}",
+        f"{'MACs a second of audio':24}{macs / 1e6:>11,.0f}M{pruned_macs / 1e6:>11,.0f}M",
+        f"sparsity {reached:.4f} of the teacher's {what}; after training the gates expected {expected:.4f}",
+    ]
+    missed = args.target_sparsity is None and distilled.target is not None
+    if missed and abs(reached - distilled.target) > TOLERANCE:
+        lines.append(
+            f"stage 1 was asked for a sparsity of {distilled.target:g}: for exactly that, run prune.py again "
+            f"with --target_sparsity {distilled.target:g}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     args = parse_args()
     out = Path(args.out or Path(args.distilled_ckpt).with_name("pruned_hubert_base.pth"))
-    model, projections = read_distilled(args.distilled_ckpt, args.original_ckpt)
-    before, size, cost = widths(model), count_parameters(model), multiply_accumulates(model)
-    expected = model.get_num_params().item()
-    try:
-        model.prune(args.round_to)
-    except PruningError as error:
-        raise UserError(f"{args.distilled_ckpt}: {error}") from error
-    save_checkpoint(out, model, verify=True, distill_linear_projs=projections)
-
-    after, pruned_size, pruned_cost = widths(model), count_parameters(model), multiply_accumulates(model)
-    print(f"{'':24}{'before':>12}{'after':>12}")
-    for name, width in before.items():
-        print(f"{name:24}{width:>12}{after[name]:>12}")
-    print(f"{'parameters':24}{size:>12,}{pruned_size:>12,}")
-    print(f"{'MACs a second of audio':24}{cost / 1e6:>11,.0f}M{pruned_cost / 1e6:>11,.0f}M")
-    print(
-        f"sparsity {1 - pruned_size / size:.4f} of --original_ckpt, "
-        f"the gates expected {1 - expected / size:.4f}"
-    )
-    print(f"wrote {out}")
+    files = {"distilled_ckpt": args.distilled_ckpt, "original_ckpt": args.original_ckpt}
+    provenance.refuse_overwriting(out, files)
+    inputs = {name: provenance.file_input(file) for name, file in files.items()}
+    record = provenance.make_record("prune", args, inputs)
+    folder = provenance.folder_of(args.distilled_ckpt)
+    if provenance.is_done(out, record, folder):
+        print(f"prune.py: this stage is finished: {out}")
+        return
+    with provenance.Diary(folder, record, args) as diary:
+        distilled = read_distilled(args, record)
+        table = prune(distilled, args)
+        save_checkpoint(out, distilled.student, verify=True, distill_linear_projs=distilled.projections)
+        more = {} if distilled.made_with is None else {"distilled": distilled.made_with}
+        diary.note(output=provenance.file_input(out), **more)
+    print(f"{table}\nwrote {out}")
 
 
 if __name__ == "__main__":

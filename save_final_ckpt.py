@@ -4,34 +4,59 @@
 import argparse
 from pathlib import Path
 
+import provenance
 from prune import part
-from wav2vec2.gating import count_parameters
+from wav2vec2.cost import count_parameters
 from wav2vec2.utils.checkpoint import build_model, read_checkpoint, read_file, save_checkpoint
 from wav2vec2.utils.files import UserError, run_script
+from wav2vec2.utils.flags import path
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--config_path", required=True, help="stage 2's file, which knows the pruned config")
-    parser.add_argument("--ckpt_after_final_distill", required=True, help="stage 3's EXP/ckpts/last.ckpt")
-    parser.add_argument("--out", help="default: pruned_hubert_base.pth beside --ckpt_after_final_distill")
+    parser.add_argument(
+        "--config_path", type=path, required=True, help="stage 2's file, which knows the pruned config"
+    )
+    parser.add_argument(
+        "--ckpt_after_final_distill", type=path, required=True, help="stage 3's EXP/ckpts/last.ckpt"
+    )
+    parser.add_argument(
+        "--out", type=path, help="default: pruned_hubert_base.pth beside --ckpt_after_final_distill"
+    )
+    provenance.add_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     out = Path(args.out or Path(args.ckpt_after_final_distill).with_name("pruned_hubert_base.pth"))
+    files = {"config_path": args.config_path, "ckpt_after_final_distill": args.ckpt_after_final_distill}
+    provenance.refuse_overwriting(out, files)
+    inputs = {name: provenance.file_input(file) for name, file in files.items()}
+    record = provenance.make_record("save_final_ckpt", args, inputs)
+    folder = provenance.folder_of(args.ckpt_after_final_distill)
+    if provenance.is_done(out, record, folder):
+        print(f"save_final_ckpt.py: this stage is finished: {out}")
+        return
     config = read_checkpoint(args.config_path)["config"]
-    student = part(read_file(args.ckpt_after_final_distill).get("state_dict", {}), "student_model.")
+    checkpoint = read_file(args.ckpt_after_final_distill)
+    student = part(checkpoint.get("state_dict", {}), "student_model.")
     if not student:
         raise UserError(f"{args.ckpt_after_final_distill}: holds no student_model; give stage 3's last.ckpt")
+    if (made_with := checkpoint.get("run")) is not None:
+        then = {"flags": {}, "inputs": {"config_path": made_with["inputs"]["student_ckpt"]}}
+        remedy = "Give --config_path what stage 3 had as --student_ckpt"
+        found = provenance.differences(then, record)
+        provenance.refuse(found, args.ckpt_after_final_distill, args.allow_changed, remedy)
     source = f"{args.ckpt_after_final_distill} with the config of --config_path {args.config_path}"
     model = build_model(config, student, source).eval()
     if model.gates():
         raise UserError(f"{args.config_path}: its config has gates; give stage 2's file")
-    save_checkpoint(out, model, verify=True)
+    with provenance.Diary(folder, record, args) as diary:
+        save_checkpoint(out, model, verify=True)
+        diary.note(output=provenance.file_input(out))
     print(f"wrote {out}: {count_parameters(model):,} parameters")
 
 

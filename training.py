@@ -1,4 +1,4 @@
-"""What stages 1 and 3 share: their flags, and a Trainer's run that saves, resumes and stops on a signal."""
+"""What stages 1 and 3 share: their flags, and a run that goes on from what lies in its folder."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from tqdm import tqdm
+from pytorch_lightning.strategies import DDPStrategy
 
+import onednn
+import provenance
+from callbacks import LastCheckpoint, Progress, StopOnNonFinite, StopOnSignal
+from dataset.datamodule import SpeechDataModule
+from experiment import RunCheckpointIO, last_of, newest_checkpoint, read_training_checkpoint, sole_run_in
 from lightning import SEED, DistillLoss, DistillModule, distill_projections, parse_distill_layers
+from processes import is_first, say
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.utils.checkpoint import read_file
-from wav2vec2.utils.files import UserError, atomic_write
-from wav2vec2.utils.flags import natural, not_negative, positive, positive_int
+from wav2vec2.utils.files import UserError
+from wav2vec2.utils.flags import natural, not_negative, path, positive, positive_int
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -32,20 +40,32 @@ def add_arguments(
     """Adds the flags of a training stage; the arguments are the stage's own defaults."""
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--tsv_dir", default="data/librispeech", help="folder of the manifests (prepare_data.py)"
+        "--tsv_dir", type=path, default="data/librispeech", help="folder of the manifests (prepare_data.py)"
     )
     data.add_argument("--train_subset", default="train100", help="NAME of the training manifest NAME.tsv")
     data.add_argument("--seconds_per_batch", type=positive, default=87.5, help="audio of a batch, a device")
     data.add_argument("--num_workers", type=natural, default=1, help="loader processes, a device")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--exp_dir", default="./exp", help="folder of checkpoints and logs")
-    run.add_argument("--resume_checkpoint", help="go on from this file, EXP/ckpts/last.ckpt say")
+    run.add_argument(
+        "--exp_dir",
+        type=path,
+        default="./exp",
+        help="folder of checkpoints and logs; goes on with what is there",
+    )
+    run.add_argument("--resume_checkpoint", type=path, help="go on from this file, not EXP/ckpts/last.ckpt")
+    provenance.add_argument(run)
     run.add_argument("--save_interval", type=positive_int, default=1000, help="updates between checkpoints")
     run.add_argument("--log_interval", type=positive_int, default=50, help="updates between log entries")
     run.add_argument("--num_nodes", type=positive_int, default=1)
     run.add_argument("--gpus", type=natural, default=4, help="GPUs a node; 0 for the CPU")
-    run.add_argument("--compile", action="store_true", help="torch.compile for teacher and student")
+    run.add_argument(
+        "--dist_timeout",
+        type=positive_int,
+        default=600,
+        help="seconds that processes of a run wait for each other",
+    )
+    run.add_argument("--compile", action="store_true", help="torch.compile for models without gates")
     run.add_argument("--precision", choices=PRECISIONS, default="32", help="16 and bf16 are mixed precision")
 
     optimisation = parser.add_argument_group("optimisation")
@@ -59,11 +79,12 @@ def add_arguments(
     optimisation.add_argument("--accum_grad", type=positive_int, default=1, help="batches an update")
 
     distillation = parser.add_argument_group("distillation")
-    distillation.add_argument("--teacher_ckpt", default="pretrained/hubert-base-ls960.hf.pth")
+    distillation.add_argument("--teacher_ckpt", type=path, default="pretrained/hubert-base-ls960.hf.pth")
     distillation.add_argument(
         "--distill_layers",
         default="0.4,8,12",
-        help="layers to match: a period parts groups, a comma layers in one",
+        help="layers to match: commas separate the layers of a group, which share a projection, and periods "
+        "the groups",
     )
     distillation.add_argument("--distill_mode", choices=["layer2layer", "predlayer"], default="layer2layer")
     distillation.add_argument("--l2_weight", type=not_negative, default=0.0)
@@ -97,35 +118,136 @@ def module_arguments(args: argparse.Namespace, teacher: Wav2Vec2Model, student: 
     }
 
 
-def train(module: DistillModule, args: argparse.Namespace) -> None:
-    """Trains ``module`` to ``args.max_updates``; leaves ``ckpts/last.ckpt``, ``finished`` and logs in EXP.
+@dataclass
+class Run:
+    """A training stage in its folder.
 
-    A SIGTERM, SIGINT or SIGUSR1 (SLURM's warning before the time limit) saves at the next update and exits
-    with status 128 + its number, as a shell has it.
+    Attributes:
+        args: the stage's flags.
+        record: what it is made with (provenance.make_record).
+        resumed: the file that it goes on from, or None.
+        content: of that file, until the trainer has taken it.
+        finished: whether there is nothing left to do.
+    """
+
+    args: argparse.Namespace
+    record: dict
+    resumed: Path | None = None
+    content: dict | None = None
+    finished: bool = False
+
+
+@contextmanager
+def run_of(stage: str, args: argparse.Namespace) -> Iterator[Run]:
+    """The stage's run in ``args.exp_dir``: a new one, one that goes on, or one that is finished.
+
+    What lies in the folder decides, or ``--resume_checkpoint``. No other run gets into the folder meanwhile.
 
     Raises:
-        UserError: a flag asks for what this machine or the checkpoint does not have.
+        UserError: the checkpoint was made with other flags or inputs, or cannot be read, or another run is in
+            the folder.
     """
     quieten()
-    exp_dir = Path(args.exp_dir)
-    last = exp_dir / "ckpts" / "last.ckpt"
-    resume = args.resume_checkpoint
-    if resume is not None:
-        done = read_file(resume).get("global_step")
-        if done is None:
-            raise UserError(f"--resume_checkpoint {resume} is not a checkpoint of a training stage")
-        if done >= args.max_updates:
-            say(f"{resume} is at update {done} of {args.max_updates}: nothing to do")
-            if Path(resume).resolve() == last.resolve():
-                mark_finished(exp_dir, args.max_updates)
-            return
-    devices = hardware(args)
+    inputs = {name: provenance.file_input(getattr(args, name)) for name in ("teacher_ckpt", "student_ckpt")}
+    inputs["train_subset"] = provenance.manifest_input(args.tsv_dir, args.train_subset)
+    _, devices = devices_a_node(args)
+    batches = devices * args.num_nodes * args.accum_grad
+    run = Run(args, provenance.make_record(stage, args, inputs, batches_an_update=batches))
+    with sole_run_in(Path(args.exp_dir)):
+        if args.resume_checkpoint is not None:
+            run.resumed = Path(args.resume_checkpoint)
+            run.content = read_training_checkpoint(run.resumed)
+        elif (newest := newest_checkpoint(args.exp_dir)) is not None:
+            run.resumed, run.content = newest
+        if run.content is not None:
+            _check_belongs(run)
+            done = run.content["global_step"]
+            if done >= args.max_updates:
+                say(f"{stage}.py: this stage is finished: {run.resumed} is at update {done}")
+                run.finished = True
+        yield run
+
+
+def _check_belongs(run: Run) -> None:
+    then, now = run.content["run"], run.record
+    if then.get("stage") != now["stage"]:
+        raise UserError(
+            f"{run.resumed} is a checkpoint of {then.get('stage')}.py, not of {now['stage']}.py: give this "
+            "stage an --exp_dir of its own"
+        )
+    provenance.refuse(
+        provenance.differences(then, now),
+        run.resumed,
+        run.args.allow_changed,
+        "Give what it was made with, choose another --exp_dir for a new run",
+    )
+
+
+def train(module: DistillModule, run: Run) -> None:
+    """Trains ``module`` to ``max_updates``; leaves ``ckpts/last.ckpt``, ``run.json`` and logs in EXP.
+
+    One of ``processes.SIGNALS`` saves at the next update and exits with status 128 + its number, as a shell
+    has it.
+
+    Raises:
+        UserError: a process of the run, a disk or the numbers fail.
+    """
+    exp_dir = Path(run.args.exp_dir)
+    with provenance.Diary(exp_dir, run.record, run.args) if is_first() else nullcontext() as diary:
+        try:
+            signal_number = _train(module, run)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise UserError(
+                f"{exp_dir}: the run could not write there ({error.strerror or error})"
+            ) from error
+        except RuntimeError as error:
+            if (words := _in_words(str(error), run.args)) is None:
+                raise
+            # torch would raise an error for each further worker that ends, wherever this process then is.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise UserError(words) from error
+        if signal_number and diary is not None:
+            diary.outcome = f"stopped by {signal.Signals(signal_number).name}"
+    if signal_number:
+        sys.exit(128 + signal_number)
+
+
+def _in_words(error: str, args: argparse.Namespace) -> str | None:
+    """What the failure of another process means; None where the error is something else."""
+    if "DataLoader worker" in error:
+        return (
+            "a process that reads audio was killed, often for want of memory: run the same command again to "
+            "go on from the last checkpoint, with a lower --num_workers if it happens again"
+        )
+    if "clients joined" in error or "client socket has timed out" in error:
+        return (
+            f"not all processes of the run have come together within {args.dist_timeout} s "
+            f"(--num_nodes {args.num_nodes}, --gpus {args.gpus}): start this command on every node"
+        )
+    if any(word in error for word in ("gloo", "NCCL", "TCPStore", "Connection closed by peer")):
+        return (
+            "another process of this run has ended or does not answer: see its message, and run the same "
+            "command again to go on from the last checkpoint"
+        )
+    return None
+
+
+def _train(module: DistillModule, run: Run) -> int:
+    """As :func:`train`; returns the number of the signal that has stopped the run, or 0."""
+    args, last = run.args, last_of(run.args.exp_dir)
     if args.compile:
         compile_models(module)
-    saver = LastCheckpoint(last, args.save_interval, keep_existing=resume is None)
-    progress = Progress(args.log_interval)
+    if devices_a_node(args)[0] == "cpu":
+        onednn.enable()
+    data = SpeechDataModule(args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, SEED)
+    devices, plugins = hardware(args), cluster(args)
+    stopper, progress = StopOnSignal(), Progress(args.log_interval)
+    saver = LastCheckpoint(last, args.save_interval, run.record, run.resumed)
     trainer = pl.Trainer(
         **devices,
+        plugins=[RunCheckpointIO(run.content), *plugins],
         num_nodes=args.num_nodes,
         precision=PRECISIONS[args.precision],
         max_steps=args.max_updates,
@@ -133,215 +255,122 @@ def train(module: DistillModule, args: argparse.Namespace) -> None:
         accumulate_grad_batches=args.accum_grad,
         gradient_clip_val=args.clip_norm,
         log_every_n_steps=args.log_interval,
-        logger=TensorBoardLogger(exp_dir, name="", version="logs"),
-        callbacks=[saver, progress],
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        logger=TensorBoardLogger(args.exp_dir, name="", version="logs"),
+        callbacks=[stopper, StopOnNonFinite(last), saver, progress],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         inference_mode=False,  # what a model caches in validation, training uses
+        # Validation comes after each epoch of the data; to Lightning, these are parts of one epoch.
         check_val_every_n_epoch=None,
-        val_check_interval=None,
+        val_check_interval=data.batches_an_epoch(devices_a_node(args)[1] * args.num_nodes),
     )
-    validates = module.can_validate()
-    if not validates:
-        say(f"{args.tsv_dir}/valid.tsv is missing or has no utterance to use: no validation")
-    elif resume is None:
-        trainer.validate(module, verbose=False)
-    trainer.fit(module, ckpt_path=resume, weights_only=True)
-    if saver.interrupted:
-        say(f"stopped at update {trainer.global_step}; go on with --resume_checkpoint {last}")
-        sys.exit(128 + (saver.signal or signal.SIGTERM))
-    if validates and progress.validated != trainer.global_step:
-        trainer.validate(module, verbose=False)
-    if trainer.is_global_zero and trainer.global_step >= args.max_updates:
-        mark_finished(exp_dir, args.max_updates)
-
-
-def mark_finished(exp_dir: Path, updates: int) -> None:
-    """Writes ``EXP/finished``, by which run.sh knows that the stage has done its ``updates``."""
-    with atomic_write(exp_dir / "finished") as path:
-        path.write_text(f"{updates}\n")
+    run.content = None
+    validates = data.has_validation()
+    try:
+        if not validates:
+            say(f"{args.tsv_dir}/valid.tsv is missing or has no utterance to use: no validation")
+        elif run.resumed is None:
+            trainer.validate(module, datamodule=data, verbose=False)
+        resumed = None if run.resumed is None else str(run.resumed)
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        if stopper.signal:
+            say(f"stopped at update {trainer.global_step}; run the same command again to go on from {last}")
+        elif validates and progress.validated != trainer.global_step:
+            trainer.validate(module, datamodule=data, verbose=False)
+    except BaseException:
+        # The processes that Lightning has started would wait for this one.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
+    return stopper.signal
 
 
 def compile_models(module: DistillModule) -> None:
-    """Compiles the transformer layers of teacher and student in place, for all lengths.
+    """Compiles the layers of the models without gates, the teacher and the student of stage 3, in place.
 
-    Layers are compiled one by one because they share one graph, and because what the gates leave open changes
-    with every update: indices and widths are inputs of that graph. Names in the state dict stay.
+    A gated student's widths change with every update, and it would be compiled again and again. Layers are
+    compiled one by one because they share one graph. Names in the state dict stay.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for model in (module.teacher_model, module.student_model):
-        for layer in model.encoder.transformer.layers:
-            layer.compile(dynamic=True)
+        if not model.gates():
+            for layer in model.encoder.transformer.layers:
+                layer.compile(dynamic=True)
+
+
+def devices_a_node(args: argparse.Namespace) -> tuple[str, int]:
+    """What --gpus comes to here: ``Trainer``'s ``accelerator``, and the processes of a node, one a device.
+
+    Raises:
+        UserError: this machine, or the tasks that SLURM has started, are not what the flag asks for.
+    """
+    in_slurm = "SLURM_PROCID" in os.environ
+    if in_slurm and os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError("SLURM has started several tasks by --ntasks: give --ntasks-per-node instead")
+    tasks = int(os.environ.get("SLURM_NTASKS_PER_NODE" if in_slurm else "LOCAL_WORLD_SIZE", "1"))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not (args.gpus and found):
+        return "cpu", tasks
+    if in_slurm and tasks != args.gpus:
+        raise UserError(
+            f"--gpus {args.gpus}: SLURM has started {tasks} tasks a node; give srun "
+            f"--ntasks-per-node={args.gpus}"
+        )
+    if args.gpus > found and not _sees_one_gpu(args):
+        raise UserError(f"--gpus {args.gpus}: this machine has {found}; ask for at most {found}")
+    return "gpu", args.gpus
+
+
+def _sees_one_gpu(args: argparse.Namespace) -> bool:
+    """Whether SLURM has bound one GPU to each task, so that none sees the others'."""
+    return "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1 < args.gpus
 
 
 def hardware(args: argparse.Namespace) -> dict:
-    """Trainer's ``accelerator``, ``devices`` and ``strategy`` for --gpus and --num_nodes."""
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if args.gpus and found:
-        if args.gpus > found:
-            raise UserError(f"--gpus {args.gpus}: this machine has {found}; ask for at most {found}")
-        accelerator, devices = "gpu", args.gpus
-    else:
+    """``Trainer``'s ``accelerator``, ``devices`` and ``strategy`` for --gpus and --num_nodes."""
+    accelerator, devices = devices_a_node(args)
+    if accelerator == "cpu":
         say(f"warning: {'no GPU is found' if args.gpus else '--gpus 0'}: training on the CPU, which is slow")
-        tasks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
-        accelerator, devices = "cpu", int(tasks)
-    several = devices * args.num_nodes > 1
-    return {"accelerator": accelerator, "devices": devices, "strategy": "ddp" if several else "auto"}
+    if devices * args.num_nodes == 1:
+        return {"accelerator": accelerator, "devices": devices, "strategy": "auto"}
+    if args.num_nodes > 1 and not {"SLURM_PROCID", "RANK"} & os.environ.keys():
+        port = os.environ.setdefault("MASTER_PORT", "29400")
+        say(
+            f"--num_nodes {args.num_nodes}: waiting for the other nodes for up to {args.dist_timeout} s; run "
+            "this command there with NODE_RANK=1 and so on, MASTER_ADDR this machine's address and "
+            f"MASTER_PORT={port}"
+        )
+    # The models' buffers are constants, which need not be sent to the other processes at every pass.
+    strategy = DDPStrategy(timeout=timedelta(seconds=args.dist_timeout), broadcast_buffers=False)
+    if accelerator == "gpu" and _sees_one_gpu(args):
+        devices = 1
+    return {"accelerator": accelerator, "devices": devices, "strategy": strategy}
 
 
-class LastCheckpoint(pl.Callback):
-    """Keeps ``path`` up to date: every ``interval`` updates, at the end, and when a signal stops the run.
+def cluster(args: argparse.Namespace) -> list[SLURMEnvironment]:
+    """``Trainer``'s plugin for SLURM, where srun has started this process.
 
-    Args:
-        path: replaced atomically.
-        interval: updates.
-        keep_existing: an earlier run's ``path`` is set aside as ``last.previous.ckpt`` rather than replaced.
+    Lightning looks at the job's name too, and would start processes of its own inside salloc.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self, path: Path, interval: int, keep_existing: bool) -> None:
-        self.path = path
-        self.interval = interval
-        self.keep_existing = keep_existing
-        self.interrupted = False
-        self._saved_step = 0
-        self.signal: int | None = None
-
-    def _on_signal(self, number: int, frame) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def setup(self, trainer: pl.Trainer, module: DistillModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            (self.path.parent.parent / "finished").unlink(missing_ok=True)
-            for left_by_a_killed_run in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-                left_by_a_killed_run.unlink()
-            if self.keep_existing and self.path.exists():
-                previous = self.path.with_name("last.previous.ckpt")
-                self.path.replace(previous)
-                say(f"kept the checkpoint of an earlier run as {previous}")
-
-    def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._saved_step = trainer.global_step
-        # Only now, because Lightning's own handlers would stop the run without saving.
-        for number in self.SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: DistillModule, outputs, batch, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if trainer.fit_loop._should_accumulate() or step == self._saved_step:
-            return
-        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
-        if stop or step % self.interval == 0 or step >= trainer.max_steps:
-            with atomic_write(self.path) if trainer.is_global_zero else _no_path() as temporary:
-                trainer.save_checkpoint(temporary)
-            self._saved_step = step
-        if stop and step < trainer.max_steps:
-            self.interrupted = trainer.should_stop = True
-            trainer.limit_val_batches = 0
+    if "SLURM_PROCID" not in os.environ:
+        return []
+    return [BoundTask() if _sees_one_gpu(args) else SLURMEnvironment(auto_requeue=False)]
 
 
-class _no_path:
-    """Stands in for ``atomic_write`` on the ranks that write nothing but take part in gathering."""
+class BoundTask(SLURMEnvironment):
+    """SLURM where each task sees one GPU alone (``--gpus-per-task``), which is number 0 to each of them."""
 
-    def __enter__(self) -> str:
-        return os.devnull
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=False)
 
-    def __exit__(self, *_) -> None:
-        return None
+    def local_rank(self) -> int:
+        return 0
 
-
-class Progress(pl.Callback):
-    """A bar over all updates: loss, sparsity, its target, audio seconds a second; lines without a terminal.
-
-    Args:
-        interval: updates between lines.
-    """
-
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
-        self.validated: int | None = None
-        """The update after which validation came last."""
-        self._bar: tqdm | None = None
-        self._samples = 0
-        self._since = self._paused = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._samples, self._since = 0, time.monotonic()
-        if trainer.is_global_zero and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=trainer.max_steps,
-                initial=trainer.global_step,
-                unit="update",
-                dynamic_ncols=True,
-                smoothing=0.05,
-            )
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: DistillModule, outputs, batch, batch_idx: int
-    ) -> None:
-        waveforms = batch[0] if isinstance(batch, (tuple, list)) else batch
-        self._samples += waveforms.numel() * trainer.world_size
-        if trainer.fit_loop._should_accumulate():
-            return
-        step, elapsed = trainer.global_step, time.monotonic() - self._since
-        due = step % self.interval == 0 or step >= trainer.max_steps
-        if not due and (self._bar is None or elapsed < 1):
-            if self._bar is not None:
-                self._bar.update(step - self._bar.n)
-            return
-        logged = trainer.callback_metrics
-        speed = self._samples / 16_000 / elapsed
-        words = {"loss": f"{logged['train_loss']:.4f}"}
-        if "sparsity_expected" in logged:
-            words["sparsity"] = f"{logged['sparsity_expected']:.4f}"
-            words["target"] = f"{logged['sparsity_target']:.4f}"
-        words["audio"] = f"{speed:.1f} s/s"
-        self._samples, self._since = 0, time.monotonic()
-        if due:
-            for logger in trainer.loggers:
-                logger.log_metrics({"audio_seconds_per_second": speed}, step)
-        if self._bar is not None:
-            self._bar.set_postfix(words, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif due and trainer.is_global_zero:
-            say(
-                f"update {step}/{trainer.max_steps}: "
-                + ", ".join(f"{key} {value}" for key, value in words.items())
-            )
-
-    def on_validation_start(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._paused = time.monotonic()
-
-    def on_validation_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self._since += time.monotonic() - self._paused
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        self.validated = trainer.global_step
-        logged = trainer.callback_metrics
-        if trainer.is_global_zero and "valid_loss_distill" in logged:
-            self._say(f"update {trainer.global_step}: valid loss_distill {logged['valid_loss_distill']:.4f}")
-
-    def on_train_end(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr) if self._bar is not None else say(text)
-
-
-def say(text: str) -> None:
-    """A line for the user, on the first process of a run alone."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(text, file=sys.stderr, flush=True)
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Lightning would want as many GPUs in sight as there are tasks."""
 
 
 def quieten() -> None:
@@ -350,6 +379,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*have overridden `on_before_batch_transfer`.*",
         ".*smaller than the logging interval.*",
         ".*dataloader is not resumable.*",
         ".*in eval mode at the start of training.*",

@@ -31,8 +31,15 @@ def make_plain(model: Wav2Vec2Model) -> Wav2Vec2Model:
 class PlainModel(Wav2Vec2Model):
     """A model that is plain in what distillation asks of it: ``extract_features``, ``get_num_params``."""
 
+    def narrow(self) -> None:
+        """Nothing: every unit is computed."""
+
     def extract_features(
-        self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        num_layers: int | None = None,
+        weights: None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """As in :class:`Wav2Vec2Model`."""
         valid = waveforms.new_full((len(waveforms),), waveforms.size(1)) if lengths is None else lengths

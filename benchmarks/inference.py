@@ -33,8 +33,7 @@ from common import (
 
 import onednn
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.gating import count_parameters
-from wav2vec2.utils.cost import multiply_accumulates
+from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.utils.files import run_script
 from wav2vec2.utils.flags import natural, positive, positive_int
 

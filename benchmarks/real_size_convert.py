@@ -119,17 +119,17 @@ def make(name: str, folder: Path) -> None:
 
 def measure(name: str, source: str, folder: Path) -> None:
     """Converts once and prints a line of JSON."""
-    from wav2vec2.utils import import_fairseq, import_huggingface
+    from converters import fairseq, huggingface
     from wav2vec2.utils.checkpoint import load_model, save_checkpoint
 
     family, _ = MODELS[name]
     if source == "transformers":
-        import_huggingface._transformers()
+        huggingface.import_transformers()
     start, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     if source == "transformers":
-        model, _ = import_huggingface.load_huggingface(str(folder / name), family)
+        model, _ = huggingface.load_huggingface(str(folder / name), family)
     else:
-        model, _ = import_fairseq.load_fairseq(str(folder / f"{name}.pt"), family)
+        model, _ = fairseq.load_fairseq(str(folder / f"{name}.pt"), family)
     out = folder / f"{name}.{source}.pth"
     save_checkpoint(out, model)
     seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -137,7 +137,7 @@ def measure(name: str, source: str, folder: Path) -> None:
         import transformers
 
         original = getattr(transformers, f"{CLASSES[family]}Model").from_pretrained(folder / name).eval()
-        error = import_huggingface.largest_difference(load_model(out).eval(), original)
+        error = huggingface.largest_difference(load_model(out).eval(), original)
     else:
         files = (folder / f"{name}.{kind}.pth" for kind in ("transformers", source))
         first, second = (torch.load(file, weights_only=True)["state_dict"] for file in files)

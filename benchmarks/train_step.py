@@ -47,7 +47,7 @@ import onednn
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import compile_models
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.utils.cost import multiply_accumulates
+from wav2vec2.cost import multiply_accumulates
 from wav2vec2.utils.files import UserError, run_script
 from wav2vec2.utils.flags import natural, positive, positive_int
 

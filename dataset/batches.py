@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wav2vec2.utils.files import UserError
 
-from .manifest import SAMPLE_RATE, format_complaint, read_manifest
+from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
 
+# 2 to 15.6 s: the original DPHuBERT's smallest and largest sample sizes, kept so that results are comparable.
+# A batch is cropped to its shortest member, so a shorter utterance would leave next to nothing of the others;
+# a longer one would set the memory that a batch needs.
 MIN_SAMPLES = 32_000
 MAX_SAMPLES = 250_000
 
@@ -49,8 +53,11 @@ def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
 _FOR_ORDER, _FOR_CROPS = 0, 1
 
 
-class BucketedBatches(Sampler[list[Crop]]):
+class BucketBatchSampler(Sampler[list[Crop]]):
     """The batches of one rank: lists of crops ``(utterance, first sample, number of samples)``.
+
+    ``sampler[n]`` is the n-th batch of a run that goes through the data epoch by epoch. It follows from n
+    and the arguments alone: there is nothing to wind forward when a run is resumed.
 
     Utterances of ``min_samples`` to ``max_samples`` (both included) are sorted into ``num_buckets`` equal
     ranges of length, and stay in their order within one. From the shortest bucket to the longest, a batch
@@ -63,8 +70,6 @@ class BucketedBatches(Sampler[list[Crop]]):
     cannot be shared out evenly, those of the most utterances are halved until they can. Only where every
     batch has come down to one utterance, and the ranks still differ, are some batches given twice.
 
-    Iterating again without ``set_epoch`` gives the same batches again.
-
     Args:
         lengths: (utterance,), in samples.
         seconds_per_batch: the most seconds of audio in a batch, before cropping.
@@ -76,9 +81,10 @@ class BucketedBatches(Sampler[list[Crop]]):
         seed: what the order and the crops follow from.
         rank: which of the ``world_size`` shares of the batches to give.
         world_size: how many processes share the batches.
+        run: the numbers of the batches that iterating gives; without it, those of one epoch.
 
     Attributes:
-        epoch: the epoch that iterating gives.
+        batches_an_epoch: how many batches this rank, as every other, has in an epoch.
         num_utterances: how many utterances are in the range of lengths, over all ranks.
 
     Raises:
@@ -97,6 +103,7 @@ class BucketedBatches(Sampler[list[Crop]]):
         seed: int = 2022,
         rank: int = 0,
         world_size: int = 1,
+        run: range | None = None,
     ):
         if not seconds_per_batch > 0:
             raise UserError(f"seconds_per_batch is {seconds_per_batch}: give more than 0 seconds")
@@ -106,8 +113,6 @@ class BucketedBatches(Sampler[list[Crop]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
-        self._start = 0
 
         self._lengths = np.asarray(lengths, dtype=np.int64)
         usable = np.flatnonzero((self._lengths >= min_samples) & (self._lengths <= max_samples))
@@ -116,7 +121,9 @@ class BucketedBatches(Sampler[list[Crop]]):
         # Batch n is _utterances[_bounds[n]:_bounds[n + 1]], so halving one is one more bound.
         self._bounds = self._fill(seconds_per_batch * SAMPLE_RATE)
         self._halve_largest_until_even()
-        self._num_batches = -(-(len(self._bounds) - 1) // world_size)
+        self.batches_an_epoch = -(-(len(self._bounds) - 1) // world_size)
+        self.run = range(self.batches_an_epoch) if run is None else run
+        self._order: tuple[int, np.ndarray] | None = None
 
     def _buckets(self, utterances: np.ndarray, num_buckets: int) -> np.ndarray:
         lengths = self._lengths[utterances]
@@ -145,38 +152,32 @@ class BucketedBatches(Sampler[list[Crop]]):
             self._bounds = np.insert(self._bounds, largest + 1, middle)
 
     def __len__(self) -> int:
-        """The number of batches of this rank in a whole epoch, wherever ``start`` is."""
-        return self._num_batches
+        """Where ``run`` ends, and so its length where it starts at 0.
 
-    @property
-    def start(self) -> int:
-        """The batch of this rank at which iterating the current epoch begins; another epoch begins at 0.
-
-        It stays until ``set_epoch`` names another epoch, because a DataLoader with workers asks for two
-        iterators and uses one. Workers run ahead of training, which has to count what it has done itself.
+        A Trainer that resumes counts the batches before the start as given, and stops at this number.
         """
-        return self._start
-
-    @start.setter
-    def start(self, batch: int) -> None:
-        if not 0 <= batch <= len(self):
-            raise ValueError(f"cannot start at batch {batch} of an epoch of {len(self)}")
-        self._start = batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that iterating gives: the current one from ``start`` still, another from 0."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._start = 0
+        return self.run.stop
 
     def __iter__(self) -> Iterator[list[Crop]]:
-        epoch = self.epoch if self.shuffle else 0
-        batches = np.arange(len(self._bounds) - 1)
-        if self.shuffle:
-            batches = np.argsort(_random_bits(self.seed, epoch, _FOR_ORDER, batches), kind="stable")
-        dealt = np.resize(batches, len(self) * self.world_size)[self.rank :: self.world_size]
-        for batch in dealt[self._start :].tolist():
-            yield self._crops(self._utterances[self._bounds[batch] : self._bounds[batch + 1]], epoch)
+        return map(self.__getitem__, self.run)
+
+    def __getitem__(self, number: int) -> list[Crop]:
+        """This rank's batch of that number, counted from 0 at the start of epoch 0."""
+        epoch, place = divmod(number, self.batches_an_epoch)
+        if not self.shuffle:
+            epoch = 0
+        batch = self._batches_of(epoch)[place]
+        return self._crops(self._utterances[self._bounds[batch] : self._bounds[batch + 1]], epoch)
+
+    def _batches_of(self, epoch: int) -> np.ndarray:
+        """The batches of an epoch that this rank gets, in order."""
+        if self._order is None or self._order[0] != epoch:
+            batches = np.arange(len(self._bounds) - 1)
+            if self.shuffle:
+                batches = np.argsort(_random_bits(self.seed, epoch, _FOR_ORDER, batches), kind="stable")
+            dealt = np.resize(batches, self.batches_an_epoch * self.world_size)
+            self._order = epoch, dealt[self.rank :: self.world_size]
+        return self._order[1]
 
     def _crops(self, utterances: np.ndarray, epoch: int) -> list[Crop]:
         lengths = self._lengths[utterances]
@@ -188,37 +189,6 @@ class BucketedBatches(Sampler[list[Crop]]):
             (index, start, int(length))
             for index, start in zip(utterances.tolist(), starts.tolist(), strict=True)
         ]
-
-
-class BatchStream(Sampler[list[Crop]]):
-    """The batches from ``start`` on of a run over ``batches``, through as many epochs as it takes.
-
-    Args:
-        batches: one epoch of this rank.
-        start: how many batches of the run are done.
-        total: how many batches the whole run has.
-    """
-
-    def __init__(self, batches: BucketedBatches, start: int, total: int) -> None:
-        self.batches = batches
-        self.start = start
-        self.total = total
-
-    def __len__(self) -> int:
-        """The batches of the whole run, wherever it starts."""
-        return self.total
-
-    def __iter__(self) -> Iterator[list[Crop]]:
-        place = self.start
-        while place < self.total:
-            epoch, first = divmod(place, len(self.batches))
-            self.batches.set_epoch(epoch)
-            self.batches.start = first
-            for batch in self.batches:
-                if place == self.total:
-                    return
-                yield batch
-                place += 1
 
 
 class AudioDataset(Dataset[Tensor]):
@@ -244,6 +214,10 @@ class AudioDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def path(self, index: int) -> str:
+        """Where the utterance is."""
+        return os.path.join(self.root, self.paths[index])
+
     def __getitem__(self, crop: Crop) -> Tensor:
         """Reads one crop ``(utterance, first sample, number of samples)``, and no more of the file than that.
 
@@ -251,10 +225,11 @@ class AudioDataset(Dataset[Tensor]):
             (time,) float32 in [-1, 1].
 
         Raises:
-            AudioError: the file is missing or broken, or has changed since the manifest was made.
+            AudioError: the file is missing or broken, has changed since the manifest was made, or holds
+                samples that are no audio.
         """
         index, start, length = crop
-        path = os.path.join(self.root, self.paths[index])
+        path = self.path(index)
         try:
             with soundfile.SoundFile(path) as audio:
                 complaint = format_complaint(audio)
@@ -274,6 +249,8 @@ class AudioDataset(Dataset[Tensor]):
                 f"cannot read {path}: it breaks off at sample {start + len(samples)} of "
                 f"{self.lengths[index]}: restore it"
             )
+        if (complaint := samples_complaint(samples)) is not None:
+            raise AudioError(f"{path}: {complaint}: mend it, or leave it out of the manifest")
         return torch.from_numpy(samples)
 
 
@@ -291,9 +268,21 @@ def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _leave_signals_to_training(worker: int) -> None:
-    """A signal that asks training to save and stop reaches all its processes: the readers have to go on."""
+    """A signal that asks training to save and stop reaches all its processes: the readers have to go on.
+
+    A SIGTERM of training's own is how Python ends what is left of them, so it has to be told from others'.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent_alone, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent_alone(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def make_loader(
@@ -307,25 +296,23 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-    run: tuple[int, int] | None = None,
+    run: range | None = None,
 ) -> DataLoader:
     """The loader of one rank's batches ``(waveforms, lengths)``.
 
-    Its ``batch_sampler`` is a ``BucketedBatches``, or a ``BatchStream`` over one where ``run`` is given. It
-    neither reads nor moves the global random states.
+    Its ``batch_sampler`` is a ``BucketBatchSampler``. It neither reads nor moves the global random states.
 
     Args:
         tsv_dir: the folder of the manifest.
         name: the manifest's name without ``.tsv``.
         seconds_per_batch: the most seconds of audio in a batch, before cropping.
         num_workers: how many processes read audio, kept from epoch to epoch; 0 reads in this one.
-        shuffle: True for training, False for validation, as in ``BucketedBatches``.
+        shuffle: True for training, False for validation, as in ``BucketBatchSampler``.
         seed: what the order and the crops follow from.
         rank: which share of the batches to give.
         world_size: how many processes share the batches.
         pin_memory: whether to put batches where a GPU fetches them faster.
-        run: how many batches of a training run are done and how many it has, over all epochs; without it,
-            the loader gives one epoch.
+        run: the batches to give, counted from the start of the run; without it, one epoch.
 
     Returns:
         The loader. Without ``shuffle`` its length is 0 where no utterance can be used.
@@ -336,10 +323,16 @@ def make_loader(
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}: give 0 or more")
     dataset = AudioDataset(tsv_dir, name)
-    batches = BucketedBatches(
-        dataset.lengths, seconds_per_batch, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
+    batches = BucketBatchSampler(
+        dataset.lengths,
+        seconds_per_batch,
+        shuffle=shuffle,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        run=run,
     )
-    if shuffle and len(batches) == 0:
+    if shuffle and batches.num_utterances == 0:
         seconds = f"{MIN_SAMPLES / SAMPLE_RATE:g} to {MAX_SAMPLES / SAMPLE_RATE:g} s"
         raise UserError(
             f"{Path(tsv_dir) / name}.tsv has {len(dataset)} utterances, but none of {MIN_SAMPLES} to "
@@ -347,7 +340,7 @@ def make_loader(
         )
     return DataLoader(
         dataset,
-        batch_sampler=batches if run is None else BatchStream(batches, *run),
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

@@ -31,6 +31,19 @@ def format_complaint(audio: soundfile.SoundFile) -> str | None:
     return None
 
 
+def samples_complaint(samples: np.ndarray) -> str | None:
+    """Says why samples cannot be audio in [-1, 1], or returns None.
+
+    Float formats can hold a little more than 1, which does no harm, and anything else, which does.
+    """
+    largest = np.abs(samples).max(initial=0)
+    if not np.isfinite(largest):
+        return "holds samples that are not finite"
+    if largest > 100:
+        return f"holds samples of {largest:.3g}, where audio lies between -1 and 1"
+    return None
+
+
 def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
     """Reads the manifest ``tsv_dir/name.tsv``.
 

@@ -15,6 +15,5 @@ $python convert_hubert_from_hf.py --model "$out/hubert" --out "$out/teacher.pth"
 python=$python tsv_dir=$out/data train_subset=train100 teacher_ckpt=$out/teacher.pth \
     root_dir=$out/stage1 final_dir=$out/stage3 gpus=0 precision=32 num_workers=1 seconds_per_batch=6 \
     distill_layers=0.2,4,6 lr=0.001 warmup=40 max=1000 reg_lr=0.08 target_sparsity=0.75 sparsity_warmup=280 \
-    final_lr=0.001 final_warmup=20 final_max=150 log_interval=200 bash run.sh
-$python demo/summary.py --teacher_ckpt "$out/teacher.pth" --root_dir "$out/stage1" --final_dir "$out/stage3"
-echo "# the demo took $SECONDS s"
+    final_lr=0.001 final_warmup=20 final_max=150 log_interval=50 bash run.sh
+echo "# the demo took $SECONDS s; open $PWD/$out/stage3/report/report.html in a browser"

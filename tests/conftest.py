@@ -1,33 +1,8 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import soundfile
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def run(script, *args, check=True, **environment):
-    """Runs a script of the checkout as a user would; returns the finished process with its output."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    process = subprocess.run(
-        command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
-    )
-    assert not check or process.returncode == 0, process.stdout + process.stderr
-    return process
-
-
-def start(script, *args, **arguments):
-    """Starts a script of the checkout; its output is one stream of lines."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **arguments
-    )
+from model_helpers import tiny_config
+from stage_helpers import run
 
 
 @pytest.fixture(scope="session")
@@ -50,18 +25,6 @@ def manifests(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("manifests")
     run("prepare_data.py", "--data", corpus, "--out", out)
     return out
-
-
-def tiny_config(**changes):
-    from wav2vec2.model import base_config
-
-    config = base_config(num_layers=3, num_heads=4, embed_dim=32, ff_interm_features=64)
-    small = {
-        "extractor_conv_layer_config": [(16, k, s) for _, k, s in config["extractor_conv_layer_config"]],
-        "encoder_pos_conv_kernel": 16,
-        "encoder_pos_conv_groups": 4,
-    }
-    return {**config, **small, **changes}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""One rank of stage 1, which notes what it read and what it ended with: ``ddp_worker.py OUT FLAGS OF
-distill.py``."""
+"""One rank of stage 1, which notes its process, its batches and its end: ``ddp_worker.py OUT FLAGS``."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,27 +12,32 @@ import dataset.batches
 import distill
 import training
 
-out = Path(sys.argv.pop(1))
+out, rank = Path(sys.argv.pop(1)), os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
+(out / f"rank{rank}.pid").write_text(str(os.getpid()))
 batches, batches_an_epoch = [], []
-crops, train = dataset.batches.BucketedBatches._crops, training.train
+crops, train = dataset.batches.BucketBatchSampler._crops, training.train
 
 
 def note_batch(self, utterances, epoch):
     if self.shuffle:
         batches.append(utterances.tolist())
-        batches_an_epoch.append(len(self))
+        batches_an_epoch.append(self.batches_an_epoch)
     return crops(self, utterances, epoch)
 
 
-def note_end(module, args):
-    train(module, args)
+def note_end(module, run):
+    train(module, run)
     weights = {
         key: value for key, value in module.state_dict().items() if not key.startswith("teacher_model.")
     }
-    content = {"weights": weights, "batches": batches, "batches_an_epoch": batches_an_epoch[0]}
-    torch.save(content, out / f"rank{module.global_rank}.pt")
+    content = {"weights": weights, "batches": batches, "batches_an_epoch": (batches_an_epoch or [0])[0]}
+    torch.save(content, out / f"rank{rank}.pt")
 
 
-dataset.batches.BucketedBatches._crops = note_batch
+dataset.batches.BucketBatchSampler._crops = note_batch
 training.train = note_end
-distill.main()
+try:
+    distill.main()
+except SystemExit as exit:
+    (out / f"rank{rank}.status").write_text(str(exit.code))
+    raise

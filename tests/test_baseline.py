@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from model_helpers import FAMILIES, randomly_gated, tiny_config, ungated, without_dropout
+from stage_helpers import ROOT
 from torch.testing import assert_close
 
 from wav2vec2 import wav2vec2_model

@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from conftest import run
+from stage_helpers import run
 
 PARTS = ("teacher", "student forward", "backward", "optimiser")
 COMMON = ("--threads", 1, "--device", "cpu")

@@ -12,8 +12,7 @@ import torch
 from dataset import (
     AudioDataset,
     AudioError,
-    BatchStream,
-    BucketedBatches,
+    BucketBatchSampler,
     make_loader,
     read_manifest,
     write_manifests,
@@ -26,7 +25,12 @@ def spread_lengths(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(20_000, 270_000, count)
 
 
-def utterances_of(batches: BucketedBatches) -> list[int]:
+def epoch_of(batches: BucketBatchSampler, epoch: int) -> list[list[tuple[int, int, int]]]:
+    first = epoch * batches.batches_an_epoch
+    return [batches[first + place] for place in range(batches.batches_an_epoch)]
+
+
+def utterances_of(batches: BucketBatchSampler) -> list[int]:
     return [index for batch in batches for index, _, _ in batch]
 
 
@@ -95,14 +99,14 @@ def test_a_manifest_of_no_utterance_is_an_empty_validation_set_but_no_training_s
 
 
 def test_only_utterances_of_32000_to_250000_samples_are_used():
-    batches = BucketedBatches([31_999, 32_000, 250_000, 250_001], 87.5)
+    batches = BucketBatchSampler([31_999, 32_000, 250_000, 250_001], 87.5)
     assert sorted(utterances_of(batches)) == [1, 2]
     assert batches.num_utterances == 2
 
 
 def test_batches_run_from_short_to_long_and_are_filled_but_not_above_the_limit():
     lengths = spread_lengths(3000)
-    batches = list(BucketedBatches(lengths, 87.5, shuffle=False))
+    batches = list(BucketBatchSampler(lengths, 87.5, shuffle=False))
     sums = [sum(int(lengths[index]) for index, _, _ in batch) for batch in batches]
     assert max(sums) <= 1_400_000
     bucket = (250_000 - 32_000) / 1000
@@ -116,16 +120,19 @@ def test_batches_run_from_short_to_long_and_are_filled_but_not_above_the_limit()
 
 def test_within_a_bucket_utterances_keep_their_order():
     lengths = [40_000 + 7 * index % 3 for index in range(9)] + [240_000]
-    (batch, _) = BucketedBatches(lengths, 30, shuffle=False)
+    (batch, _) = BucketBatchSampler(lengths, 30, shuffle=False)
     assert [index for index, _, _ in batch] == list(range(9))
-    exact = next(iter(BucketedBatches(lengths, 30, shuffle=False, num_buckets=10**6)))
+    exact = next(iter(BucketBatchSampler(lengths, 30, shuffle=False, num_buckets=10**6)))
     assert [lengths[index] for index, _, _ in exact] == sorted(lengths[:9])
 
 
 def test_an_utterance_longer_than_a_batch_is_a_batch_of_its_own():
-    batches = list(BucketedBatches([100_000, 32_000, 33_000, 200_000], 5, shuffle=False))
+    batches = list(BucketBatchSampler([100_000, 32_000, 33_000, 200_000], 5, shuffle=False))
     assert [[index for index, _, _ in batch] for batch in batches] == [[1, 2], [0], [3]]
-    assert list(BucketedBatches([40_000, 50_000], 1, shuffle=False)) == [[(0, 0, 40_000)], [(1, 0, 50_000)]]
+    assert list(BucketBatchSampler([40_000, 50_000], 1, shuffle=False)) == [
+        [(0, 0, 40_000)],
+        [(1, 0, 50_000)],
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 64])
@@ -133,7 +140,7 @@ def test_an_utterance_longer_than_a_batch_is_a_batch_of_its_own():
 def test_every_utterance_is_seen_once_an_epoch_over_all_ranks(world_size, shuffle):
     lengths = spread_lengths(501)
     ranks = [
-        BucketedBatches(lengths, 87.5, shuffle=shuffle, rank=rank, world_size=world_size)
+        BucketBatchSampler(lengths, 87.5, shuffle=shuffle, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     seen = sorted(index for rank in ranks for index in utterances_of(rank))
@@ -142,24 +149,24 @@ def test_every_utterance_is_seen_once_an_epoch_over_all_ranks(world_size, shuffl
 
 
 def test_batches_are_given_twice_only_where_there_are_too_few_utterances_to_share():
-    ranks = [BucketedBatches([40_000] * 5, 2.5, rank=rank, world_size=4) for rank in range(4)]
+    ranks = [BucketBatchSampler([40_000] * 5, 2.5, rank=rank, world_size=4) for rank in range(4)]
     seen = [index for rank in ranks for index in utterances_of(rank)]
     assert [len(rank) for rank in ranks] == [2, 2, 2, 2]
     assert set(seen) == set(range(5)) and len(seen) == 8
-    enough = [BucketedBatches([40_000] * 8, 87.5, rank=rank, world_size=4) for rank in range(4)]
+    enough = [BucketBatchSampler([40_000] * 8, 87.5, rank=rank, world_size=4) for rank in range(4)]
     assert sorted(index for rank in enough for index in utterances_of(rank)) == list(range(8))
 
 
 def test_only_as_many_batches_are_halved_as_the_ranks_need():
     lengths = spread_lengths(3000)
-    whole = [tuple(index for index, _, _ in b) for b in BucketedBatches(lengths, 87.5, shuffle=False)]
+    whole = [tuple(index for index, _, _ in b) for b in BucketBatchSampler(lengths, 87.5, shuffle=False)]
     world_size = 8
     missing = -len(whole) % world_size
     assert missing > 1
     shared = [
         tuple(index for index, _, _ in batch)
         for rank in range(world_size)
-        for batch in BucketedBatches(lengths, 87.5, shuffle=False, rank=rank, world_size=world_size)
+        for batch in BucketBatchSampler(lengths, 87.5, shuffle=False, rank=rank, world_size=world_size)
     ]
     assert len(shared) == len(whole) + missing
     cut = set(whole) - set(shared)
@@ -170,13 +177,12 @@ def test_only_as_many_batches_are_halved_as_the_ranks_need():
 
 def test_epochs_and_seeds_change_the_order_of_batches_but_not_their_make_up():
     def epoch(number: int, seed: int = 2022) -> list[tuple[int, ...]]:
-        batches = BucketedBatches(lengths, 87.5, seed=seed)
-        batches.set_epoch(number)
-        return [tuple(index for index, _, _ in batch) for batch in batches]
+        batches = BucketBatchSampler(lengths, 87.5, seed=seed)
+        return [tuple(index for index, _, _ in batch) for batch in epoch_of(batches, number)]
 
     lengths = spread_lengths(1000)
     first = epoch(0)
-    in_order = [tuple(i for i, _, _ in batch) for batch in BucketedBatches(lengths, 87.5, shuffle=False)]
+    in_order = [tuple(i for i, _, _ in batch) for batch in BucketBatchSampler(lengths, 87.5, shuffle=False)]
     assert epoch(0) == first
     for other in (epoch(1), epoch(0, seed=1), in_order):
         assert other != first
@@ -189,14 +195,14 @@ def test_a_crop_starts_where_seed_epoch_and_utterance_say_whatever_the_number_of
     def crops(world_size: int, epoch: int = 3, seed: int = 2022) -> dict[int, tuple[int, int]]:
         result = {}
         for rank in range(world_size):
-            batches = BucketedBatches(lengths, 87.5, rank=rank, world_size=world_size, seed=seed)
-            batches.set_epoch(epoch)
-            result.update({index: (start, length) for batch in batches for index, start, length in batch})
+            batches = BucketBatchSampler(lengths, 87.5, rank=rank, world_size=world_size, seed=seed)
+            crops = [crop for batch in epoch_of(batches, epoch) for crop in batch]
+            result.update({index: (start, length) for index, start, length in crops})
         return result
 
     # Ten batches, so that none is halved for two or five ranks: a halved one has another length to crop to.
     lengths = np.random.default_rng(0).integers(240_000, 250_000, 48)
-    assert len(BucketedBatches(lengths, 87.5)) == 10
+    assert len(BucketBatchSampler(lengths, 87.5)) == 10
     one = crops(1)
     assert crops(2) == one
     assert crops(5) == one
@@ -207,11 +213,10 @@ def test_a_crop_starts_where_seed_epoch_and_utterance_say_whatever_the_number_of
 
 def test_crop_starts_are_uniform_up_to_and_including_the_last_possible_one():
     # Pairs of 32,000 and 32,003 samples: the longer one has starts 0, 1, 2 and 3.
-    batches = BucketedBatches([32_000, 32_003], 87.5)
+    batches = BucketBatchSampler([32_000, 32_003], 87.5)
     counts = np.zeros(4)
     for epoch in range(4000):
-        batches.set_epoch(epoch)
-        ((_, shortest, length), (_, start, _)) = next(iter(batches))
+        ((_, shortest, length), (_, start, _)) = batches[epoch]
         assert (shortest, length) == (0, 32_000)
         counts[start] += 1
     # Five standard deviations of a binomial with n = 4000 and p = 1/4.
@@ -220,11 +225,10 @@ def test_crop_starts_are_uniform_up_to_and_including_the_last_possible_one():
 
 def test_crops_of_neighbouring_utterances_and_epochs_are_unrelated():
     count, epochs = 1000, 8
-    batches = BucketedBatches([32_000] + [248_000] * count, 1e6)
+    batches = BucketBatchSampler([32_000] + [248_000] * count, 1e6)
     starts = np.zeros((epochs, count))
     for epoch in range(epochs):
-        batches.set_epoch(epoch)
-        starts[epoch] = [start for index, start, _ in next(iter(batches)) if index > 0]
+        starts[epoch] = [start for index, start, _ in batches[epoch] if index > 0]
     limit = 5 / np.sqrt(count * (epochs - 1))
     assert abs(np.corrcoef(starts[:, 1:].ravel(), starts[:, :-1].ravel())[0, 1]) < limit
     assert abs(np.corrcoef(starts[1:].ravel(), starts[:-1].ravel())[0, 1]) < limit
@@ -232,56 +236,49 @@ def test_crops_of_neighbouring_utterances_and_epochs_are_unrelated():
 
 
 def test_validation_has_the_same_crops_in_the_same_order_at_every_epoch():
-    batches = BucketedBatches(spread_lengths(300), 87.5, shuffle=False)
+    batches = BucketBatchSampler(spread_lengths(300), 87.5, shuffle=False)
     first = list(batches)
-    batches.set_epoch(7)
-    assert list(batches) == first
+    assert epoch_of(batches, 7) == first
     assert any(start > 0 for batch in first for _, start, _ in batch)
 
 
-def test_an_epoch_begins_at_start_and_the_next_at_0():
-    batches = BucketedBatches(spread_lengths(300), 87.5, rank=1, world_size=2)
-    batches.set_epoch(5)
-    whole = list(batches)
-    batches.start = 4
-    batches.set_epoch(5)
-    assert list(batches) == whole[4:]
-    assert len(batches) == len(whole)
-    batches.set_epoch(6)
-    assert len(list(batches)) == len(whole)
-    batches.start = len(batches)
-    assert list(batches) == []
-    for wrong in (-1, len(batches) + 1):
-        with pytest.raises(ValueError, match="cannot start at batch"):
-            batches.start = wrong
-
-
-def test_a_stream_goes_through_the_epochs_and_on_from_any_place():
+def test_a_batch_of_a_run_follows_from_its_number_alone():
     lengths = spread_lengths(300)
-    batches = BucketedBatches(lengths, 87.5)
-    epochs = []
-    for epoch in range(3):
-        batches.set_epoch(epoch)
-        epochs += list(batches)
-    total = 2 * len(batches) + 5
-    for start in (0, 3, len(batches), len(batches) + 1, total):
-        stream = BatchStream(BucketedBatches(lengths, 87.5), start, total)
-        assert list(stream) == epochs[start:total]
-        assert len(stream) == total
+
+    def batches(run=None):
+        return BucketBatchSampler(lengths, 87.5, rank=1, world_size=2, run=run)
+
+    an_epoch = batches().batches_an_epoch
+    assert len(batches()) == len(list(batches())) == an_epoch > 5
+    total = 2 * an_epoch + 5
+    whole = list(batches(range(total)))
+    assert whole[:an_epoch] == list(batches())
+    assert whole[an_epoch : 2 * an_epoch] == epoch_of(batches(), 1) != whole[:an_epoch]
+    backwards = batches()
+    assert [backwards[number] for number in reversed(range(total))] == whole[::-1]
+    for start in (0, 3, an_epoch, an_epoch + 1, total):
+        rest = batches(range(start, total))
+        assert list(rest) == list(rest) == whole[start:]
+        assert len(rest) == total
 
 
-def test_librispeech_is_batched_in_a_second():
-    lengths = np.random.default_rng(0).integers(20_000, 270_000, 281_241)
-    begin = time.process_time()
-    batches = BucketedBatches(lengths, 87.5, world_size=32)
-    next(iter(batches))
-    assert time.process_time() - begin < 1
+def test_batching_librispeech_takes_a_time_that_grows_with_its_size_alone():
+    def seconds(count: int) -> float:
+        lengths = np.random.default_rng(0).integers(20_000, 270_000, count)
+        begin = time.process_time()
+        batches = BucketBatchSampler(lengths, 87.5, world_size=32)
+        assert batches[5 * batches.batches_an_epoch]
+        return time.process_time() - begin
+
+    seconds(1000)
+    few, all_of_it = min(seconds(28_124) for _ in range(3)), seconds(281_241)
+    assert all_of_it < 10 * 5 * few
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
 def test_a_batch_of_no_seconds_is_an_error(seconds):
     with pytest.raises(UserError, match="seconds_per_batch is"):
-        BucketedBatches([40_000], seconds)
+        BucketBatchSampler([40_000], seconds)
 
 
 # Reading
@@ -308,33 +305,13 @@ def test_a_loader_gives_waveforms_and_lengths_of_the_sampler_s_crops(corpus):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_resuming_gives_exactly_the_rest_of_the_epoch_and_whole_epochs_after_it(corpus, num_workers):
-    reference = loader_of(corpus)
-    epochs = []
-    for epoch in (1, 2):
-        reference.batch_sampler.set_epoch(epoch)
-        epochs.append([waveforms for waveforms, _ in reference])
-
-    loader = loader_of(corpus, num_workers)
-    loader.batch_sampler.set_epoch(1)
-    loader.batch_sampler.start = 3
-    for epoch, expected in ((1, epochs[0][3:]), (2, epochs[1])):
-        loader.batch_sampler.set_epoch(epoch)
-        got = [waveforms for waveforms, _ in loader]
-        assert len(got) == len(expected)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-def test_a_run_resumed_over_the_end_of_an_epoch_gives_the_rest_of_it(corpus):
-    def run(done: int, num_workers: int) -> list[torch.Tensor]:
-        return [waveforms for waveforms, _ in loader_of(corpus, num_workers, run=(done, total))]
-
+def test_a_run_resumed_over_the_end_of_an_epoch_gives_the_rest_of_it(corpus, num_workers):
     total = 2 * len(loader_of(corpus)) + 2
-    whole = run(0, 0)
+    whole = [waveforms for waveforms, _ in loader_of(corpus, run=range(total))]
     assert len(whole) == total
-    rest = run(5, 2)
-    assert len(rest) == total - 5
-    assert all(torch.equal(a, b) for a, b in zip(rest, whole[5:], strict=True))
+    rest = [waveforms for waveforms, _ in loader_of(corpus, num_workers, run=range(3, total))]
+    assert len(rest) == total - 3
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

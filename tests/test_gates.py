@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
-from wav2vec2.gating import count_parameters
+from wav2vec2.cost import count_parameters
 
 
 def outputs_and_gradients(model, skip, multiple, waveforms, lengths):

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_helpers import tiny_config
+
+from wav2vec2 import wav2vec2_model
+from wav2vec2.utils.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,7 +59,7 @@ def test_it_loads_from_another_folder_in_a_process_of_its_own(student, tmp_path)
 def test_the_entries_are_the_compressed_model_and_the_known_architectures():
     found = runpy.run_path(str(ROOT / "hubconf.py"))
     listed = [name for name, value in found.items() if callable(value) and not name.startswith("_")]
-    assert sorted(listed) == sorted(found["__all__"]) == sorted(["compressed", *ENTRIES])
+    assert sorted(listed) == sorted(found["__all__"]) == sorted(["compressed", "s3prl_upstream", *ENTRIES])
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -75,3 +79,54 @@ def test_a_file_that_is_no_checkpoint_is_named_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=name) as error:
             torch.hub.load(str(ROOT), "compressed", str(tmp_path / name), source="local")
         assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def upstream_of(tmp_path_factory):
+    """Gives the upstream of a tiny model with the changes to its config, loaded as s3prl loads one."""
+    found = runpy.run_path(str(ROOT / "hubconf.py"))
+
+    def load(**changes):
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp("upstream") / "model.pth"
+        save_checkpoint(path, wav2vec2_model(**tiny_config(**changes)))
+        return found["s3prl_upstream"](ckpt=str(path), model_config=None, refresh=False)
+
+    return load
+
+
+def some_waveforms(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [0.1 * torch.randn(length, generator=generator) for length in lengths]
+
+
+def test_an_upstream_of_s3prl_gives_every_layer_at_320_samples_a_frame(upstream_of):
+    upstream = upstream_of()
+    assert not upstream.training
+    assert upstream.get_downsample_rates("hidden_states") == 320
+    waveforms = some_waveforms(16_000, 16_000)
+    with torch.no_grad():
+        result = upstream(waveforms)
+        expected, _ = upstream.model.extract_features(torch.stack(waveforms))
+    assert set(result) == {"hidden_states"}
+    assert [tuple(state.shape) for state in result["hidden_states"]] == 4 * [(2, 49, 32)]
+    torch.testing.assert_close(result["hidden_states"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_upstreams_waveforms_give_in_a_batch_what_they_give_alone(upstream_of):
+    """With layer norms; a group norm over time sees the padding."""
+    upstream = upstream_of(extractor_mode="layer_norm", normalize_waveform=True)
+    waveforms = some_waveforms(16_000, 9_000, 4_321)
+    with torch.no_grad():
+        together = upstream(waveforms)["hidden_states"]
+        for place, waveform in enumerate(waveforms):
+            for batched, alone in zip(together, upstream([waveform])["hidden_states"], strict=True):
+                torch.testing.assert_close(batched[place, : alone.size(1)], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_upstream_can_be_fine_tuned(upstream_of):
+    upstream = upstream_of()
+    states = upstream.train()(some_waveforms(8_000, 6_000))["hidden_states"]
+    torch.stack(states).square().mean().backward()
+    layers = upstream.model.encoder.transformer.layers
+    assert all(layer.feed_forward.output_dense.weight.grad.abs().sum() > 0 for layer in layers)

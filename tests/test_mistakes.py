@@ -1,34 +1,22 @@
 """A user's mistake: one sentence that names it, exit status 2, no traceback, nothing half-written."""
 
-import importlib
 import subprocess
 import sys
 
 import pytest
 import soundfile
 import torch
-from conftest import ENVIRONMENT, ROOT, run, tiny_config
-from test_stages import flags
+from model_helpers import tiny_config
+from stage_helpers import ENVIRONMENT, ROOT, flags, run, sentence_of
 
 from wav2vec2 import wav2vec2_model
 from wav2vec2.utils.checkpoint import read_checkpoint, save_checkpoint
-from wav2vec2.utils.files import atomic_write, run_script
+from wav2vec2.utils.files import UserError, atomic_write
 
 
 @pytest.fixture
 def fails(monkeypatch, capsys):
-    """Runs a script's main in this process; returns its one sentence."""
-
-    def call(script, *args):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
-        with pytest.raises(SystemExit) as exit:
-            run_script(importlib.import_module(script).main)
-        assert exit.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert "error: " in lines[-1] and not any("Traceback" in line for line in lines)
-        return lines[-1]
-
-    return call
+    return lambda script, *args: sentence_of(monkeypatch, capsys, script, *args)
 
 
 def broken(tmp_path, name, content):
@@ -42,7 +30,7 @@ MISTAKES = [
     ({"tsv_dir": "no/such"}, "train100.tsv"),
     ({"train_subset": "train960x"}, "train960x.tsv"),
     ({"distill_layers": "0.9"}, "layer 9 is not one of 0 to 3"),
-    ({"distill_layers": "0;3"}, "parted by commas"),
+    ({"distill_layers": "0;3"}, "separate layers by commas"),
     ({"distill_mode": "other"}, "invalid choice: 'other'"),
     ({"pruning_units": "conv,heads"}, "heads is none of conv, head, attlayer, interm, ffnlayer"),
     ({"target_sparsity": "1.5"}, "'1.5' is not a number from 0 to below 1"),
@@ -52,10 +40,16 @@ MISTAKES = [
     ({"resume_checkpoint": "no/last.ckpt"}, "no/last.ckpt: no such file"),
     ({"precision": "8"}, "invalid choice: '8'"),
     ({"seconds_per_batch": "-1"}, "is not a number above 0"),
+    ({"max_updates": 10**19}, "is not a whole number above 0 (and below 2^31)"),
+    ({"accum_grad": 10**19}, "is not a whole number above 0 (and below 2^31)"),
+    ({"teacher_ckpt": ""}, "--teacher_ckpt: is empty"),
+    ({"exp_dir": " "}, "--exp_dir: is empty"),
+    ({"exp_dir": __file__}, "test_mistakes.py is a file: name a folder"),
+    ({"exp_dir": f"{__file__}/exp"}, "cannot be written to (Not a directory)"),
 ]
 
 
-@pytest.mark.parametrize("changes, words", MISTAKES, ids=[next(iter(changes)) for changes, _ in MISTAKES])
+@pytest.mark.parametrize("changes, words", MISTAKES)
 def test_a_mistake_in_stage_1_is_one_sentence(changes, words, fails, manifests, teacher, tmp_path):
     assert words in fails("distill", *flags(manifests, teacher, tmp_path / "exp", **changes))
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -67,6 +61,13 @@ def test_a_damaged_checkpoint_is_named(fails, manifests, teacher, tmp_path):
     for path in (truncated, text):
         sentence = fails("distill", *flags(manifests, teacher, tmp_path / "exp", teacher_ckpt=path))
         assert f"{path}: not a checkpoint, or a damaged one" in sentence
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "previous.ckpt"])
+def test_a_checkpoint_that_is_a_folder_is_found_before_training(name, fails, manifests, teacher, tmp_path):
+    (tmp_path / "ckpts" / name).mkdir(parents=True)
+    sentence = fails("distill", *flags(manifests, teacher, tmp_path))
+    assert f"{tmp_path}/ckpts/{name} is a folder" in sentence
 
 
 def test_missing_and_unexpected_tensors_and_keys_are_named(fails, manifests, teacher, tmp_path):
@@ -91,7 +92,6 @@ def test_missing_and_unexpected_tensors_and_keys_are_named(fails, manifests, tea
 
 def test_more_gpus_than_there_are_is_an_error_and_none_is_a_warning(monkeypatch, capsys):
     import training
-    from wav2vec2.utils.files import UserError
 
     class Flags:
         gpus, num_nodes = 4, 1
@@ -103,6 +103,28 @@ def test_more_gpus_than_there_are_is_an_error_and_none_is_a_warning(monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert training.hardware(Flags)["accelerator"] == "cpu"
     assert "warning: no GPU is found" in capsys.readouterr().err
+
+
+def test_tasks_that_slurm_has_bound_to_a_gpu_each_take_the_one_they_see(monkeypatch):
+    import training
+
+    class Flags:
+        gpus, num_nodes, dist_timeout = 4, 1, 600
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    slurm = {"PROCID": 3, "LOCALID": 3, "NODEID": 0, "NTASKS": 4, "NTASKS_PER_NODE": 4}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert training.devices_a_node(Flags) == ("gpu", 4)
+    assert training.hardware(Flags)["devices"] == 1
+    [environment] = training.cluster(Flags)
+    assert (environment.local_rank(), environment.global_rank(), environment.world_size()) == (0, 3, 4)
+    environment.validate_settings(num_devices=1, num_nodes=1)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    with pytest.raises(UserError, match="SLURM has started 2 tasks a node; give srun --ntasks-per-node=4"):
+        training.devices_a_node(Flags)
 
 
 def stage_1(teacher, tmp_path, log_alpha=3.0):

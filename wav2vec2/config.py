@@ -7,6 +7,7 @@ before anything is built from it.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -25,85 +26,74 @@ NO_GATES = dict.fromkeys(PRUNING_UNITS.values(), False)
 MAX_WIDTH = 65_536
 """No published model is within a tenth of these; a larger number comes from a damaged or hostile file, and
 would take minutes or all memory before it failed."""
-MAX_LAYERS = 1_000
+MAX_LAYERS = 256
 
 
-def _show(value: object) -> str:
-    """``value`` as an error message shows it, however large it is."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+Check = Callable[[object], str | None]
+"""Says in words what a value should be, or returns None where it is that."""
 
 
-def _is_integer(value: object, least: int, most: int) -> bool:
+def _check(accepts: Callable[[object], bool], wanted: str) -> Check:
+    return lambda value: None if accepts(value) else wanted
+
+
+def _is_integer(value: object, least: int = 0, most: int = MAX_WIDTH) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
-
-
-def _integer(least: int, most: int) -> Callable[[object], str | None]:
-    def check(value: object) -> str | None:
-        return None if _is_integer(value, least, most) else f"a whole number from {least} to {most:,}"
-
-    return check
-
-
-def _probability(value: object) -> str | None:
-    fits = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
-    return None if fits else "a probability from 0 to 1"
-
-
-def _boolean(value: object) -> str | None:
-    return None if isinstance(value, bool) else "True or False"
-
-
-def _mode(value: object) -> str | None:
-    fits = isinstance(value, str) and value in ("group_norm", "layer_norm")
-    return None if fits else '"group_norm" or "layer_norm"'
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _list_of(check: Callable[[object], str | None]) -> Callable[[object], str | None]:
-    def check_list(value: object) -> str | None:
-        if not _is_list(value):
-            return "a list with an entry a layer"
-        wanted = next((wanted for wanted in map(check, value) if wanted), None)
-        return None if wanted is None else f"a list with an entry a layer, each {wanted}"
-
-    return check_list
+def _is_probability(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _conv_layers(value: object) -> str | None:
-    fits = _is_list(value) and 0 < len(value) <= MAX_LAYERS
-    fits = fits and all(_is_list(layer) and len(layer) == 3 for layer in value)
-    if fits and all(_is_integer(number, 1, MAX_WIDTH) for layer in value for number in layer):
-        return None
-    return "a list of (channels, kernel size, stride), all whole numbers above 0"
+def _is_conv_layer(value: object) -> bool:
+    return _is_list(value) and len(value) == 3 and all(_is_integer(number, 1) for number in value)
 
 
-def _head_indices(value: object) -> str | None:
-    fits = _is_list(value) and all(_is_integer(index, 0, MAX_WIDTH) for index in value)
-    return None if fits and len(set(value)) == len(value) else "a list of different head indices"
+def _are_heads(value: object) -> bool:
+    return _is_list(value) and all(map(_is_integer, value)) and len(set(value)) == len(value)
 
 
-def _optional(check: Callable[[object], str | None]) -> Callable[[object], str | None]:
+def _integer(least: int, most: int = MAX_WIDTH) -> Check:
+    return _check(lambda value: _is_integer(value, least, most), f"a whole number from {least} to {most:,}")
+
+
+def _per_layer(check: Check) -> Check:
+    def check_all(value: object) -> str | None:
+        wanted = "" if not _is_list(value) else next(filter(None, map(check, value)), None)
+        return None if wanted is None else f"a list with an entry a layer{wanted and f', each {wanted}'}"
+
+    return check_all
+
+
+def _optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
 
-_width = _integer(1, MAX_WIDTH)
-_width_or_none_left = _integer(0, MAX_WIDTH)
+_width = _integer(1)
+_flag = _check(lambda value: isinstance(value, bool), "True or False")
+_probability = _check(_is_probability, "a probability from 0 to 1")
+_heads = _check(_are_heads, "a list of different head indices")
+_mode = _check(
+    lambda value: isinstance(value, str) and value in ("group_norm", "layer_norm"),
+    '"group_norm" or "layer_norm"',
+)
+_conv_layers = _check(
+    lambda value: _is_list(value) and 0 < len(value) <= MAX_LAYERS and all(map(_is_conv_layer, value)),
+    "a list of (channels, kernel size, stride), all whole numbers above 0",
+)
 
 
-def _key(check: Callable[[object], str | None], doc: str, default: object = MISSING):
+def _key(check: Check, doc: str, default: object = MISSING):
     return field(default=default, metadata={"check": check, "doc": doc})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wav2Vec2Config:
-    """The keys of a config, with their defaults, and their names in fairseq where they have one.
+    """The keys of a config: type, values, meaning, and in parentheses the name in fairseq or unilm.
 
     ``encoder_num_heads`` and ``encoder_head_dim`` belong to wav2vec 2.0 and HuBERT. The config of a WavLM has
     ``encoder_remaining_heads`` and the three keys after it in their place.
@@ -112,75 +102,51 @@ class Wav2Vec2Config:
         ValueError: a value is impossible, or two do not go together; the sentence names the key.
     """
 
-    extractor_mode: str = _key(
-        _mode,
-        '"group_norm" (a norm in the first conv layer alone) or "layer_norm" (in each); fairseq: '
-        '``extractor_mode``, there "default" or "layer_norm"',
-    )
+    extractor_mode: str = _key(_mode, "a norm in the first conv layer alone, or in each (extractor_mode)")
     extractor_conv_layer_config: Sequence[tuple[int, int, int]] = _key(
-        _conv_layers, "(channels, kernel size, stride) of each conv layer; fairseq: ``conv_feature_layers``"
+        _conv_layers, "(channels, kernel size, stride) of each conv layer (conv_feature_layers)"
     )
-    extractor_conv_bias: bool = _key(_boolean, "the conv layers have a bias; fairseq: ``conv_bias``")
-    encoder_embed_dim: int = _key(_width, "features of the transformer; fairseq: ``encoder_embed_dim``")
-    encoder_projection_dropout: float = _key(
-        _probability, "dropout after the feature projection; fairseq: ``dropout_input``"
-    )
-    encoder_pos_conv_kernel: int = _key(
-        _width, "frames that the positional convolution sees; fairseq: ``conv_pos``"
-    )
-    encoder_pos_conv_groups: int = _key(_width, "its groups; fairseq: ``conv_pos_groups``")
-    encoder_num_layers: int = _key(_integer(1, MAX_LAYERS), "transformer layers; fairseq: ``encoder_layers``")
-    encoder_use_attention: Sequence[bool] = _key(_list_of(_boolean), "whether a layer has its attention")
+    extractor_conv_bias: bool = _key(_flag, "the conv layers have a bias (conv_bias)")
+    encoder_embed_dim: int = _key(_width, "features of the transformer (encoder_embed_dim)")
+    encoder_projection_dropout: float = _key(_probability, "after the feature projection (dropout_input)")
+    encoder_pos_conv_kernel: int = _key(_width, "kernel size of the positional convolution (conv_pos)")
+    encoder_pos_conv_groups: int = _key(_width, "groups of the positional convolution (conv_pos_groups)")
+    encoder_num_layers: int = _key(_integer(1, MAX_LAYERS), "transformer layers (encoder_layers)")
+    encoder_use_attention: Sequence[bool] = _key(_per_layer(_flag), "whether a layer has its attention")
     encoder_use_feed_forward: Sequence[bool] = _key(
-        _list_of(_boolean), "whether a layer has its feed-forward branch"
+        _per_layer(_flag), "whether it has its feed-forward branch"
     )
-    encoder_attention_dropout: float = _key(
-        _probability, "dropout of the attention weights; fairseq: ``attention_dropout``"
-    )
+    encoder_attention_dropout: float = _key(_probability, "of the attention weights (attention_dropout)")
     encoder_ff_interm_features: Sequence[int] = _key(
-        _list_of(_width_or_none_left), "feed-forward width of a layer; fairseq: ``encoder_ffn_embed_dim``"
+        _per_layer(_integer(0)), "feed-forward width of a layer (encoder_ffn_embed_dim)"
     )
-    encoder_ff_interm_dropout: float = _key(
-        _probability, "dropout inside the feed-forward branch; fairseq: ``activation_dropout``"
-    )
-    encoder_dropout: float = _key(_probability, "dropout after each branch; fairseq: ``dropout``")
-    encoder_layer_norm_first: bool = _key(
-        _boolean, "norms before the branches (Large) or after (Base); fairseq: ``layer_norm_first``"
-    )
-    encoder_layer_drop: float = _key(
-        _probability, "probability of skipping a layer in ``forward``; fairseq: ``encoder_layerdrop``"
-    )
-    aux_num_out: int | None = _key(
-        _optional(_width), "outputs of a linear layer at the end (a CTC head, say), or None"
-    )
-    normalize_waveform: bool = _key(
-        _boolean, "bring each waveform to zero mean and unit variance; fairseq: ``task.normalize``"
-    )
+    encoder_ff_interm_dropout: float = _key(_probability, "inside the feed-forward (activation_dropout)")
+    encoder_dropout: float = _key(_probability, "after each branch (dropout)")
+    encoder_layer_norm_first: bool = _key(_flag, "norms before the branches, not after (layer_norm_first)")
+    encoder_layer_drop: float = _key(_probability, "of skipping a layer in forward (encoder_layerdrop)")
+    aux_num_out: int | None = _key(_optional(_width), "outputs of a layer at the end (CTC, say), or None")
+    normalize_waveform: bool = _key(_flag, "waveforms to zero mean and unit variance (task.normalize)")
     encoder_num_heads: Sequence[int] | None = _key(
-        _optional(_list_of(_width_or_none_left)),
-        "attention heads of a layer; fairseq: ``encoder_attention_heads``",
-        None,
+        _optional(_per_layer(_integer(0))), "heads of a layer (encoder_attention_heads)", None
     )
     encoder_head_dim: int | None = _key(_optional(_width), "features of a head", None)
     encoder_total_num_heads: Sequence[int] | None = _key(
-        _optional(_list_of(_width)), "WavLM: heads of a layer before any pruning", None
+        _optional(_per_layer(_width)), "WavLM: heads of a layer before any pruning", None
     )
     encoder_remaining_heads: Sequence[Sequence[int]] | None = _key(
-        _optional(_list_of(_head_indices)), "WavLM: which of these heads a layer still has", None
+        _optional(_per_layer(_heads)), "WavLM: which of these heads a layer still has", None
     )
     encoder_num_buckets: int | None = _key(
-        _optional(_integer(4, MAX_WIDTH)),
-        "WavLM: buckets of relative positions; unilm: ``num_buckets``",
-        None,
+        _optional(_integer(4)), "WavLM: buckets of relative positions (num_buckets)", None
     )
     encoder_max_distance: int | None = _key(
-        _optional(_width), "WavLM: distance from which all share a bucket; unilm: ``max_distance``", None
+        _optional(_width), "WavLM: from this distance on, all share a bucket (max_distance)", None
     )
-    extractor_prune_conv_channels: bool = _key(_boolean, "gates on conv channels", False)
-    encoder_prune_attention_heads: bool = _key(_boolean, "gates on attention heads", False)
-    encoder_prune_attention_layer: bool = _key(_boolean, "gates on whole attention branches", False)
-    encoder_prune_feed_forward_intermediate: bool = _key(_boolean, "gates on feed-forward features", False)
-    encoder_prune_feed_forward_layer: bool = _key(_boolean, "gates on whole feed-forward branches", False)
+    extractor_prune_conv_channels: bool = _key(_flag, "gates on conv channels", False)
+    encoder_prune_attention_heads: bool = _key(_flag, "gates on attention heads", False)
+    encoder_prune_attention_layer: bool = _key(_flag, "gates on whole attention branches", False)
+    encoder_prune_feed_forward_intermediate: bool = _key(_flag, "gates on feed-forward features", False)
+    encoder_prune_feed_forward_layer: bool = _key(_flag, "gates on whole feed-forward branches", False)
 
     @classmethod
     def from_dict(cls, config: Mapping) -> Wav2Vec2Config:
@@ -209,7 +175,8 @@ class Wav2Vec2Config:
         for key in fields(self):
             wanted = key.metadata["check"](getattr(self, key.name))
             if wanted:
-                raise ValueError(f"config key {key.name} is {_show(getattr(self, key.name))}: it is {wanted}")
+                shown = reprlib.repr(getattr(self, key.name)).replace("\n", " ")
+                raise ValueError(f"config key {key.name} is {shown}: it should be {wanted}")
         foreign = HEAD_KEYS if self.is_wavlm else WAVLM_KEYS
         for name in foreign:
             if getattr(self, name) is not None:

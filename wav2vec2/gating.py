@@ -8,11 +8,12 @@ that read them. :class:`Layout` says how each tensor of a model follows its gate
 - training: :class:`WeightSwap` puts the narrowed weights into their modules for the length of a pass,
 - masking for comparison: the same with every unit kept,
 - pruning: :func:`prune` keeps the narrowed weights as the modules' parameters,
-- counting: :class:`ExpectedCount` is the expected number of elements of these tensors.
+- counting: :class:`Count` adds up these tensors, as parameters or as work (cost.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ from .components import (
 )
 from .hardconcrete import HardConcrete
 
+NarrowedWeights = dict[tuple[nn.Module, str], Tensor]
+"""The tensors of a model that its gates change, by module and name."""
+
 
 class PruningError(ValueError):
     """A model that its gates leave unable to compute anything."""
@@ -45,6 +49,7 @@ class Axis:
         n: number of units.
         gate: their gate, or None.
         branch: the gate of the whole branch that they are in, or None.
+        emptied: a closed branch leaves none of the units.
         unit_features: features of a unit, by which widths are rounded.
         least: a layer that cannot compute without any unit keeps this many, masked.
         whole: computing keeps all units, masked, since a norm is taken over them.
@@ -53,6 +58,7 @@ class Axis:
     n: int
     gate: HardConcrete | None
     branch: HardConcrete | None = None
+    emptied: bool = True
     unit_features: int = 1
     least: int = 0
     whole: bool = False
@@ -68,16 +74,17 @@ class Slicing:
         masked: the dimension whose units' mask this tensor carries, or None. It belongs to what reads the
             units: to mask a weight that reads a unit equals masking the unit, and a weight is smaller than a
             batch.
-        branch: the gate of the branch that this tensor vanishes with, or None.
-        scaled: the tensor makes the branch's output, and carries the mask of ``branch``.
+        inside: the units of the branch that this tensor is removed with, or None.
+        scaled: the gate of the branch whose output the tensor makes: it carries this gate's mask. None for
+            others.
     """
 
     module: nn.Module
     name: str
     axes: dict[int, Axis] = field(default_factory=dict)
     masked: int | None = None
-    branch: HardConcrete | None = None
-    scaled: bool = False
+    inside: Axis | None = None
+    scaled: HardConcrete | None = None
 
     @property
     def tensor(self) -> Tensor | None:
@@ -126,6 +133,7 @@ class Layout:
 
     def __init__(self, model: nn.Module, pruning: bool) -> None:
         self.slicings: list[Slicing] = []
+        self.heads: dict[SelfAttention, Axis | None] = {}
         channels = None
         for module in model.modules():
             if isinstance(module, FeatureExtractor):
@@ -135,10 +143,11 @@ class Layout:
                 self._add(module.layer_norm, "bias", {0: channels})
                 self._add(module.projection, "weight", {1: channels})
             elif isinstance(module, SelfAttention):
-                self._add_attention(module, pruning)
+                self.heads[module] = self._add_attention(module, pruning)
             elif isinstance(module, FeedForward):
                 self._add_feed_forward(module, pruning)
-        self.axes = list(dict.fromkeys(axis for slicing in self.slicings for axis in slicing.axes.values()))
+        axes = (axis for slicing in self.slicings for axis in slicing.axes.values())
+        self.axes = list(dict.fromkeys(axes))
         self.gates = [module for module in model.modules() if isinstance(module, HardConcrete)]
 
     def _add(self, module: nn.Module, name: str, axes: dict[int, Axis | None], **how) -> None:
@@ -167,41 +176,40 @@ class Layout:
         self._add(extractor, "dummy_weight", {0: inputs}, masked=None if inputs is None else 0)
         return inputs
 
-    def _add_attention(self, attention: SelfAttention, pruning: bool) -> None:
+    def _add_attention(self, attention: SelfAttention, pruning: bool) -> Axis | None:
         gate, branch = attention.hard_concrete_for_heads, attention.hard_concrete_for_layer
         heads, stays = None, computes_position_bias(attention)
-        if attention.num_heads and (gate is not None or branch is not None):
-            # A closed branch is pruned as a whole, but for the one that stays without a head.
-            heads = Axis(
-                attention.num_heads, gate, branch if stays or not pruning else None, attention.head_dim
-            )
+        if gate is not None or branch is not None:
+            # Pruning removes a closed branch as a whole, but for the one that stays, without a head.
+            emptied = stays or not pruning
+            heads = Axis(attention.num_heads, gate, branch, emptied, unit_features=attention.head_dim)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            self._add(projection, "weight", {0: heads}, branch=branch)
-            self._add(projection, "bias", {0: heads}, branch=branch)
-        self._add_output(attention.out_proj, heads, branch)
+            self._add(projection, "weight", {0: heads}, inside=heads)
+            self._add(projection, "bias", {0: heads}, inside=heads)
+        self._add_output(attention.out_proj, heads)
         if isinstance(attention, WavLMSelfAttention):
             self._add(attention, "remaining_heads", {0: heads})
-            position = (attention.gru_rel_pos_linear, "weight"), (attention.gru_rel_pos_linear, "bias")
-            for module, name in (*position, (attention, "gru_rel_pos_const")):
-                self._add(module, name, {}, branch=None if stays else branch)
+            linear, inside = attention.gru_rel_pos_linear, None if stays else heads
+            for module, name in ((linear, "weight"), (linear, "bias"), (attention, "gru_rel_pos_const")):
+                self._add(module, name, {}, inside=inside)
+        return heads
 
     def _add_feed_forward(self, feed_forward: FeedForward, pruning: bool) -> None:
         gate, branch = feed_forward.hard_concrete_for_intermediate, feed_forward.hard_concrete_for_layer
         dense, features = feed_forward.intermediate_dense, None
-        if dense.out_features and (gate is not None or branch is not None):
-            features = Axis(dense.out_features, gate, None if pruning else branch)
-        self._add(dense, "weight", {0: features}, branch=branch)
-        self._add(dense, "bias", {0: features}, branch=branch)
-        self._add_output(feed_forward.output_dense, features, branch)
+        if gate is not None or branch is not None:
+            features = Axis(dense.out_features, gate, branch, emptied=not pruning)
+        self._add(dense, "weight", {0: features}, inside=features)
+        self._add(dense, "bias", {0: features}, inside=features)
+        self._add_output(feed_forward.output_dense, features)
 
-    def _add_output(self, output: nn.Linear, inputs: Axis | None, branch: HardConcrete | None) -> None:
-        how = {"branch": branch, "scaled": branch is not None}
-        self._add(output, "weight", {1: inputs}, masked=None if inputs is None else 1, **how)
-        self._add(output, "bias", {}, **how)
+    def _add_output(self, output: nn.Linear, inputs: Axis | None) -> None:
+        branch = None if inputs is None else inputs.branch
+        masked = None if inputs is None else 1
+        self._add(output, "weight", {1: inputs}, masked=masked, inside=inputs, scaled=branch)
+        self._add(output, "bias", {}, inside=inputs, scaled=branch)
 
-    def narrow(
-        self, units: Mapping[Axis, Units], masks: Mapping[HardConcrete, Tensor]
-    ) -> dict[tuple[nn.Module, str], Tensor]:
+    def narrow(self, units: Mapping[Axis, Units], masks: Mapping[HardConcrete, Tensor]) -> NarrowedWeights:
         """The tensors of the model that the gates change, by module and name."""
         result = {}
         for slicing in self.slicings:
@@ -211,8 +219,8 @@ class Layout:
                     narrowed = units[axis].index
                 else:
                     narrowed = units[axis].narrow(narrowed, dim, axis.n, masked=dim == slicing.masked)
-            if slicing.scaled:
-                narrowed = narrowed * masks[slicing.branch]
+            if slicing.scaled is not None:
+                narrowed = narrowed * masks[slicing.scaled]
             if narrowed is not original:
                 result[slicing.module, slicing.name] = narrowed
         return result
@@ -255,7 +263,7 @@ def open_units(
     selected: dict[Axis, Tensor] = {}
     for axis in axes:
         opened = torch.ones(axis.n, dtype=torch.bool) if axis.gate is None else is_open[axis.gate]
-        if axis.branch is not None and not is_open[axis.branch].item():
+        if axis.emptied and axis.branch is not None and not is_open[axis.branch].item():
             opened = torch.zeros_like(opened)
         step = max(1, multiple // axis.unit_features)
         width = min(axis.n, step * -(-max(axis.least, int(opened.sum())) // step))
@@ -283,10 +291,10 @@ class WeightSwap:
     """
 
     def __init__(self) -> None:
-        self._tensors: Mapping[tuple[nn.Module, str], Tensor] = {}
+        self._tensors: NarrowedWeights = {}
         self._originals: list[tuple[dict, str, Tensor | None]] = []
 
-    def put(self, tensors: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+    def put(self, tensors: NarrowedWeights) -> None:
         """Puts ``tensors``, by module and name, in the place of the modules' own."""
         self.restore()
         self._tensors = tensors
@@ -301,9 +309,7 @@ class WeightSwap:
             place[name] = original
         self._tensors, self._originals = {}, []
 
-    def run(
-        self, tensors: Mapping[tuple[nn.Module, str], Tensor], compute: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def run(self, tensors: NarrowedWeights, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The outputs of ``compute()`` with ``tensors`` in place, during its backward pass too."""
         self.put(tensors)
         try:
@@ -315,10 +321,16 @@ class WeightSwap:
                 output.register_hook(lambda gradient: self._put_for_backward(tensors))
         return outputs
 
-    def _put_for_backward(self, tensors: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+    def _put_for_backward(self, tensors: NarrowedWeights) -> None:
         if self._tensors is not tensors:
             self.put(tensors)
             torch.autograd.Variable._execution_engine.queue_callback(self.restore)
+
+
+def evaluation_masks(layout: Layout, round_to: int = 1) -> dict[HardConcrete, Tensor]:
+    """The deterministic masks that a model is pruned by; heads are not rounded."""
+    of_heads = {axis.gate for axis in layout.axes if axis.unit_features > 1}
+    return {gate: gate.evaluation_mask(1 if gate in of_heads else round_to) for gate in layout.gates}
 
 
 @torch.no_grad()
@@ -332,8 +344,7 @@ def prune(model: nn.Module, round_to: int = 1) -> None:
         PruningError: a conv layer would be left without channels; nothing has been cut then.
     """
     layout = Layout(model, pruning=True)
-    of_heads = {axis.gate for axis in layout.axes if axis.unit_features > 1}
-    masks = {gate: gate.evaluation_mask(1 if gate in of_heads else round_to) for gate in layout.gates}
+    masks = evaluation_masks(layout, round_to)
     _check_conv_channels(model, masks)
     narrowed = layout.narrow(open_units(layout.axes, masks), masks)
     for (module, name), tensor in narrowed.items():
@@ -388,66 +399,85 @@ def computes_position_bias(attention: SelfAttention) -> bool:
     return isinstance(attention, WavLMSelfAttention) and attention.num_buckets is not None
 
 
-class ExpectedCount(nn.Module):
-    """The expected number of elements of a model's tensors, each counted ``times`` over: a polynomial in the
-    expected widths w of its gated dimensions, sum of c_k w_i(k) w_j(k), evaluated in a handful of kernels.
+@dataclass
+class Term:
+    """A part of a count: ``coefficient`` times the number of units of each of ``axes``, as long as the branch
+    of the units ``inside`` is there."""
+
+    coefficient: int
+    axes: tuple[Axis, ...] = ()
+    inside: Axis | None = None
+
+    @property
+    def gates(self) -> tuple[HardConcrete, ...]:
+        gates = [axis.gate for axis in self.axes]
+        if self.inside is not None:
+            gates.append(self.inside.branch)
+        return tuple(gate for gate in gates if gate is not None)
+
+
+class Count(nn.Module):
+    """A sum over the tensors of a model that follows its gates: a polynomial in the widths of gated axes.
 
     Args:
-        model: a gated model, which :class:`HardConcrete` modules are those of.
-        times: how often a tensor counts, by module and name; by default once, which gives the expected number
-            of parameters (DPHuBERT, Peng et al. 2023, section 3.2).
-        extra: further terms of the polynomial, the coefficient of each product of gates.
+        layout: of the model, for pruning.
+        terms: what is added up.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        times: Callable[[nn.Module, str], int] = lambda module, name: 1,
-        extra: Mapping[tuple[HardConcrete, ...], int] | None = None,
-    ) -> None:
+    def __init__(self, layout: Layout, terms: Sequence[Term]) -> None:
         super().__init__()
-        layout = Layout(model, pruning=True)
-        terms: dict[tuple[HardConcrete, ...], int] = dict(extra or {})
-        slicings = {(slicing.module, slicing.name): slicing for slicing in layout.slicings}
-        for module in model.modules():
-            if isinstance(module, HardConcrete):
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                count, gates = parameter.numel() * times(module, name), []
-                if (slicing := slicings.get((module, name))) is not None:
-                    gated = [axis for axis in slicing.axes.values() if axis.gate is not None]
-                    for axis in gated:
-                        count //= axis.n
-                    gates = [axis.gate for axis in gated]
-                    gates += [] if slicing.branch is None else [slicing.branch]
-                terms[tuple(gates)] = terms.get(tuple(gates), 0) + count
-        self._gates = layout.gates
+        self._layout, self._terms = layout, terms
         place = {gate: i for i, gate in enumerate(layout.gates)}
         one = len(layout.gates)
-        pairs = [(*(place[gate] for gate in gates), one, one)[:2] for gates in terms]
-        owner = [i for gate, i in place.items() for _ in range(gate.n_in)]
+        polynomial: dict[tuple[int, int], int] = {}
+        for term in terms:
+            count = term.coefficient
+            for axis in term.axes:
+                count *= axis.n if axis.gate is None else 1
+            left, right = (*(place[gate] for gate in term.gates), one, one)[:2]
+            polynomial[left, right] = polynomial.get((left, right), 0) + count
+        pairs = list(polynomial)
         # Whole numbers, which a model's .half() leaves alone; on the CPU also where it is built on "meta".
         for name, values in (
-            ("coefficients", list(terms.values())),
+            ("coefficients", list(polynomial.values())),
             ("left", [left for left, _ in pairs]),
             ("right", [right for _, right in pairs]),
-            ("owner", owner),
+            ("owner", [i for gate, i in place.items() for _ in range(gate.n_in)]),
         ):
             tensor = torch.tensor(values, dtype=torch.long, device="cpu")
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self) -> Tensor:
-        """The expected count, a float64 scalar, differentiable in every ``log_alpha``."""
-        if not self._gates:
+        """The expected count under the gates, a float64 scalar, differentiable in every ``log_alpha``, in a
+        handful of kernels: sum of c_k w_i(k) w_j(k) over the gates' expected widths w, and 1."""
+        gates = self._layout.gates
+        if not gates:
             return self.coefficients.sum().double()
-        log_alpha = torch.cat([gate.log_alpha for gate in self._gates]).double()
+        log_alpha = torch.cat([gate.log_alpha for gate in gates]).double()
         # A model builds all its gates with the same temperature and stretch.
-        probability = torch.sigmoid(log_alpha - self._gates[0].shift)
-        width = log_alpha.new_zeros(len(self._gates)).index_add(0, self.owner, probability)
+        probability = torch.sigmoid(log_alpha - gates[0].shift)
+        width = log_alpha.new_zeros(len(gates)).index_add(0, self.owner, probability)
         width = torch.cat([width, width.new_ones(1)])
         return (self.coefficients * width[self.left] * width[self.right]).sum()
 
+    def whole(self) -> int:
+        """The count with every gate open."""
+        return sum(term.coefficient * math.prod(axis.n for axis in term.axes) for term in self._terms)
 
-def count_parameters(model: nn.Module) -> int:
-    """The true number of parameters of ``model``, gates not counted."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith("log_alpha"))
+    def cut(self, masks: Mapping[HardConcrete, Tensor]) -> int:
+        """The count of the model that :func:`prune` makes by ``masks``."""
+        is_open = {gate: mask > 0 for gate, mask in masks.items()}
+        kept, removed = {}, set()
+        for axis in self._layout.axes:
+            closed = axis.branch is not None and not is_open[axis.branch].item()
+            left = axis.n if axis.gate is None else int(is_open[axis.gate].sum())
+            kept[axis] = 0 if closed and axis.emptied else left
+            if closed or not kept[axis]:
+                removed.add(axis)
+        # The attention that computes WavLM's position bias stays, without a head.
+        stays = {axis for attention, axis in self._layout.heads.items() if computes_position_bias(attention)}
+        return sum(
+            term.coefficient * math.prod(kept[axis] for axis in term.axes)
+            for term in self._terms
+            if term.inside is None or term.inside in stays or term.inside not in removed
+        )

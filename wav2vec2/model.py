@@ -6,15 +6,14 @@ The architecture follows wav2vec 2.0 (Baevski et al. 2020), HuBERT (Hsu et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import components as parts
 from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
-from .gating import ExpectedCount, Layout, WeightSwap, all_units, draw, open_units, prune
+from .cost import count_parameters, parameter_count
+from .gating import Layout, NarrowedWeights, WeightSwap, all_units, draw, open_units, prune
 from .hardconcrete import HardConcrete
 
 
@@ -47,22 +46,42 @@ class Wav2Vec2Model(nn.Module):
         self.aux = None if aux is None else nn.Linear(config.encoder_embed_dim, aux)
         self.skip_closed_gates = True
         self.width_multiple = 8
-        self._count_layout()
+        self._follow_gates()
         self._weights = WeightSwap()
         # A backward pass that an error ended may have left narrowed weights in place.
         self.register_state_dict_pre_hook(_restore_weights)
 
-    def _count_layout(self) -> None:
+    def _follow_gates(self) -> None:
         gated = bool(self.gates())
         self._layout = Layout(self, pruning=False) if gated else None
-        self.expected_size = ExpectedCount(self) if gated else None
+        self._parameter_count = parameter_count(self) if gated else None
 
     def gates(self) -> list[HardConcrete]:
         """All gates, in the order of the modules."""
         return [module for module in self.modules() if isinstance(module, HardConcrete)]
 
+    def narrow(self) -> NarrowedWeights | None:
+        """Draws every gate, and narrows the weights to what is open; None for a model without gates.
+
+        Finding what is open waits until a GPU has done all that it was given before, so a training step calls
+        this first, and gives the result to :meth:`extract_features`.
+        """
+        if self._layout is None:
+            return None
+        self._weights.restore()
+        axes, masks = self._layout.axes, draw(self._layout.gates)
+        if self.skip_closed_gates:
+            units = open_units(axes, masks, self.width_multiple)
+        else:
+            units = all_units(axes, masks)
+        return self._layout.narrow(units, masks)
+
     def extract_features(
-        self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        num_layers: int | None = None,
+        weights: NarrowedWeights | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """The projected features and the output of every transformer layer, without layer drop.
 
@@ -70,6 +89,7 @@ class Wav2Vec2Model(nn.Module):
             waveforms: (batch, time), 16 kHz.
             lengths: (batch,) valid samples of each waveform; None where all are whole, which is faster.
             num_layers: run only this many transformer layers.
+            weights: what :meth:`narrow` returned, for a model with gates; None draws them anew.
         Returns:
             ``([h0, h1, ..., hL], lengths)``: h0 (batch, frame, feature) is the input of the positional
             convolution, padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid
@@ -80,7 +100,7 @@ class Wav2Vec2Model(nn.Module):
         total = len(self.encoder.transformer.layers)
         if num_layers is not None and not 0 <= num_layers <= total:
             raise ValueError(f"num_layers is between 0 and {total}, not {num_layers}")
-        return self._hidden_states(waveforms, lengths, num_layers)
+        return self._hidden_states(waveforms, lengths, num_layers, weights=weights)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The output of the model, with layer drop in training mode.
@@ -102,7 +122,12 @@ class Wav2Vec2Model(nn.Module):
         return x if self.aux is None else self.aux(x)
 
     def _hidden_states(
-        self, waveforms: Tensor, lengths: Tensor | None, num_layers: int | None, layer_drop: float = 0.0
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        num_layers: int | None,
+        layer_drop: float = 0.0,
+        weights: NarrowedWeights | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms are (batch, time), not {tuple(waveforms.shape)}")
@@ -115,24 +140,15 @@ class Wav2Vec2Model(nn.Module):
             features, frames = self.feature_extractor(waveforms, lengths)
             return self.encoder(features, frames, num_layers, layer_drop)
 
-        states = compute() if self._layout is None else self._compute_under_gates(compute)
+        weights = self.narrow() if weights is None else weights
+        states = compute() if weights is None else self._weights.run(weights, compute)
         return states, frames
-
-    def _compute_under_gates(self, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """``compute()`` with the weights narrowed to a new draw of every gate."""
-        self._weights.restore()
-        axes, masks = self._layout.axes, draw(self._layout.gates)
-        if self.skip_closed_gates:
-            units = open_units(axes, masks, self.width_multiple)
-        else:
-            units = all_units(axes, masks)
-        return self._weights.run(self._layout.narrow(units, masks), compute)
 
     def get_num_params(self) -> Tensor:
         """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
-        if self.expected_size is not None:
-            return self.expected_size()
-        return torch.tensor(sum(p.numel() for p in self.parameters()), dtype=torch.float64)
+        if self._parameter_count is not None:
+            return self._parameter_count()
+        return torch.tensor(count_parameters(self), dtype=torch.float64)
 
     def prune(self, round_to: int = 1) -> tuple:
         """Cuts in place what the gates close in evaluation mode, folds their masks in and drops the gates.
@@ -151,7 +167,7 @@ class Wav2Vec2Model(nn.Module):
         layers = self.encoder.transformer.layers
         branches = [(layer.attention, layer.feed_forward) for layer in layers]
         prune(self, round_to)
-        self._count_layout()
+        self._follow_gates()
         is_wavlm = "encoder_remaining_heads" in self.config
         heads = "encoder_remaining_heads" if is_wavlm else "encoder_num_heads"
         # What a removed branch is said to have is what its own gates left of it, as in the original.

@@ -3,6 +3,8 @@
 """
 
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,26 +17,85 @@ from .files import UserError, atomic_write
 
 
 def read_file(path: str | Path) -> dict:
-    """Reads a file of plain values and tensors; nothing in it is run.
+    """Reads a file that ``torch.save`` wrote, of plain values and finite tensors; nothing in it is run.
+
+    The checksums of the container are compared, and no more memory is taken than the file has bytes.
 
     Raises:
-        UserError: there is no such file, or it is not one that ``torch.load(weights_only=True)`` reads.
+        UserError: there is no such file, it is damaged, it holds anything else, or a tensor in it has a value
+            that is not finite.
     """
+    if not str(path):
+        raise UserError("the path of a checkpoint is empty: give the file's")
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the file in it")
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; check the path, or make the file with the step before this one"
         )
+    _check_container(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to advise loading the file in a way that would run what is in it.
         raise UserError(
-            f"{path}: not a checkpoint, or a damaged one ({reason}); make or copy it again"
+            f"{path}: holds something other than plain values and tensors, or is damaged; make or copy it "
+            "again"
         ) from error
+    except MemoryError as error:
+        raise UserError(f"{path}: there is not enough memory to read it") from error
+    except Exception as error:
+        raise _damaged(path, type(error).__name__) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")
+    _check_tensors(path, content)
     return content
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: not a checkpoint, or a damaged one ({reason}); make or copy it again")
+
+
+def _check_container(path: Path) -> None:
+    """Reads the file once for its checksums, and refuses one that unpacks to more than it is."""
+    try:
+        with zipfile.ZipFile(path) as container:
+            # torch.save does not compress, so a compressed member is somebody's trick to fill the memory.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in container.infolist()):
+                raise _damaged(path, "its parts are compressed")
+            if sum(member.file_size for member in container.infolist()) > path.stat().st_size:
+                raise _damaged(path, "its parts claim to be larger than the file")
+            if (broken := container.testzip()) is not None:
+                raise _damaged(path, f"the checksum of its part {broken} is wrong")
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        raise _damaged(path, "its container cannot be read") from error
+
+
+def _check_tensors(path: Path, content: object, name: str = "") -> None:
+    """Refuses a tensor whose values are not all in the file, or not all finite."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            _check_tensors(path, value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, (list, tuple)):
+        for i, value in enumerate(content):
+            _check_tensors(path, value, f"{name}.{i}")
+    elif isinstance(content, Tensor):
+        shown = name.removeprefix("state_dict.")
+        plain_layout = content.layout == torch.strided and not content.is_quantized and not content.is_meta
+        if not plain_layout or content.numel() * content.element_size() > content.untyped_storage().nbytes():
+            raise UserError(f"{path}: the tensor {shown} is not a plain one; make or copy the file again")
+        if (content.is_floating_point() or content.is_complex()) and not content.isfinite().all():
+            raise UserError(
+                f"{path}: the tensor {shown} has a value that is not finite (NaN or infinity), so training "
+                "had gone wrong when it was written; go back to an earlier checkpoint"
+            )
 
 
 def read_checkpoint(path: str | Path) -> dict:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the words for a user's mistake."""
+"""Files written whole or not at all, and the one sentence that a user's mistake ends in."""
 
 import os
 import sys
@@ -24,6 +24,27 @@ def run_script(main: Callable[[], None]) -> None:
             raise
     else:
         return
+    _exit_with(message)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Wraps a script's imports of packages that only an extra of ``pyproject.toml`` installs.
+
+    A missing package ends the script with one sentence that says how to install it, and with exit status 2.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _exit_with(missing_package(error, extra))
+
+
+def missing_package(error: ModuleNotFoundError, extra: str) -> str:
+    """The sentence for an import that failed because an extra is not installed."""
+    return f'the package {error.name} is missing: install the `{extra}` extra, pip install -e ".[{extra}]"'
+
+
+def _exit_with(message: str) -> None:
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,0 +1,81 @@
+"""The config of an exported model, as transformers reads and writes it.
+
+export_to_hf.py copies this file beside the project's own modules, where its relative import resolves.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from .config import NO_GATES, Wav2Vec2Config, base_config
+
+
+class PrunedSpeechConfig(PretrainedConfig):
+    """A pruned or whole wav2vec 2.0, HuBERT or WavLM.
+
+    Args:
+        vocab_size: outputs of the CTC head.
+        final_dropout: dropout before the CTC head.
+        ctc_loss_reduction: "sum" or "mean" over the batch's utterances.
+        ctc_zero_infinity: an utterance too short for its labels has the loss 0 instead of an infinite one.
+        initializer_range: standard deviation of the weights of a new CTC head.
+        pad_token_id: the blank of CTC.
+        bos_token_id, eos_token_id: of a tokenizer that has them.
+        kwargs: the keys of ``Wav2Vec2Config`` in config.py, which documents each (HuBERT Base's values are
+            the defaults), and what every config of transformers takes. ``normalize_waveform`` is a note of
+            what the feature extractor does; the model reads what it is given.
+    """
+
+    model_type = "pruned_speech"
+    attribute_map = {
+        "hidden_size": "encoder_embed_dim",
+        "num_hidden_layers": "encoder_num_layers",
+        "hidden_dropout": "encoder_dropout",
+        "attention_dropout": "encoder_attention_dropout",
+        "activation_dropout": "encoder_ff_interm_dropout",
+        "feat_proj_dropout": "encoder_projection_dropout",
+        "layerdrop": "encoder_layer_drop",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 32,
+        final_dropout: float = 0.0,
+        ctc_loss_reduction: str = "sum",
+        ctc_zero_infinity: bool = False,
+        initializer_range: float = 0.02,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | None = 2,
+        **kwargs,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.final_dropout = final_dropout
+        self.ctc_loss_reduction = ctc_loss_reduction
+        self.ctc_zero_infinity = ctc_zero_infinity
+        self.initializer_range = initializer_range
+        for key, default in _defaults(wavlm=kwargs.get("encoder_remaining_heads") is not None).items():
+            setattr(self, key, kwargs.pop(key, default))
+        super().__init__(
+            pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs
+        )
+
+    def architecture(self) -> Wav2Vec2Config:
+        """What the model is built from.
+
+        Raises:
+            ValueError: a value is impossible, or two do not go together; the sentence names the key.
+        """
+        wavlm = getattr(self, "encoder_remaining_heads", None) is not None
+        keys = {key: getattr(self, key) for key in _defaults(wavlm)}
+        return Wav2Vec2Config.from_dict({**keys, "aux_num_out": None})
+
+
+def _defaults(wavlm: bool) -> dict:
+    """HuBERT Base's or WavLM Base's config, without gates and without what the CTC head stands for here."""
+    config = base_config(wavlm=wavlm)
+    return {key: value for key, value in config.items() if key not in NO_GATES and key != "aux_num_out"}
+
+
+# save_pretrained writes the code of a registered class beside the config.
+PrunedSpeechConfig.register_for_auto_class()

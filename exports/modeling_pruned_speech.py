@@ -1,0 +1,218 @@
+"""An exported model in transformers' conventions; the model itself is in model.py and components.py.
+
+export_to_hf.py copies this file beside the project's own modules, where its relative imports resolve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from .components import FeatureExtractor, WavLMSelfAttention
+from .config import Wav2Vec2Config  # noqa: F401
+from .configuration_pruned_speech import PrunedSpeechConfig
+from .cost import count_parameters  # noqa: F401
+from .gating import PruningError  # noqa: F401
+from .hardconcrete import HardConcrete  # noqa: F401
+from .model import Wav2Vec2Model
+
+# What is imported and not used is named because transformers 4.48 fetches only what this file itself imports.
+
+
+class PrunedSpeechPreTrainedModel(PreTrainedModel):
+    config_class = PrunedSpeechConfig
+    base_model_prefix = "pruned_speech"
+    main_input_name = "input_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["EncoderLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises a module that the loaded file has no tensors for; a new CTC head, as a rule."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Conv1d) and not nn.utils.parametrize.is_parametrized(module):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, FeatureExtractor):
+            nn.init.ones_(module.dummy_weight)
+        elif isinstance(module, WavLMSelfAttention):
+            nn.init.ones_(module.gru_rel_pos_const)
+        if isinstance(getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(module.bias)
+
+    def _get_feat_extract_output_lengths(self, input_lengths: Tensor | int) -> Tensor | int:
+        """Samples -> frames."""
+        for _, kernel_size, stride in self.config.extractor_conv_layer_config:
+            input_lengths = (input_lengths - kernel_size) // stride + 1
+        return input_lengths
+
+
+class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
+    """The encoder; ``AutoModel`` loads it."""
+
+    def __init__(self, config: PrunedSpeechConfig) -> None:
+        super().__init__(config)
+        model = Wav2Vec2Model(config.architecture())
+        self.feature_extractor = model.feature_extractor
+        self.encoder = model.encoder
+        self.gradient_checkpointing = False
+        _use_names_that_transformers_loads(self)
+        self.post_init()
+
+    def freeze_feature_encoder(self) -> None:
+        """The convolutions are not trained, as is usual in fine-tuning."""
+        self.feature_extractor.requires_grad_(False)
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput | tuple:
+        """
+        Args:
+            input_values: (batch, time), 16 kHz, as the feature extractor gives them.
+            attention_mask: (batch, time), 1 up to the end of each utterance and then 0; None where all are
+                whole.
+            output_attentions: cannot be had, as the fused attention does not compute them.
+            output_hidden_states: also return the input of the first layer and the output of every layer, of
+                the last one after the final layer norm where norms come first.
+            return_dict: False for a tuple.
+        Returns:
+            ``last_hidden_state`` (batch, frame, feature), and ``hidden_states``.
+        """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions is not supported: the attention weights are not computed")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        transformer = self.encoder.transformer
+        transformer.activation_checkpointing = self.gradient_checkpointing and self.training
+        lengths = None if attention_mask is None else attention_mask.sum(-1)
+        features, frames = self.feature_extractor(input_values.to(self.dtype), lengths)
+        layer_drop = transformer.layer_drop if self.training else 0.0
+        # The encoder returns the outputs of its layers; what the first layer reads comes out of the dropout.
+        first: list[Tensor] = []
+        with _appending_output(transformer.dropout, first) if output_hidden_states else nullcontext():
+            _, *states = self.encoder(features, frames, layer_drop=layer_drop)
+        if transformer.layer_norm_first:
+            states[-1] = transformer.layer_norm(states[-1])
+        output = BaseModelOutput(
+            last_hidden_state=states[-1],
+            hidden_states=(*first, *states) if output_hidden_states else None,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+
+class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
+    """The encoder with a linear layer for CTC; ``AutoModelForCTC`` loads it."""
+
+    def __init__(self, config: PrunedSpeechConfig) -> None:
+        super().__init__(config)
+        self.pruned_speech = PrunedSpeechModel(config)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.lm_head = nn.Linear(config.encoder_embed_dim, config.vocab_size)
+        self.post_init()
+
+    def freeze_feature_encoder(self) -> None:
+        """The convolutions are not trained, as is usual in fine-tuning."""
+        self.pruned_speech.freeze_feature_encoder()
+
+    def freeze_base_model(self) -> None:
+        """The CTC head alone is trained."""
+        self.pruned_speech.requires_grad_(False)
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+    ) -> CausalLMOutput | tuple:
+        """
+        Args:
+            input_values, attention_mask, output_attentions, output_hidden_states, return_dict: as for
+                :class:`PrunedSpeechModel`.
+            labels: (batch, token), negative where padded; with them there is a loss.
+        Returns:
+            ``loss``, ``logits`` (batch, frame, token) and ``hidden_states``.
+        """
+        outputs = self.pruned_speech(
+            input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
+        )
+        logits = self.lm_head(self.dropout(outputs.last_hidden_state))
+        output = CausalLMOutput(
+            loss=None if labels is None else self._loss(logits, labels, attention_mask),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if labels.max() >= self.config.vocab_size:
+            raise ValueError(f"label {labels.max()} is not below vocab_size {self.config.vocab_size}")
+        frames = torch.full(logits.shape[:1], logits.size(1), device=logits.device)
+        if attention_mask is not None:
+            frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=0)
+        valid = labels >= 0
+        # cuDNN's CTC has more restrictions than torch's own, and its results vary from run to run.
+        with torch.backends.cudnn.flags(enabled=False):
+            return F.ctc_loss(
+                F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1),
+                labels.masked_select(valid),
+                frames,
+                valid.sum(-1),
+                blank=self.config.pad_token_id,
+                reduction=self.config.ctc_loss_reduction,
+                zero_infinity=self.config.ctc_zero_infinity,
+            )
+
+
+@contextmanager
+def _appending_output(module: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
+    """Appends to ``outputs`` what ``module`` returns meanwhile."""
+    hook = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _use_names_that_transformers_loads(model: PrunedSpeechModel) -> None:
+    """Registers three kinds of tensors such that every release of transformers loads them as they were saved.
+
+    The mathematics and, but for the weight norm's, the names stay those of the project's checkpoints.
+    """
+    # transformers renames weight_g and weight_v to what torch's own parametrisation calls them.
+    position = model.encoder.transformer.pos_conv_embed
+    options = ("in_channels", "out_channels", "kernel_size", "padding", "groups")
+    conv = nn.Conv1d(**{option: getattr(position.conv, option) for option in options})
+    position.conv = weight_norm(conv, dim=2)
+    # transformers makes every parameter that it loads trainable, which this one is not.
+    weight = model.feature_extractor.dummy_weight.detach()
+    del model.feature_extractor.dummy_weight
+    model.feature_extractor.register_buffer("dummy_weight", weight)
+    # transformers does not keep the values of buffers that are not in the file.
+    for module in model.encoder.modules():
+        if isinstance(module, WavLMSelfAttention):
+            module.register_buffer("remaining_heads", module.remaining_heads)
+
+
+# save_pretrained writes the code of a registered class beside its weights.
+PrunedSpeechModel.register_for_auto_class("AutoModel")
+PrunedSpeechForCTC.register_for_auto_class("AutoModelForCTC")

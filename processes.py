@@ -1,0 +1,49 @@
+"""The processes of a run: which one speaks for all, and how they end where there is nothing to save.
+
+It imports nothing heavy, so that a script can call ``quit_on_signals`` before it spends seconds on importing
+torch.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks a run to save and stop: preemption, Ctrl-C, SLURM's warning before the time limit."""
+
+
+def is_first() -> bool:
+    """Whether this is the first process of the run, the one that speaks and writes."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name] == "0"
+    return os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """A line for the user, on the first process of a run alone."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def end_children() -> None:
+    """Ends this process's loader workers at once, where Python gets no chance to do so by itself."""
+    # torch would raise an error for each of them.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def quit_on_signals() -> None:
+    """From now on a signal ends this process at once, with one sentence and status 128 + its number."""
+    for number in SIGNALS:
+        signal.signal(number, _quit)
+
+
+def _quit(number: int, frame) -> None:
+    if multiprocessing.parent_process() is None:
+        name = os.path.basename(sys.argv[0])
+        say(f"{name}: stopped by {signal.Signals(number).name} with nothing to save; run it again to go on")
+        end_children()
+    os._exit(128 + number)

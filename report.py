@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""What a run of the four stages came to, as one page to read (report.html) and as numbers (report.json).
+
+The run may still be going on: the student is the last one that its folders hold, and what is not there yet is
+said to be missing.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from wav2vec2 import Wav2Vec2Model
+from wav2vec2.cost import COUNTS
+from wav2vec2.utils.checkpoint import load_model
+from wav2vec2.utils.files import UserError, atomic_write, needs_extra, run_script
+from wav2vec2.utils.flags import positive_int
+
+with needs_extra("eval"):
+    from reporting import measure, page
+    from reporting.run import Run, Student
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--teacher_ckpt", type=Path, required=True, help="the teacher of the run")
+    parser.add_argument("--root_dir", type=Path, required=True, help="EXP, the --exp_dir of stage 1")
+    parser.add_argument("--final_dir", type=Path, help="EXP2, the --exp_dir of stage 3, once there is one")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to; default: report in --final_dir, or else --root_dir"
+    )
+    parser.add_argument(
+        "--tsv_dir", type=Path, help="folder of valid.tsv; default: what the run has recorded in run.json"
+    )
+    parser.add_argument(
+        "--student_ckpt",
+        type=Path,
+        help="what stage 1 started from, while there is no pruned file; default: what the run has recorded, "
+        "or else the teacher",
+    )
+    parser.add_argument(
+        "--utterances", type=positive_int, default=32, help="of valid.tsv, to measure the distances on"
+    )
+    parser.add_argument(
+        "--repeats", type=positive_int, default=5, help="timed runs, of which medians are taken"
+    )
+    return parser.parse_args()
+
+
+def sparsity(run: Run, logs: dict, teacher: Wav2Vec2Model, student: Student) -> dict:
+    """1 - student / teacher, in what stage 1 counts: reached, wanted, and expected by gates not cut yet.
+
+    What is not known is None.
+    """
+    of = run.flag("distill", "sparsity_of") or "params"
+    whole = COUNTS[of](teacher).whole()
+    target = run.flag("distill", "target_sparsity")
+    logged = logs["distill"].get("sparsity_target", {}).get("value")
+    if target is None and logged:
+        target = logged[-1]
+    expected = None if student.gated is None else 1 - COUNTS[of](student.gated)().item() / whole
+    return {
+        "of": of,
+        "reached": 1 - COUNTS[of](student.model).whole() / whole,
+        "expected": expected,
+        "target": target,
+    }
+
+
+def utterances(args: argparse.Namespace, run: Run) -> measure.Utterances | None:
+    """Those of the run's validation set, or None where it has none."""
+    recorded = run.flag("distill", "tsv_dir") or run.flag("final_distill", "tsv_dir")
+    tsv_dir = args.tsv_dir or (Path(recorded) if recorded else None)
+    if args.tsv_dir is not None and not args.tsv_dir.is_dir():
+        raise UserError(f"--tsv_dir {args.tsv_dir}: no such folder; give the one that holds valid.tsv")
+    return None if tsv_dir is None else measure.choose_utterances(tsv_dir, args.utterances)
+
+
+def collect(args: argparse.Namespace) -> dict:
+    """Every number of the report."""
+    run = Run(args.root_dir, args.final_dir)
+    teacher = load_model(args.teacher_ckpt).eval()
+    students = run.students(args.teacher_ckpt, args.student_ckpt)
+    student = students[-1]
+    sizes = {
+        "teacher": measure.sizes(teacher, args.teacher_ckpt),
+        "student": measure.sizes(student.model, student.path if student.saved else None),
+    }
+    widths = {"teacher": measure.widths(teacher), "student": measure.widths(student.model)}
+    logs = run.logs()
+    validation = utterances(args, run)
+    distance = None
+    if validation is not None:
+        say(f"measuring distances on {len(validation.files)} utterances")
+        distance = measure.distances(teacher, students, validation)
+    say("measuring speed")
+    rows = measure.speeds(teacher, student.model, args.repeats)
+    return {
+        "teacher": str(args.teacher_ckpt),
+        "student": {"path": str(student.path), "made": student.made, "saved": student.saved},
+        "sizes": sizes,
+        "sparsity": sparsity(run, logs, teacher, student),
+        "widths": widths,
+        "speed": {"repeats": args.repeats, "rows": rows},
+        "training": logs,
+        "distance": distance,
+        "stages": run.records,
+        "report": {
+            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "flags": {name: None if value is None else str(value) for name, value in vars(args).items()},
+            "machine": f"{measure.available_cores()} cores, {measure.processor()}, {platform.platform()}",
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "matplotlib")},
+            },
+        },
+    }
+
+
+def say(text: str) -> None:
+    print(f"report.py: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    args = parse_args()
+    out = args.out or (args.final_dir or args.root_dir) / "report"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    report = collect(args)
+    for name, text in (("report.json", to_json(report)), ("report.html", page.render(report))):
+        with atomic_write(out / name) as path:
+            path.write_text(text, encoding="utf-8")
+    print(page.short_form(report))
+    print(f"wrote {out / 'report.html'} and report.json beside it")
+
+
+def to_json(report: dict) -> str:
+    """``report`` as JSON, with null for what is not finite."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(report), indent=1, allow_nan=False) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main)
