@@ -61,7 +61,9 @@ def in_chunks(model: Wav2Vec2Model, waveforms: Tensor, chunk: float, context: fl
     for first in range(0, total, step):
         last = min(total, first + step)
         start, end = max(0, first - margin), min(total, last + margin)
-        states, _ = model.extract_features(waveforms[:, start * hop : end * hop + beyond])
+        # The last samples may be too few for a frame, but norms over time count them.
+        stop = waveforms.size(1) if end == total else end * hop + beyond
+        states, _ = model.extract_features(waveforms[:, start * hop : stop])
         parts.append([state[:, first - start : last - start] for state in states])
     return [torch.cat(states, dim=1) for states in zip(*parts, strict=True)]
 

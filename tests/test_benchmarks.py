@@ -88,3 +88,27 @@ def test_data_measures_every_part_on_files_of_its_own_or_given(corpus, tmp_path)
         making = ["batches, 0 workers", "batches, 1 workers"]
         assert list(rates) == ["manifest making", "manifest reading", "decoding", *making]
         assert all(row["audio seconds a second"] > 0 for row in rates.values())
+
+
+def test_deploy_measures_teacher_and_student_in_every_way_asked_for(teacher, tmp_path):
+    ways = ["PyTorch", "onednn.py", "bf16", "int8", "torch.export", "ONNX int8"]
+    flags = ("--model", teacher, "--sparsity", 0.4, "--seconds", 0.5, "--threads", 1, "--repeats", 1)
+    run("benchmarks/deploy.py", *flags, "--ways", *ways, "--json", tmp_path / "figures.json")
+    content = written(tmp_path / "figures.json")
+    assert list(content["rows"]) == [f"{name}, {way}" for name in ("teacher", "student") for way in ways]
+    errors = {name: row["error %"] for name, row in content["rows"].items()}
+    assert errors["student, PyTorch"] == 0 and errors["student, torch.export"] < 0.01
+    assert all(0.1 < errors[f"student, {way}"] < 10 for way in ("bf16", "int8", "ONNX int8"))
+    assert all(row["0.5 s, 1 thread"] > 0 and row["MB"] > 0 for row in content["rows"].values())
+    assert content["rows"]["student, PyTorch"]["MB"] < content["rows"]["teacher, PyTorch"]["MB"]
+    assert content["times its teacher in the same way"].keys() == set(ways)
+
+
+def test_streaming_costs_less_the_more_of_the_recording_a_chunk_hears(teacher, corpus, tmp_path):
+    flags = ("--model", teacher, "--audio", corpus, "--files", 3, "--chunk", 0.5, 9, "--context", 0, 1)
+    run("benchmarks/streaming.py", *flags, "--json", tmp_path / "figures.json")
+    rows = list(written(tmp_path / "figures.json")["errors %"].values())
+    assert [len(row) for row in rows] == [4] * 4
+    alone, with_context, *whole = ([*row.values()] for row in rows)
+    assert all(a > 1.2 * c > 0.1 for a, c in zip(alone, with_context, strict=True))
+    assert all(max(row) < 0.01 for row in whole), "a chunk longer than the recording is the recording"
