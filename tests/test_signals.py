@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from stage_helpers import (
     ROOT,
     checkpoint,
     flags,
+    run,
     start,
+    two_ranks,
     wait_for,
 )
 
@@ -105,3 +108,100 @@ def test_slurms_signal_saves_and_requeues_the_job(manifests, teacher, tmp_path):
     assert (tmp_path / "srun").read_text() == "--kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1\n"
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     assert checkpoint(tmp_path / "exp")["global_step"] >= 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("moment", ["imports", "validation"])
+def test_a_signal_during_start_up_is_one_sentence(number, moment, manifests, teacher, tmp_path):
+    arguments = flags(manifests, teacher, tmp_path, num_workers=2)
+    process = start("distill.py", *arguments, start_new_session=True)
+    if moment == "imports":
+        # Once the process has torch's library open, it is past its first lines.
+        while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.05)
+    else:
+        wait_for(process, "warning: --gpus 0")
+    os.killpg(process.pid, number)
+    status, output = ended(process, process.pid)
+    assert status == 128 + number
+    name = signal.Signals(number).name
+    assert output.splitlines()[-1] == (
+        f"distill.py: stopped by {name} with nothing to save; run it again to go on"
+    )
+    assert "Traceback" not in output and "Error" not in output
+
+
+def test_a_second_ctrl_c_ends_at_once(manifests, teacher, tmp_path):
+    """Also where the update that the first one waits for is hours away."""
+    arguments = flags(manifests, teacher, tmp_path, num_workers=1, accum_grad=10**6)
+    process = start("distill.py", *arguments, start_new_session=True)
+    wait_for(process, "update 0: valid")
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    status, output = ended(process, process.pid)
+    assert status == 128 + signal.SIGINT and "Traceback" not in output
+
+
+def test_a_killed_loader_worker_is_one_sentence(manifests, teacher, tmp_path):
+    arguments = flags(manifests, teacher, tmp_path, num_workers=2, max_updates=10_000)
+    process = start("distill.py", *arguments, start_new_session=True)
+    wait_for(process, "update 3/")
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    status, output = ended(process, process.pid)
+    assert status == 2
+    assert "a process that reads audio was killed" in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(manifests, teacher, tmp_path):
+    arguments = flags(manifests, teacher, tmp_path, num_workers=1, max_updates=10_000)
+    first = start("distill.py", *arguments)
+    wait_for(first, "update 2/")
+    second = run("distill.py", *arguments, check=False)
+    assert second.returncode == 2
+    assert f"{tmp_path}: another run trains there (process {first.pid} on " in second.stderr.splitlines()[-1]
+    wait_for(first, "update 5/")
+    first.kill()
+    first.wait()
+    third = start("distill.py", *arguments)
+    assert "another run" not in wait_for(third, "update ")
+    third.kill()
+    third.wait()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_of_two_ranks_none_outlives_the_other(launcher, killed, manifests, teacher, tmp_path):
+    arguments = flags(manifests, teacher, tmp_path / "exp", num_workers=1, max_updates=10_000)
+    command = two_ranks("tests/ddp_worker.py", *arguments)
+    environment = {**ENVIRONMENT, "NOTES": str(tmp_path)}
+    if launcher == "lightning":
+        # As with several GPUs and neither torchrun nor SLURM: the first process starts the others.
+        command = [sys.executable, str(ROOT / "tests" / "ddp_worker.py"), *arguments]
+        environment["LOCAL_WORLD_SIZE"] = "2"
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(process, "update 3/")
+    os.kill(int((tmp_path / f"rank{killed}.pid").read_text()), signal.SIGKILL)
+    status, output = ended(process, process.pid)
+    assert status != 0
+    if launcher == "torchrun":
+        assert "another process of this run has ended or does not answer" in output
+
+
+def test_nodes_that_do_not_come_are_given_up(manifests, teacher, tmp_path):
+    arguments = flags(manifests, teacher, tmp_path, num_workers=0, num_nodes=2, dist_timeout=5)
+    process = run("distill.py", *arguments, check=False)
+    assert process.returncode == 2, process.stderr
+    assert "waiting for the other nodes for up to 5 s" in process.stderr
+    assert "have come together within 5 s (--num_nodes 2" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr

@@ -75,8 +75,9 @@ def test_run_sh_makes_a_model_that_the_readme_snippet_loads(manifests, teacher, 
 
 def test_two_ranks_end_with_equal_weights_and_see_every_utterance_once_an_epoch(manifests, teacher, tmp_path):
     arguments = flags(manifests, teacher, tmp_path / "exp", num_workers=0)
-    command = two_ranks("tests/ddp_worker.py", tmp_path, *arguments)
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    command = two_ranks("tests/ddp_worker.py", *arguments)
+    environment = {**ENVIRONMENT, "NOTES": str(tmp_path)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_equal_to_the_bit(first["weights"], second["weights"])
     batches = first["batches_an_epoch"]
@@ -93,7 +94,7 @@ def test_two_ranks_end_with_equal_weights_and_see_every_utterance_once_an_epoch(
 
 def test_gradients_are_accumulated_over_batches_and_across_epochs(manifests, teacher, tmp_path):
     arguments = flags(manifests, teacher, tmp_path, accum_grad=3, max_updates=3, num_workers=0)
-    run("tests/ddp_worker.py", tmp_path, *arguments)
+    run("tests/ddp_worker.py", *arguments, NOTES=str(tmp_path))
     assert checkpoint(tmp_path)["global_step"] == 3
     trained = torch.load(tmp_path / "rank0.pt", weights_only=True)
     epoch = trained["batches_an_epoch"]
