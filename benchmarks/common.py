@@ -90,8 +90,10 @@ class Clock:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
-    """FLOP/s of a square matrix product, 4096 wide on a GPU and 1024 on a CPU: the median of ``repeats``, or of
-    fewer where these would take more than some seconds, as on a CPU that has no product in half precision."""
+    """FLOP/s of a square matrix product, 4096 wide on a GPU and 1024 on a CPU: the median of ``repeats``.
+
+    It stops after some seconds, as on a CPU without a product in half precision.
+    """
     n = 4096 if device.type == "cuda" else 1024
     inner = 20 if device.type == "cuda" else 1
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
