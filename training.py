@@ -199,6 +199,10 @@ def train(module: DistillModule, run: Run) -> None:
         except OSError as error:
             if error.filename is not None:
                 raise
+            if isinstance(error, (ConnectionError, FileNotFoundError)):
+                # A loader's process has died while it handed a batch over.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                raise UserError(LOST_WORKER) from error
             raise UserError(
                 f"{exp_dir}: the run could not write there ({error.strerror or error})"
             ) from error
@@ -214,13 +218,16 @@ def train(module: DistillModule, run: Run) -> None:
         sys.exit(128 + signal_number)
 
 
+LOST_WORKER = (
+    "a process that reads audio was killed, often for want of memory: run the same command again to go on from "
+    "the last checkpoint, with a lower --num_workers if it happens again"
+)
+
+
 def _in_words(error: str, args: argparse.Namespace) -> str | None:
     """What the failure of another process means; None where the error is something else."""
     if "DataLoader worker" in error:
-        return (
-            "a process that reads audio was killed, often for want of memory: run the same command again to "
-            "go on from the last checkpoint, with a lower --num_workers if it happens again"
-        )
+        return LOST_WORKER
     if "clients joined" in error or "client socket has timed out" in error:
         return (
             f"not all processes of the run have come together within {args.dist_timeout} s "
