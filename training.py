@@ -219,8 +219,8 @@ def train(module: DistillModule, run: Run) -> None:
 
 
 LOST_WORKER = (
-    "a process that reads audio was killed, often for want of memory: run the same command again to go on from "
-    "the last checkpoint, with a lower --num_workers if it happens again"
+    "a process that reads audio was killed, often for want of memory: run the same command again to go on "
+    "from the last checkpoint, with a lower --num_workers if it happens again"
 )
 
 
