@@ -246,8 +246,6 @@ def _train(module: DistillModule, run: Run) -> int:
     args, last = run.args, last_of(run.args.exp_dir)
     if args.compile:
         compile_models(module)
-    if devices_a_node(args)[0] == "cpu":
-        onednn.enable()
     data = SpeechDataModule(args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, SEED)
     devices, plugins = hardware(args), cluster(args)
     stopper, progress = StopOnSignal(), Progress(args.log_interval)
@@ -276,6 +274,8 @@ def _train(module: DistillModule, run: Run) -> int:
     )
     run.content = None
     validates = data.has_validation()
+    if devices_a_node(args)[0] == "cpu":
+        onednn.enable()
     try:
         if not validates:
             say(f"{args.tsv_dir}/valid.tsv is missing or has no utterance to use: no validation")
@@ -292,6 +292,8 @@ def _train(module: DistillModule, run: Run) -> int:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
         raise
+    finally:
+        onednn.disable()
     return stopper.signal
 
 
