@@ -9,11 +9,11 @@ if __name__ == "__main__":
 
 import argparse
 
+from cli import natural, needs_extra, path, positive, run_script, share
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, needs_extra, run_script
-from wav2vec2.utils.flags import natural, path, positive, share
+from wav2vec2.utils.files import UserError
 
 with needs_extra("train"):
     import training

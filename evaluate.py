@@ -29,12 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
+from cli import natural, number, positive, run_script
 from dataset.manifest import SAMPLE_RATE
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, atomic_write, run_script
-from wav2vec2.utils.flags import natural, number, positive
+from wav2vec2.utils.files import UserError, atomic_write
 
 WINDOW, HOP = 400, 320
 """Samples that a frame of the models reads, and from one frame to the next: 25 and 20 ms."""

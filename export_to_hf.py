@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cli import needs_extra, path, run_script
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.model import Wav2Vec2Model, normalize
 from wav2vec2.utils.checkpoint import load_model, on_cpu, plain
-from wav2vec2.utils.files import UserError, needs_extra, run_script
-from wav2vec2.utils.flags import path
+from wav2vec2.utils.files import UserError
 
 with needs_extra("export"):
     import transformers

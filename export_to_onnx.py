@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cli import run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, atomic_write, run_script
+from wav2vec2.utils.files import UserError, atomic_write
 
 SIZE_LIMIT = 2**31
 """Bytes of one ONNX file: protobuf's limit."""

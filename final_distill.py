@@ -8,9 +8,9 @@ if __name__ == "__main__":
 
 import argparse
 
+from cli import needs_extra, path, run_script
 from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint
-from wav2vec2.utils.files import UserError, needs_extra, run_script
-from wav2vec2.utils.flags import path
+from wav2vec2.utils.files import UserError
 
 with needs_extra("train"):
     import provenance

@@ -15,7 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from wav2vec2.utils.files import UserError, needs_extra, run_script
+from cli import needs_extra, run_script
+from wav2vec2.utils.files import UserError
 
 with needs_extra("train"):
     import soundfile

@@ -5,18 +5,21 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import provenance
+from cli import path, positive_int, run_script, share
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
-from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates, shift_gates
+from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
+from wav2vec2.gating import Count, Layout, evaluation_masks
 from wav2vec2.utils.checkpoint import (
     build_model,
     read_checkpoint,
     read_file,
     save_checkpoint,
 )
-from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import path, positive_int, share
+from wav2vec2.utils.files import UserError
 
 GATE_NAMES = {
     "conv": "conv_layers.0.hard_concrete.log_alpha",
@@ -29,6 +32,9 @@ GATE_NAMES = {
 
 TOLERANCE = 0.005
 """A sparsity that misses the target by more than half a point is worth a word."""
+
+SHIFT_LIMIT = 64.0
+"""A gate is certainly open or closed when its ``log_alpha`` is that far from where training leaves it."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -159,6 +165,47 @@ def widths(model: Wav2Vec2Model) -> dict[str, int]:
             0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
         )
     return rows
+
+
+@torch.no_grad()
+def shift_gates(model: Wav2Vec2Model, count: Count, budget: float, round_to: int = 1) -> float:
+    """Adds one number to every gate's ``log_alpha`` so that pruning leaves as much as ``budget`` allows.
+
+    The order of the units, which training found, stays. What pruning leaves never shrinks as the gates open,
+    so the number is found by bisection.
+
+    Args:
+        model: a gated model.
+        count: what the budget is in.
+        budget: the most that may be left.
+        round_to: as for ``prune()``.
+    Returns:
+        The number that was added.
+    Raises:
+        PruningError: the budget is smaller than what pruning must leave.
+    """
+    layout = Layout(model, pruning=True)
+    original = {gate: gate.log_alpha.clone() for gate in layout.gates}
+
+    def left(shift: float) -> int:
+        for gate, log_alpha in original.items():
+            gate.log_alpha.copy_(log_alpha + shift)
+        return count.cut(evaluation_masks(layout, round_to))
+
+    low, high = -SHIFT_LIMIT, SHIFT_LIMIT
+    if left(low) > budget:
+        smallest = left(low)
+        left(0.0)
+        raise PruningError(
+            f"the gates must leave {smallest:,}, which is above the budget of {budget:,.0f}: ask for less "
+            "sparsity, or train with more of --pruning_units"
+        )
+    if left(high) <= budget:
+        return high
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if left(middle) <= budget else (low, middle)
+    left(low)
+    return low
 
 
 def prune(distilled: Distilled, args: argparse.Namespace) -> str:

@@ -14,11 +14,11 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from cli import needs_extra, positive_int, run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, atomic_write, needs_extra, run_script
-from wav2vec2.utils.flags import positive_int
+from wav2vec2.utils.files import UserError, atomic_write
 
 with needs_extra("eval"):
     from reporting import measure, page

@@ -5,11 +5,11 @@ import argparse
 from pathlib import Path
 
 import provenance
+from cli import path, run_script
 from prune import part
 from wav2vec2.cost import count_parameters
 from wav2vec2.utils.checkpoint import build_model, read_checkpoint, read_file, save_checkpoint
-from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import path
+from wav2vec2.utils.files import UserError
 
 
 def parse_args() -> argparse.Namespace:

@@ -23,13 +23,13 @@ from pytorch_lightning.strategies import DDPStrategy
 import onednn
 import provenance
 from callbacks import LastCheckpoint, Progress, StopOnNonFinite, StopOnSignal
+from cli import natural, not_negative, path, positive, positive_int
 from dataset.datamodule import SpeechDataModule
 from experiment import RunCheckpointIO, last_of, newest_checkpoint, read_training_checkpoint, sole_run_in
 from lightning import SEED, DistillLoss, DistillModule, distill_projections, parse_distill_layers
 from processes import is_first, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.files import UserError
-from wav2vec2.utils.flags import natural, not_negative, path, positive, positive_int
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 

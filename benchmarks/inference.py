@@ -32,10 +32,9 @@ from common import (
 )
 
 import onednn
+from cli import natural, positive, positive_int, run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, multiply_accumulates
-from wav2vec2.utils.files import run_script
-from wav2vec2.utils.flags import natural, positive, positive_int
 
 
 def parse_args() -> argparse.Namespace:

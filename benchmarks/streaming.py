@@ -17,11 +17,11 @@ import torch
 from common import SAMPLE_RATE, describe, print_machine, print_table, write_json
 from torch import Tensor
 
+from cli import not_negative, positive, positive_int, run_script
 from export_to_onnx import samples_of
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import not_negative, positive, positive_int
+from wav2vec2.utils.files import UserError
 
 
 def parse_args() -> argparse.Namespace:

@@ -44,12 +44,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import onednn
+from cli import natural, positive, positive_int, run_script
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import compile_models
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import multiply_accumulates
-from wav2vec2.utils.files import UserError, run_script
-from wav2vec2.utils.flags import natural, positive, positive_int
+from wav2vec2.utils.files import UserError
 
 CLIP_NORM = 10.0
 PARTS = ("teacher", "student forward", "backward", "optimiser", "total")

@@ -73,7 +73,7 @@ def call(monkeypatch, script, *args):
 
 def sentence_of(monkeypatch, capsys, script, *args):
     """Runs a script's main in this process, which has to fail with one sentence; returns that."""
-    from wav2vec2.utils.files import run_script
+    from cli import run_script
 
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
     with pytest.raises(SystemExit) as exit:

@@ -8,8 +8,9 @@ from model_helpers import FAMILIES, config_of, pruned, randomly_gated, ungated
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prune import shift_gates
 from wav2vec2 import PruningError, wav2vec2_model
-from wav2vec2.cost import COUNTS, count_parameters, mac_count, multiply_accumulates, shift_gates
+from wav2vec2.cost import COUNTS, count_parameters, mac_count, multiply_accumulates
 
 SECONDS = 0.7
 

@@ -1,4 +1,4 @@
-"""What a model costs, in parameters and in multiply-accumulates, and gates shifted to a given cost.
+"""What a model costs, in parameters and in multiply-accumulates.
 
 Both costs are sums over the tensors of a model in which a gated dimension counts with the units that it has:
 the same polynomial in the gates' widths, with two sets of coefficients. Training to a budget of
@@ -7,11 +7,10 @@ multiply-accumulates follows HJ-Pruning (Peng et al. 2023b, https://arxiv.org/ab
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from .components import FeatureExtractor, WavLMSelfAttention, WeightNormConv1d
-from .gating import Count, Layout, PruningError, Term, evaluation_masks
+from .gating import Count, Layout, Term
 from .hardconcrete import HardConcrete
 
 SAMPLE_RATE = 16_000
@@ -74,51 +73,6 @@ COUNTS = {"params": parameter_count, "macs": mac_count}
 def multiply_accumulates(model: nn.Module, seconds: float = UTTERANCE_SECONDS) -> float:
     """Multiply-accumulates a second of 16 kHz audio, in an utterance of ``seconds``, with every gate open."""
     return mac_count(model, seconds).whole() / seconds
-
-
-@torch.no_grad()
-def shift_gates(model: nn.Module, count: Count, budget: float, round_to: int = 1) -> float:
-    """Adds one number to every gate's ``log_alpha`` so that pruning leaves as much as ``budget`` allows.
-
-    The order of the units, which training found, stays. What pruning leaves never shrinks as the gates open,
-    so the number is found by bisection.
-
-    Args:
-        model: a gated model.
-        count: what the budget is in.
-        budget: the most that may be left.
-        round_to: as for ``prune()``.
-    Returns:
-        The number that was added.
-    Raises:
-        PruningError: the budget is smaller than what pruning must leave.
-    """
-    layout = Layout(model, pruning=True)
-    original = {gate: gate.log_alpha.clone() for gate in layout.gates}
-
-    def left(shift: float) -> int:
-        for gate, log_alpha in original.items():
-            gate.log_alpha.copy_(log_alpha + shift)
-        return count.cut(evaluation_masks(layout, round_to))
-
-    low, high = -SHIFT_LIMIT, SHIFT_LIMIT
-    if left(low) > budget:
-        smallest = left(low)
-        left(0.0)
-        raise PruningError(
-            f"the gates must leave {smallest:,}, which is above the budget of {budget:,.0f}: ask for less "
-            "sparsity, or train with more of --pruning_units"
-        )
-    if left(high) <= budget:
-        return high
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if left(middle) <= budget else (low, middle)
-    left(low)
-    return low
-
-
-SHIFT_LIMIT = 64.0
-"""A gate is certainly open or closed when its ``log_alpha`` is that far from where training leaves it."""
 
 
 def _terms(model: nn.Module, layout: Layout, uses) -> list[Term]:
