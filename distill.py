@@ -75,7 +75,7 @@ def main() -> None:
     with training.run_of("distill", args) as run:
         if run.finished:
             return
-        training.seed()
+        training.seed(args.seed)
         teacher = load_model(args.teacher_ckpt)
         student = load_model(args.student_ckpt, **new_gates)
         student.skip_closed_gates = not args.no_skip

@@ -52,7 +52,7 @@ def main() -> None:
         check_same_teaching(args, run.record)
         if run.finished:
             return
-        training.seed()
+        training.seed(args.seed)
         checkpoint = read_checkpoint(args.student_ckpt)
         teacher = load_model(args.teacher_ckpt)
         student = build_model(checkpoint["config"], checkpoint["state_dict"], args.student_ckpt)

@@ -18,8 +18,6 @@ from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 from wav2vec2.utils.files import UserError
 
-SEED = 2022
-
 
 class LinearDecayLRScheduler(LRScheduler):
     """Linear warm-up from 0, then linear decay to 0: with k = 1 at the first update, lr k / warmup, then
@@ -152,6 +150,7 @@ class DistillModule(pl.LightningModule):
         tsv_dir, train_subset, seconds_per_batch, num_workers: the data's flags, recorded among the
             hyper-parameters and not used: a ``SpeechDataModule``, or any loader, gives ``Trainer.fit`` its
             batches.
+        seed: of dropout and the gates' samples.
     """
 
     def __init__(
@@ -176,6 +175,7 @@ class DistillModule(pl.LightningModule):
         train_subset: str | None = None,
         seconds_per_batch: float | None = None,
         num_workers: int = 0,
+        seed: int = 2022,
     ) -> None:
         super().__init__()
         if distill_mode not in ("layer2layer", "predlayer"):
@@ -197,6 +197,7 @@ class DistillModule(pl.LightningModule):
         self.warmup_updates = warmup_updates
         self.max_updates = max_updates
         self.use_reg = use_reg
+        self.seed = seed
         self.reg_learning_rate = reg_learning_rate
         self.target_sparsity = target_sparsity
         self.sparsity_warmup_updates = sparsity_warmup_updates
@@ -364,7 +365,7 @@ class DistillModule(pl.LightningModule):
         """
         states, self._random_state = self._random_state, None
         if states is None or len(states) != self.trainer.world_size:
-            torch.manual_seed(SEED + self.global_rank + self.trainer.world_size * self.global_step)
+            torch.manual_seed(self.seed + self.global_rank + self.trainer.world_size * self.global_step)
             return
         state = states[self.global_rank]
         torch.set_rng_state(state["cpu"].cpu())

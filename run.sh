@@ -21,7 +21,7 @@ set -euo pipefail
 # shared by both distillations
 : "${teacher_ckpt:=pretrained/hubert-base-ls960.hf.pth}" "${student_ckpt:=$teacher_ckpt}"
 : "${distill_layers:=0.4,8,12}" "${distill_mode:=layer2layer}"
-: "${l2_weight:=0}" "${l1_weight:=1}" "${cos_weight:=1}" "${cos_type:=raw}"
+: "${l2_weight:=0}" "${l1_weight:=1}" "${cos_weight:=1}" "${cos_type:=raw}" "${seed:=2022}"
 
 # stage 1: distil and prune
 : "${lr:=0.0002}" "${warmup:=15000}" "${max:=50000}"
@@ -81,7 +81,7 @@ train() {
         --l1_weight "$l1_weight" --cos_weight "$cos_weight" --cos_type "$cos_type" --clip_norm "$clip_norm" \
         --num_nodes "$nodes" --gpus "$gpus" --seconds_per_batch "$seconds_per_batch" --accum_grad "$accum_grad" \
         --precision "$precision" --num_workers "$num_workers" --save_interval "$save_interval" \
-        --log_interval "$log_interval"
+        --log_interval "$log_interval" --seed "$seed"
 }
 
 train distill.py --exp_dir "$root_dir" --student_ckpt "$student_ckpt" --learning_rate "$lr" \

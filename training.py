@@ -26,7 +26,7 @@ from callbacks import LastCheckpoint, Progress, StopOnNonFinite, StopOnSignal
 from cli import natural, not_negative, path, positive, positive_int
 from dataset.datamodule import SpeechDataModule
 from experiment import RunCheckpointIO, last_of, newest_checkpoint, read_training_checkpoint, sole_run_in
-from lightning import SEED, DistillLoss, DistillModule, distill_projections, parse_distill_layers
+from lightning import DistillLoss, DistillModule, distill_projections, parse_distill_layers
 from processes import is_first, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.files import UserError
@@ -57,6 +57,7 @@ def add_arguments(
     provenance.add_argument(run)
     run.add_argument("--save_interval", type=positive_int, default=1000, help="updates between checkpoints")
     run.add_argument("--log_interval", type=positive_int, default=50, help="updates between log entries")
+    run.add_argument("--seed", type=natural, default=2022, help="of gates, dropout and the order of the data")
     run.add_argument("--num_nodes", type=positive_int, default=1)
     run.add_argument("--gpus", type=natural, default=4, help="GPUs a node; 0 for the CPU")
     run.add_argument(
@@ -101,12 +102,14 @@ def module_arguments(args: argparse.Namespace, teacher: Wav2Vec2Model, student: 
     """
     if not (args.l2_weight or args.l1_weight or args.cos_weight):
         raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: give one of them a weight")
-    num_layers = min(len(model.encoder.transformer.layers) for model in (teacher, student))
+    # In predlayer mode the student's last layer predicts them all, so it may have fewer layers.
+    compared = (teacher, student) if args.distill_mode == "layer2layer" else (teacher,)
+    num_layers = min(len(model.encoder.transformer.layers) for model in compared)
     groups = parse_distill_layers(args.distill_layers, num_layers)
     dimensions = [model.config["encoder_embed_dim"] for model in (student, teacher)]
     names = (
         "distill_mode learning_rate weight_decay warmup_updates max_updates "
-        "tsv_dir train_subset seconds_per_batch num_workers"
+        "tsv_dir train_subset seconds_per_batch num_workers seed"
     )
     return {
         "teacher_model": teacher,
@@ -246,7 +249,9 @@ def _train(module: DistillModule, run: Run) -> int:
     args, last = run.args, last_of(run.args.exp_dir)
     if args.compile:
         compile_models(module)
-    data = SpeechDataModule(args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, SEED)
+    data = SpeechDataModule(
+        args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, args.seed
+    )
     devices, plugins = hardware(args), cluster(args)
     stopper, progress = StopOnSignal(), Progress(args.log_interval)
     saver = LastCheckpoint(last, args.save_interval, run.record, run.resumed)
@@ -399,9 +404,9 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def seed() -> None:
+def seed(seed: int) -> None:
     """Seeds every random state that the run draws from."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-        pl.seed_everything(SEED, verbose=False)
+        pl.seed_everything(seed, verbose=False)

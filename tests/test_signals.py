@@ -193,9 +193,10 @@ def test_of_two_ranks_none_outlives_the_other(launcher, killed, manifests, teach
     wait_for(process, "update 3/")
     os.kill(int((tmp_path / f"rank{killed}.pid").read_text()), signal.SIGKILL)
     status, output = ended(process, process.pid)
-    assert status != 0
+    assert status != 0 and "gloo" not in output and "raise RuntimeError" not in output
     if launcher == "torchrun":
-        assert "another process of this run has ended or does not answer" in output
+        # The survivor says so itself, unless torchrun sees it first and ends the survivor.
+        assert "has ended or does not answer" in output or "Signal 9 (SIGKILL) received" in output
 
 
 def test_nodes_that_do_not_come_are_given_up(manifests, teacher, tmp_path):
