@@ -18,23 +18,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import soundfile
-import soxr
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from tqdm import tqdm
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from cli import natural, number, positive, run_script
-from dataset.manifest import SAMPLE_RATE
+from cli import natural, needs_extra, number, positive, run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 from wav2vec2.utils.checkpoint import load_model
 from wav2vec2.utils.files import UserError, atomic_write
+
+with needs_extra("eval"):
+    import numpy as np
+    import soundfile
+    import soxr
+    from matplotlib.figure import Figure
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+    from sklearn.preprocessing import StandardScaler
+    from tqdm import tqdm
+    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+    from dataset.manifest import SAMPLE_RATE
 
 WINDOW, HOP = 400, 320
 """Samples that a frame of the models reads, and from one frame to the next: 25 and 20 ms."""
@@ -364,8 +368,6 @@ def interval(values: np.ndarray, clusters: np.ndarray, seed: int) -> tuple[float
 
 def draw_weights(rows: list[dict], path: Path, title: str) -> None:
     """Writes the picture of the models' layer weights: their mean over folds and their standard deviation."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(rows)

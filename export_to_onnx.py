@@ -16,14 +16,21 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cli import run_script
+from cli import needs_extra, run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.checkpoint import load_model
 from wav2vec2.utils.files import UserError, atomic_write
+
+with needs_extra("export"):
+    import numpy as np
+    import onnx
+    import onnxruntime
+    import onnxscript  # noqa: F401
+    import soundfile
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
 SIZE_LIMIT = 2**31
 """Bytes of one ONNX file: protobuf's limit."""
@@ -103,9 +110,6 @@ def export(
     Raises:
         UserError: onnxruntime does not compute what PyTorch does, or the model is too large.
     """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     if size >= SIZE_LIMIT:
         raise UserError(f"{out}: an ONNX file holds at most 2 GiB, this model has {size / 2**30:.1f}")
@@ -176,8 +180,6 @@ def _compute(
     exported: Exported, path: Path, waveforms: Tensor, with_lengths: bool
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Each output of the file at ``path`` by onnxruntime and by PyTorch, from waveforms (batch, time)."""
-    import onnxruntime
-
     count, samples = waveforms.shape
     inputs = {"waveforms": waveforms}
     if with_lengths:
@@ -216,8 +218,6 @@ def _check(exported: Exported, path: Path, out: Path, with_lengths: bool, int8: 
 
 
 def _read_audio(path: str) -> Tensor:
-    import soundfile
-
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
@@ -229,12 +229,6 @@ def _read_audio(path: str) -> Tensor:
 
 def main() -> None:
     args = parse_args()
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'{error.name} is not installed; run: pip install ".[export]"') from error
     model, out = load_model(args.ckpt), Path(args.out)
     if model.gates():
         raise UserError(f"--ckpt {args.ckpt}: its model still has gates; run prune.py on it first")

@@ -112,3 +112,30 @@ def test_streaming_costs_less_the_more_of_the_recording_a_chunk_hears(teacher, c
     alone, with_context, *whole = ([*row.values()] for row in rows)
     assert all(a > 1.2 * c > 0.1 for a, c in zip(alone, with_context, strict=True))
     assert all(max(row) < 0.01 for row in whole), "a chunk longer than the recording is the recording"
+
+
+def test_results_compares_students_made_in_every_way(teacher, manifests, tmp_path):
+    out = tmp_path / "results"
+    short = (
+        "--updates",
+        2,
+        1,
+        "--seconds_per_batch",
+        4,
+        "--distill_layers",
+        "0.1,3",
+        "--target_sparsity",
+        0.5,
+    )
+    common = ("--tsv_dir", manifests, "--teacher_ckpt", teacher, "--out", out)
+    rows = ["random", "first_layers"]
+    for row in rows:
+        run("benchmarks/results.py", row, "--seed", 3, *common, *short)
+    run("benchmarks/results.py", "table", *common, "--repeats", 1, "--json", tmp_path / "table.json")
+    content = json.loads((tmp_path / "table.json").read_text())["rows"]
+    whole = content["teacher"]["parameters"]
+    random, layers = content["random-3"], content["first_layers-3"]
+    assert 0.45 * whole < random["parameters"] <= 0.5 * whole < layers["parameters"] < whole
+    assert random.keys() >= {f"projected {layer}" for layer in (0, 1, 3)}
+    assert "layer 3" in random and "layer 3" not in layers
+    assert layers.keys() >= {"projected 1", "projected 3"}

@@ -16,6 +16,10 @@ SCRIPTS = {
     "distill.py": "train",
     "final_distill.py": "train",
     "convert_hubert_from_hf.py": "convert",
+    "report.py": "eval",
+    "evaluate.py": "eval",
+    "export_to_hf.py": "export",
+    "export_to_onnx.py": "export",
 }
 """Scripts that need the packages of an extra."""
 
