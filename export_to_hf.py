@@ -18,7 +18,7 @@ from wav2vec2.components import WeightNormConv1d
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.model import Wav2Vec2Model, normalize
-from wav2vec2.utils.checkpoint import load_model, on_cpu, plain
+from wav2vec2.utils.checkpoint import load_model, on_cpu, to_builtin
 from wav2vec2.utils.files import UserError
 
 with needs_extra("export"):
@@ -54,7 +54,7 @@ def config_of(model: Wav2Vec2Model) -> dict:
     """The content of config.json."""
     config = {
         key: value
-        for key, value in plain(model.config).items()
+        for key, value in to_builtin(model.config).items()
         if key not in NO_GATES and key != "aux_num_out"
     }
     head = {} if model.aux is None else {"vocab_size": model.aux.out_features}
@@ -152,7 +152,9 @@ def model_card(model: Wav2Vec2Model, name: str, run: dict[str, dict]) -> str:
     macs = [multiply_accumulates(model, seconds) / 1e6 for seconds in (1.0, 10.0)]
     rows = "\n".join(f"| {what} | {', '.join(map(str, row))} |" for what, row in widths(model).items())
     config = "\n".join(
-        f"{key}: {json.dumps(value)}" for key, value in plain(model.config).items() if key not in NO_GATES
+        f"{key}: {json.dumps(value)}"
+        for key, value in to_builtin(model.config).items()
+        if key not in NO_GATES
     )
     stages = "".join(_stage(*stage) for stage in run.items()) or (
         "Nothing is known of it: the checkpoint had no `run.json` beside it.\n"

@@ -103,7 +103,7 @@ def collect(args: argparse.Namespace) -> dict:
     rows = measure.speeds(teacher, student.model, args.repeats)
     return {
         "teacher": str(args.teacher_ckpt),
-        "student": {"path": str(student.path), "made": student.made, "saved": student.saved},
+        "student": {"path": str(student.path), "stage": student.stage, "saved": student.saved},
         "sizes": sizes,
         "sparsity": sparsity(run, logs, teacher, student),
         "widths": widths,
@@ -112,7 +112,7 @@ def collect(args: argparse.Namespace) -> dict:
         "distance": distance,
         "stages": run.records,
         "report": {
-            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "flags": {name: None if value is None else str(value) for name, value in vars(args).items()},
             "machine": f"{measure.available_cores()} cores, {measure.processor()}, {platform.platform()}",
             "versions": {

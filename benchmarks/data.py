@@ -84,7 +84,7 @@ def main() -> None:
         make = seconds_taken(make_manifest, args.repeats)
         lengths = read_manifest(tsv_dir, "train").lengths
         audio = lengths.sum() / SAMPLE_RATE
-        read = seconds_taken(lambda: read_manifest(tsv_dir, "train"), args.repeats)
+        reading = seconds_taken(lambda: read_manifest(tsv_dir, "train"), args.repeats)
 
         dataset = AudioDataset(tsv_dir, "train")
         few = int(np.searchsorted(np.cumsum(lengths), args.max_seconds * SAMPLE_RATE, side="right"))
@@ -94,7 +94,7 @@ def main() -> None:
 
         rows = {
             "manifest making": row(audio, make, 1, len(lengths)),
-            "manifest reading": row(audio, read, 1, len(lengths)),
+            "manifest reading": row(audio, reading, 1, len(lengths)),
             "decoding": row(decoded, decode, 1, len(crops)),
         }
         for workers in args.num_workers:

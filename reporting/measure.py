@@ -208,8 +208,8 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], utterances: U
                 for layer, pair in enumerate(zip(states, wanted, strict=False)):
                     plain[i].setdefault(layer, _Distance()).add(*pair)
             for layer, projection in student.projections.items():
-                read = states[-1 if student.reads_last_layer else layer]
-                projected[i].setdefault(layer, _Distance()).add(projection(read), wanted[layer])
+                source = states[-1 if student.reads_last_layer else layer]
+                projected[i].setdefault(layer, _Distance()).add(projection(source), wanted[layer])
     return {
         "manifest": str(utterances.tsv),
         "utterances": len(utterances.files),
@@ -217,7 +217,7 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], utterances: U
         "audio_seconds": samples / SAMPLE_RATE,
         "students": [
             {
-                "made": student.made,
+                "stage": student.stage,
                 "hidden_states": [distance.result(layer) for layer, distance in plain[i].items()],
                 "projected": [distance.result(layer) for layer, distance in sorted(projected[i].items())],
             }

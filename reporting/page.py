@@ -64,7 +64,7 @@ def short_form(report: dict) -> str:
     distance = report["distance"]
     if distance is not None:
         lines.append(f"last layer on {distance['utterances']} utterances: {last_layer_sentence(distance)}")
-    lines.append(f"the student is {report['student']['path']}, {report['student']['made']}")
+    lines.append(f"the student is {report['student']['path']}, {report['student']['stage']}")
     return "\n".join(lines)
 
 
@@ -255,7 +255,7 @@ def distance_figures(distance: dict | None) -> list[tuple[str, str, str]]:
                 ),
             ):
                 if student[source]:
-                    series[student["made"].partition(",")[0] + suffix] = {
+                    series[student["stage"].partition(",")[0] + suffix] = {
                         "x": [entry["layer"] for entry in student[source]],
                         "y": [entry[kind] for entry in student[source]],
                         "style": {"color": colour, **style},
@@ -277,8 +277,8 @@ def distance_table(distance: dict | None) -> dict | None:
     for student in distance["students"]:
         for source, suffix in (("hidden_states", ""), ("projected", ", projected")):
             if student[source]:
-                made = student["made"].partition(",")[0] + suffix
-                head += [f"Cosine, {made}", f"Relative error, {made}"]
+                stage = student["stage"].partition(",")[0] + suffix
+                head += [f"Cosine, {stage}", f"Relative error, {stage}"]
                 columns.append({entry["layer"]: entry for entry in student[source]})
     rows = []
     for layer in sorted({layer for column in columns for layer in column}):

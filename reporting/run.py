@@ -36,7 +36,7 @@ class Student:
     Args:
         model: without gates, in evaluation mode.
         path: the file that it was read from.
-        made: which stage made it, in words.
+        stage: which one made it, in words.
         saved: the file holds this very model, so that its size means something.
         gated: the model before it was cut in memory, where no file holds it cut.
         projections: what leads a layer of it to a layer of the teacher in the loss, by the teacher's layer.
@@ -45,7 +45,7 @@ class Student:
 
     model: Wav2Vec2Model
     path: Path
-    made: str
+    stage: str
     saved: bool = True
     gated: Wav2Vec2Model | None = None
     projections: dict[int, nn.Module] = field(default_factory=dict)
@@ -102,12 +102,12 @@ class Run:
         if again is not None and (final is not None or pruned is not None):
             content = read_training_checkpoint(again)
             if final is None:
-                made = f"in stage 3, after update {content['global_step']:,}{_of(content)}"
+                stage = f"in stage 3, after update {content['global_step']:,}{_of(content)}"
                 weights = part(content["state_dict"], "student_model.")
                 model = build_model(
                     students[-1].model.config, weights, f"{again} with the config of {pruned}"
                 )
-                students.append(Student(model.eval(), again, made, saved=False))
+                students.append(Student(model.eval(), again, stage, saved=False))
             settings = content.get("hyper_parameters", {})
             add_projections(students[-1], part(content["state_dict"], "distill_linear_projs."), settings)
             if pruned is not None:
@@ -137,8 +137,8 @@ class Run:
             model.prune()
         except PruningError as error:
             raise UserError(f"{distilled}: {error}") from error
-        made = f"in stage 1, after update {content['global_step']:,}{_of(content)}, cut as its gates stand"
-        student = Student(model, distilled, made, saved=False, gated=gated)
+        stage = f"in stage 1, after update {content['global_step']:,}{_of(content)}, cut as its gates stand"
+        student = Student(model, distilled, stage, saved=False, gated=gated)
         settings = content.get("hyper_parameters", {})
         add_projections(student, part(content["state_dict"], "distill_linear_projs."), settings)
         return student

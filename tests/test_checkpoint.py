@@ -80,7 +80,7 @@ def test_randomly_changed_files_are_one_sentence_or_read_as_they_were(good, tmp_
     generator = random.Random(1)
     path = tmp_path / "changed.pth"
     expected = {key: value.clone() for key, value in _state(good, tmp_path).items()}
-    read = 0
+    accepted = 0
     for _ in range(300):
         changed = bytearray(good)
         for _ in range(generator.choice([1, 1, 3, 20])):
@@ -93,9 +93,9 @@ def test_randomly_changed_files_are_one_sentence_or_read_as_they_were(good, tmp_
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            read += 1
+            accepted += 1
             assert all(torch.equal(state[key], value) for key, value in expected.items())
-    assert read < 30
+    assert accepted < 30
 
 
 def _state(content, tmp_path):

@@ -157,11 +157,11 @@ def test_a_pruned_export_computes_what_the_checkpoint_computes(family, tmp_path)
         return_tensors="pt",
     )
     assert torch.equal(inputs.attention_mask.long(), mask)
-    heard = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
+    normalized = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
     # The two normalisations differ by the constants that they add to the variance.
-    assert (inputs.input_values - heard).abs().max() < 0.005
+    assert (inputs.input_values - normalized).abs().max() < 0.005
     states, frames = model.extract_features(waveforms, lengths)
-    output = exported(heard, mask, output_hidden_states=True)
+    output = exported(normalized, mask, output_hidden_states=True)
     for state, ours in zip(output.hidden_states[1:-1], states[1:-1], strict=True):
         assert largest_difference(state, ours) < 1e-5
     assert largest_difference(output.last_hidden_state, model(waveforms, lengths)[0]) < 1e-5
@@ -218,8 +218,8 @@ def test_a_checkpoint_with_an_output_layer_becomes_a_model_with_a_ctc_head(tmp_p
     logits = exported(normalize(waveforms, mask.sum(-1)), mask).logits
     assert largest_difference(logits, model(waveforms, mask.sum(-1))[0]) < 1e-5
     encoder = load(folder)
-    heard = normalize(waveforms, mask.sum(-1))
-    assert torch.equal(model.aux(encoder(heard, mask).last_hidden_state), logits)
+    normalized = normalize(waveforms, mask.sum(-1))
+    assert torch.equal(model.aux(encoder(normalized, mask).last_hidden_state), logits)
 
 
 TONES = (300, 700, 1500, 3000)
@@ -289,13 +289,13 @@ def test_a_ctc_head_learns_a_handful_of_utterances_and_predicts_the_same_when_lo
         padded = nn.utils.rnn.pad_sequence(
             [torch.tensor(item["labels"]) for item in items], batch_first=True, padding_value=-100
         )
-        heard = extractor(
+        normalized = extractor(
             [item["input_values"] for item in items],
             sampling_rate=16_000,
             padding=True,
             return_tensors="pt",
         )
-        return {**heard, "labels": padded}
+        return {**normalized, "labels": padded}
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = transformers.Trainer(

@@ -105,7 +105,7 @@ def check_page(page):
 def test_sizes_costs_and_widths_are_those_of_the_files(report, whole_run, teacher):
     content, page, printed = report
     student = whole_run[1] / "ckpts" / "pruned_hubert_base.pth"
-    assert content["student"]["path"] == str(student) and "stage 4" in content["student"]["made"]
+    assert content["student"]["path"] == str(student) and "stage 4" in content["student"]["stage"]
     for name, path in (("teacher", teacher), ("student", student)):
         model, state_dict = load(path)
         sizes, widths = content["sizes"][name], content["widths"][name]
@@ -170,7 +170,7 @@ def test_distances_are_those_computed_from_the_audio(report, whole_run, teacher,
 
     wanted = hidden_states(teacher)
     files = [folder / "ckpts" / "pruned_hubert_base.pth" for folder in (root, final)]
-    assert [student["made"] for student in content["distance"]["students"]] == [
+    assert [student["stage"] for student in content["distance"]["students"]] == [
         "after stage 2",
         "after stage 4",
     ]
@@ -243,7 +243,7 @@ def test_a_run_in_stage_3_with_what_its_stages_have_recorded(
     call(monkeypatch, "report", "--teacher_ckpt", teacher, "--root_dir", root, *more)
     content, page = read(tmp_path / "out")
     assert content["student"]["path"] == str(final / "ckpts" / "last.ckpt")
-    assert content["student"]["made"] == "in stage 3, after update 4 of 4"
+    assert content["student"]["stage"] == "in stage 3, after update 4 of 4"
     assert content["sizes"]["student"]["parameters"] == report[0]["sizes"]["student"]["parameters"]
     assert content["widths"] == report[0]["widths"]
     assert content["stages"]["distill"] == entry
@@ -284,7 +284,7 @@ def test_stage_1_of_a_large_model_can_be_reported_on_while_it_trains(manifests, 
         process.communicate()
     content, page = read(tmp_path / "out")
     assert content["student"]["path"] == str(last)
-    assert f"stage 1, after update {checkpoint['global_step']} of 100,000" in content["student"]["made"]
+    assert f"stage 1, after update {checkpoint['global_step']} of 100,000" in content["student"]["stage"]
     assert content["sizes"]["student"]["file_bytes"] is None and "not written yet" in page
 
     def open_units(name):
@@ -320,7 +320,7 @@ def test_a_wavlm_run_without_a_validation_set(manifests, tmp_path, monkeypatch):
     call(monkeypatch, "report", "--teacher_ckpt", teacher, "--root_dir", root, "--repeats", 1)
     content, page = read(root / "report")
     pruned = torch.load(root / "ckpts" / "pruned_hubert_base.pth", weights_only=True)
-    assert content["student"]["made"] == "after stage 2"
+    assert content["student"]["stage"] == "after stage 2"
     heads = [len(remaining) for remaining in pruned["config"]["encoder_remaining_heads"]]
     used = pruned["config"]["encoder_use_attention"]
     assert content["widths"]["student"]["heads"] == [n * use for n, use in zip(heads, used, strict=True)]

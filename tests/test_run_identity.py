@@ -63,6 +63,7 @@ CHANGES = {
     "sparsity_warmup_updates": (3, "sparsity_warmup_updates was 4 and is 3"),
     "precision": ("bf16", "precision was 32 and is bf16"),
     "seconds_per_batch": (6, "seconds_per_batch was 8.0 and is 6.0"),
+    "seed": (7, "seed was 2022 and is 7"),
     "accum_grad": (2, "batches_an_update was 1 and is 2"),
     "max_updates": (8, "max_updates was 4 and is 8"),
 }

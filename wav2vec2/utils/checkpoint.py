@@ -185,7 +185,7 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
     Raises:
         UserError: there is no room for the file, or the loaded model does not compute what ``model`` does.
     """
-    content = {"config": plain(model.config), "state_dict": on_cpu(model.state_dict())}
+    content = {"config": to_builtin(model.config), "state_dict": on_cpu(model.state_dict())}
     with atomic_write(path) as temporary:
         try:
             torch.save({**content, **{key: on_cpu(value) for key, value in extra.items()}}, temporary)
@@ -205,15 +205,15 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor if whole[key] else tensor.clone() for key, tensor in result.items()}
 
 
-def plain(value):
+def to_builtin(value):
     """``value`` with numpy's and torch's scalars and foreign containers made Python's own."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_builtin(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return (
-            type(value)(plain(item) for item in value)
+            type(value)(to_builtin(item) for item in value)
             if type(value) in (list, tuple)
-            else [plain(v) for v in value]
+            else [to_builtin(v) for v in value]
         )
     return value.item() if hasattr(value, "item") else value
 
