@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from precision import half_weights
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 from wav2vec2.utils.files import UserError
@@ -239,7 +240,7 @@ class DistillModule(pl.LightningModule):
             lengths: (batch,) valid samples, or None where all are whole.
         """
         top = max(self.distill_layers)
-        weights = self.student_model.narrow()
+        weights = half_weights(self.student_model, self.student_model.narrow())
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
         student, _ = self.student_model.extract_features(
@@ -283,6 +284,10 @@ class DistillModule(pl.LightningModule):
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """One batch: waveforms (batch, time), alone or with their lengths (batch,)."""
         losses = self._losses(*_waveforms_and_lengths(batch))
+        update, last = self.global_step + 1, self.trainer.max_steps
+        if self.device.type == "cuda" and update % self.trainer.log_every_n_steps and update != last:
+            # Lightning would take milliseconds to note what nobody reads.
+            return losses["loss"]
         logged = {name if "loss" not in name else f"train_{name}": value for name, value in losses.items()}
         self.log_dict(
             {k: v.detach() if isinstance(v, Tensor) else v for k, v in logged.items()}, batch_size=1
@@ -316,8 +321,7 @@ class DistillModule(pl.LightningModule):
             groups.append({"params": gates, "name": "log_alpha", "lr": rate, "weight_decay": 0.0})
             multipliers = [self.lambda1, self.lambda2]
             groups.append({"params": multipliers, "name": "lambda", "lr": -rate, "weight_decay": 0.0})
-        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
-        optimizer = torch.optim.AdamW(groups, fused=None if scaled else True)
+        optimizer = torch.optim.AdamW(groups, fused=True)
         scheduler = LinearDecayLRScheduler(optimizer, self.warmup_updates, self.max_updates)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -328,6 +332,10 @@ class DistillModule(pl.LightningModule):
 
         The norm before clipping is kept as ``gradient_norm``.
         """
+        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            # Lightning leaves it to a fused optimiser, which would do so after the clipping.
+            scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_clip_val:
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
