@@ -152,6 +152,9 @@ class DistillModule(pl.LightningModule):
             hyper-parameters and not used: a ``SpeechDataModule``, or any loader, gives ``Trainer.fit`` its
             batches.
         seed: of dropout and the gates' samples.
+
+    Attributes:
+        casts_together: in mixed precision the student's weights are cast by few kernels (precision.py).
     """
 
     def __init__(
@@ -209,6 +212,7 @@ class DistillModule(pl.LightningModule):
             self.hparams["teacher_cost"] = self.teacher_cost
             self.lambda1 = nn.Parameter(torch.zeros(()))
             self.lambda2 = nn.Parameter(torch.zeros(()))
+        self.casts_together = True
         self.gradient_norm: Tensor | None = None
         self._random_state: list[dict] | None = None
         self._freeze_idle_parameters()
@@ -240,7 +244,9 @@ class DistillModule(pl.LightningModule):
             lengths: (batch,) valid samples, or None where all are whole.
         """
         top = max(self.distill_layers)
-        weights = half_weights(self.student_model, self.student_model.narrow())
+        weights = self.student_model.narrow()
+        if self.casts_together:
+            weights = half_weights(self.student_model, weights)
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
         student, _ = self.student_model.extract_features(
