@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: setup test demo lint clean
+.PHONY: setup test demo gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -16,6 +16,9 @@ test: setup
 
 demo: setup
 	python=$(VENV)/bin/python bash demo/demo.sh
+
+gpu-check: setup
+	$(VENV)/bin/python benchmarks/gpu_check.py --json gpu_check.json
 
 lint: setup
 	$(VENV)/bin/ruff check .

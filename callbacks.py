@@ -24,10 +24,15 @@ class StopOnSignal(pl.Callback):
 
     Attributes:
         signal: the number of the signal that ends the run, the same on all processes; 0 without one.
+
+    Args:
+        interval: updates between the questions of GPUs whether another process has got one, since each waits
+            for the GPU. A process alone, and processes on the CPU, look after each update.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interval: int = 10) -> None:
         self.signal = 0
+        self.interval = interval
         self._received = 0
         self._step = 0
         self._handlers: dict = {}
@@ -52,6 +57,8 @@ class StopOnSignal(pl.Callback):
         self._step = trainer.global_step
         received = self._received
         if trainer.world_size > 1:
+            if module.device.type == "cuda" and self._step % self.interval:
+                return
             # A signal may have reached some processes only, and all have to stop after the same update.
             received = torch.tensor(received, device=trainer.strategy.root_device)
             received = int(trainer.strategy.reduce(received, reduce_op="max"))
@@ -116,7 +123,8 @@ class StopOnNonFinite(pl.Callback):
             bad = trainer.strategy.reduce(bad, reduce_op="max")
         tolerated = self.SKIPS if trainer.precision == "16-mixed" else 0
         unseen, self._unseen = self._unseen, []
-        for (update, _), (loss, norm), is_bad in zip(unseen, numbers.tolist(), bad.tolist(), strict=True):
+        rows = torch.cat([numbers, bad.unsqueeze(1)], dim=1).tolist()
+        for (update, _), (loss, norm, is_bad) in zip(unseen, rows, strict=True):
             self._in_a_row = [*self._in_a_row, update] if is_bad else []
             if len(self._in_a_row) > tolerated:
                 self._stop(trainer, update, loss, norm)
@@ -225,6 +233,8 @@ class Progress(pl.Callback):
                 self._bar.update(step - self._bar.n)
             return
         logged = trainer.callback_metrics
+        if "train_loss" not in logged:
+            return
         speed = self._samples / 16_000 / elapsed
         words = {"loss": f"{logged['train_loss']:.4f}"}
         if "sparsity_expected" in logged:

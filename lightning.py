@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from precision import half_weights
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 from wav2vec2.utils.files import UserError
@@ -151,6 +152,9 @@ class DistillModule(pl.LightningModule):
             hyper-parameters and not used: a ``SpeechDataModule``, or any loader, gives ``Trainer.fit`` its
             batches.
         seed: of dropout and the gates' samples.
+
+    Attributes:
+        casts_together: in mixed precision the student's weights are cast by few kernels (precision.py).
     """
 
     def __init__(
@@ -208,6 +212,7 @@ class DistillModule(pl.LightningModule):
             self.hparams["teacher_cost"] = self.teacher_cost
             self.lambda1 = nn.Parameter(torch.zeros(()))
             self.lambda2 = nn.Parameter(torch.zeros(()))
+        self.casts_together = True
         self.gradient_norm: Tensor | None = None
         self._random_state: list[dict] | None = None
         self._freeze_idle_parameters()
@@ -240,6 +245,8 @@ class DistillModule(pl.LightningModule):
         """
         top = max(self.distill_layers)
         weights = self.student_model.narrow()
+        if self.casts_together:
+            weights = half_weights(self.student_model, weights)
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
         student, _ = self.student_model.extract_features(
@@ -283,6 +290,10 @@ class DistillModule(pl.LightningModule):
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """One batch: waveforms (batch, time), alone or with their lengths (batch,)."""
         losses = self._losses(*_waveforms_and_lengths(batch))
+        update, last = self.global_step + 1, self.trainer.max_steps
+        if self.device.type == "cuda" and update % self.trainer.log_every_n_steps and update != last:
+            # Lightning would take milliseconds to note what nobody reads.
+            return losses["loss"]
         logged = {name if "loss" not in name else f"train_{name}": value for name, value in losses.items()}
         self.log_dict(
             {k: v.detach() if isinstance(v, Tensor) else v for k, v in logged.items()}, batch_size=1
@@ -316,8 +327,7 @@ class DistillModule(pl.LightningModule):
             groups.append({"params": gates, "name": "log_alpha", "lr": rate, "weight_decay": 0.0})
             multipliers = [self.lambda1, self.lambda2]
             groups.append({"params": multipliers, "name": "lambda", "lr": -rate, "weight_decay": 0.0})
-        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
-        optimizer = torch.optim.AdamW(groups, fused=None if scaled else True)
+        optimizer = torch.optim.AdamW(groups, fused=True)
         scheduler = LinearDecayLRScheduler(optimizer, self.warmup_updates, self.max_updates)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -328,6 +338,10 @@ class DistillModule(pl.LightningModule):
 
         The norm before clipping is kept as ``gradient_norm``.
         """
+        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            # Lightning leaves it to a fused optimiser, which would do so after the clipping.
+            scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_clip_val:
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)

@@ -28,6 +28,7 @@ from processes import say
 from wav2vec2.utils.files import UserError, atomic_write
 
 FREE = {
+    "activation_checkpointing",
     "allow_changed",
     "compile",
     "dist_timeout",

@@ -34,6 +34,7 @@ set -euo pipefail
 # machine; 4 GPUs x 160 s is the batch of the paper, so fewer GPUs want more accum_grad
 : "${nodes:=${SLURM_JOB_NUM_NODES:-1}}" "${gpus:=4}" "${seconds_per_batch:=160}" "${accum_grad:=1}"
 : "${precision:=16}" "${num_workers:=12}" "${clip_norm:=10}" "${save_interval:=1000}" "${log_interval:=50}"
+: "${activation_checkpointing:=0}" "${tf32:=0}" # 1: less memory for more work; faster products for --precision 32
 : "${python:=python}" "${allow_changed:=}"
 
 # The folder is named by what matters, which the stages check too.
@@ -74,6 +75,10 @@ run() {
     exit "$status"
 }
 
+switches=()
+[ "$activation_checkpointing" = 0 ] || switches+=(--activation_checkpointing)
+[ "$tf32" = 0 ] || switches+=(--tf32)
+
 train() {
     run "$1" ${launch[@]+"${launch[@]}"} "$python" "$here/$1" "${@:2}" --allow_changed "$allow_changed" \
         --tsv_dir "$tsv_dir" --train_subset "$train_subset" --teacher_ckpt "$teacher_ckpt" \
@@ -81,7 +86,7 @@ train() {
         --l1_weight "$l1_weight" --cos_weight "$cos_weight" --cos_type "$cos_type" --clip_norm "$clip_norm" \
         --num_nodes "$nodes" --gpus "$gpus" --seconds_per_batch "$seconds_per_batch" --accum_grad "$accum_grad" \
         --precision "$precision" --num_workers "$num_workers" --save_interval "$save_interval" \
-        --log_interval "$log_interval" --seed "$seed"
+        --log_interval "$log_interval" --seed "$seed" ${switches[@]+"${switches[@]}"}
 }
 
 train distill.py --exp_dir "$root_dir" --student_ckpt "$student_ckpt" --learning_rate "$lr" \

@@ -27,6 +27,7 @@ from cli import natural, not_negative, path, positive, positive_int
 from dataset.datamodule import SpeechDataModule
 from experiment import RunCheckpointIO, last_of, newest_checkpoint, read_training_checkpoint, sole_run_in
 from lightning import DistillLoss, DistillModule, distill_projections, parse_distill_layers
+from precision import HALF, hold_in_half, prepare_gpu
 from processes import is_first, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.files import UserError
@@ -68,6 +69,14 @@ def add_arguments(
     )
     run.add_argument("--compile", action="store_true", help="torch.compile for models without gates")
     run.add_argument("--precision", choices=PRECISIONS, default="32", help="16 and bf16 are mixed precision")
+    run.add_argument(
+        "--tf32", action="store_true", help="on a GPU, products of float32 numbers of which 10 bits count"
+    )
+    run.add_argument(
+        "--activation_checkpointing",
+        action="store_true",
+        help="compute the student's layers twice, which saves memory",
+    )
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--learning_rate", type=positive, default=learning_rate)
@@ -247,6 +256,8 @@ def _in_words(error: str, args: argparse.Namespace) -> str | None:
 def _train(module: DistillModule, run: Run) -> int:
     """As :func:`train`; returns the number of the signal that has stopped the run, or 0."""
     args, last = run.args, last_of(run.args.exp_dir)
+    prepare_gpu(args.tf32)
+    module.student_model.encoder.transformer.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         compile_models(module)
     data = SpeechDataModule(
@@ -277,6 +288,8 @@ def _train(module: DistillModule, run: Run) -> int:
         check_val_every_n_epoch=None,
         val_check_interval=data.batches_an_epoch(devices_a_node(args)[1] * args.num_nodes),
     )
+    if (half := HALF.get(trainer.precision)) is not None:
+        hold_in_half(module.teacher_model, half)
     run.content = None
     validates = data.has_validation()
     if devices_a_node(args)[0] == "cpu":

@@ -46,6 +46,7 @@ from torch._dynamo.utils import counters
 import onednn
 from cli import natural, positive, positive_int, run_script
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
+from precision import hold_in_half, prepare_gpu
 from training import compile_models
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import multiply_accumulates
@@ -146,6 +147,10 @@ class Step:
             target_sparsity=args.sparsity,
             sparsity_warmup_updates=0,
         ).to(device)
+        self.dtype = PRECISIONS[variant.precision]
+        self.module.casts_together = variant.kind != "baseline"
+        if self.dtype != torch.float32 and variant.kind != "baseline":
+            hold_in_half(self.module.teacher_model, self.dtype)
         if variant.compile:
             compile_models(self.module)
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
@@ -155,7 +160,7 @@ class Step:
             self.optimizer = torch.optim.AdamW(groups)
             self.scheduler = LinearDecayLRScheduler(self.optimizer, 15_000, 50_000)
         self.device, self.kind = device, variant.kind
-        self.dtype = PRECISIONS[variant.precision]
+        self.loss: Tensor | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=variant.precision == "16")
         self.clock = Clock(device)
         self.module.teacher_model.extract_features = self._marking(self.module.teacher_model.extract_features)
@@ -175,6 +180,7 @@ class Step:
         marks = [self.clock.mark()]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.module._losses(waveforms, None)["loss"]
+        self.loss = loss.detach()
         marks.append(self.clock.mark())
         self.scaler.scale(loss).backward()
         marks.append(self.clock.mark())
@@ -359,6 +365,7 @@ def run_stage(
 def main() -> None:
     args = parse_args()
     device = choose_device(args)
+    prepare_gpu(tf32=False)
     machine = describe(device)
     print_machine(machine)
     names = args.compare or ("baseline" if args.baseline else "no_skip" if args.no_skip else "skip")

@@ -22,6 +22,9 @@ from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_comp
 MIN_SAMPLES = 32_000
 MAX_SAMPLES = 250_000
 
+GPU_CROP_MULTIPLE = 3_200
+"""0.2 s: libraries for GPUs prepare for each new shape of a batch, so that there must be few of them."""
+
 Crop = tuple[int, int, int]
 
 
@@ -62,9 +65,9 @@ class BucketBatchSampler(Sampler[list[Crop]]):
     Utterances of ``min_samples`` to ``max_samples`` (both included) are sorted into ``num_buckets`` equal
     ranges of length, and stay in their order within one. From the shortest bucket to the longest, a batch
     takes utterances until the next would bring the sum of their whole lengths above ``seconds_per_batch``;
-    an utterance longer than that is a batch of its own. A batch is cropped to its shortest member. Where a
-    crop starts follows from the seed, the epoch, the utterance and the room that the crop leaves in it, not
-    from rank or worker.
+    an utterance longer than that is a batch of its own. A batch is cropped to its shortest member, or to the
+    multiple of ``crop_multiple`` below it. Where a crop starts follows from the seed, the epoch, the
+    utterance and the room that the crop leaves in it, not from rank or worker.
 
     All ranks have the same number of batches, and an epoch has every utterance once: where the batches
     cannot be shared out evenly, those of the most utterances are halved until they can. Only where every
@@ -76,6 +79,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         min_samples: the shortest utterance to use.
         max_samples: the longest utterance to use.
         num_buckets: how many ranges of length to sort by.
+        crop_multiple: lengths of crops are multiples of this number of samples.
         shuffle: whether batches and crops change with the epoch. Without it, batches come from short to long
             and crops are those of epoch 0 at any epoch, so that validation always sees the same samples.
         seed: what the order and the crops follow from.
@@ -99,6 +103,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         min_samples: int = MIN_SAMPLES,
         max_samples: int = MAX_SAMPLES,
         num_buckets: int = 1000,
+        crop_multiple: int = 1,
         shuffle: bool = True,
         seed: int = 2022,
         rank: int = 0,
@@ -109,6 +114,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
             raise UserError(f"seconds_per_batch is {seconds_per_batch}: give more than 0 seconds")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
+        self.crop_multiple = crop_multiple
         self.shuffle = shuffle
         self.seed = seed
         self.rank = rank
@@ -181,7 +187,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
 
     def _crops(self, utterances: np.ndarray, epoch: int) -> list[Crop]:
         lengths = self._lengths[utterances]
-        length = lengths.min()
+        length = lengths.min() // self.crop_multiple * self.crop_multiple
         choices = (lengths - length + 1).astype(np.uint64)
         fractions = _random_bits(self.seed, epoch, _FOR_CROPS, utterances) >> np.uint64(32)
         starts = fractions * choices >> np.uint64(32)
@@ -295,7 +301,7 @@ def make_loader(
     seed: int = 2022,
     rank: int = 0,
     world_size: int = 1,
-    pin_memory: bool = False,
+    for_gpu: bool = False,
     run: range | None = None,
 ) -> DataLoader:
     """The loader of one rank's batches ``(waveforms, lengths)``.
@@ -311,7 +317,8 @@ def make_loader(
         seed: what the order and the crops follow from.
         rank: which share of the batches to give.
         world_size: how many processes share the batches.
-        pin_memory: whether to put batches where a GPU fetches them faster.
+        for_gpu: whether to put batches where a GPU fetches them faster, with lengths that are multiples of
+            ``GPU_CROP_MULTIPLE``.
         run: the batches to give, counted from the start of the run; without it, one epoch.
 
     Returns:
@@ -330,6 +337,7 @@ def make_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        crop_multiple=GPU_CROP_MULTIPLE if for_gpu else 1,
         run=run,
     )
     if shuffle and batches.num_utterances == 0:
@@ -345,7 +353,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_signals_to_training,
-        pin_memory=pin_memory,
+        pin_memory=for_gpu,
         # Every iterator draws a seed: from the global generator, that would shift what training draws.
         generator=torch.Generator().manual_seed(seed),
     )

@@ -81,7 +81,7 @@ class SpeechDataModule(pl.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            for_gpu=self.trainer.strategy.root_device.type == "cuda",
             **arguments,
         )
 

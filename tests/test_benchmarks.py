@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import torch
 from stage_helpers import run
 
 PARTS = ("teacher", "student forward", "backward", "optimiser")
@@ -66,6 +67,29 @@ def test_train_step_names_an_unknown_variant(teacher, tmp_path):
     process = run("benchmarks/train_step.py", *flags, check=False)
     assert process.returncode == 2
     assert process.stderr.strip().splitlines()[-1].startswith("train_step.py: error: --compare fast:")
+
+
+def test_gpu_check_makes_every_check_of_tiny_models_on_the_cpu(tmp_path):
+    flags = ("--small", *COMMON, "--json", tmp_path / "figures.json")
+    process = run("benchmarks/gpu_check.py", *flags, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    checks = written(tmp_path / "figures.json")["checks"]
+    assert not any(row["result"] == "FAIL" for row in checks.values())
+    for name in (
+        "WavLM Large pruned, bf16: gradients",
+        "a resumed run against a whole one",
+        "a signal saves",
+    ):
+        assert checks[name]["result"] == "pass"
+    assert checks["a resumed run against a whole one"]["figure"] == "equal to the bit"
+
+
+def test_gpu_check_says_in_one_sentence_that_there_is_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    process = run("benchmarks/gpu_check.py", check=False)
+    assert process.returncode == 2
+    assert process.stderr == "gpu_check.py: no GPU is found: run this on a machine with one\n"
 
 
 def test_inference_compares_a_model_with_the_first(teacher, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,14 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-class ChannelLayerNorm(LayerNorm):
+def without_autocast(x: Tensor):
+    """A context in which norms keep the precision of ``x``, where autocast would compute in float32: their
+    statistics are summed up in float32 anyway, and the activations here are the largest of the model."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm of each frame over its channels, of which it then passes on those in ``channels``.
 
     ``channels`` is None, for all, but while gates narrow the model: the statistics of a frame are taken over
@@ -44,7 +52,9 @@ class ChannelLayerNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channel, frame) -> the same."""
-        x = super().forward(x.transpose(1, 2))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with without_autocast(x):
+            x = F.layer_norm(x.transpose(1, 2), self.normalized_shape, weight, bias, self.eps)
         return (x if self.channels is None else x.index_select(2, self.channels)).transpose(1, 2)
 
 
@@ -56,7 +66,8 @@ class ChannelGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channel, frame) -> the same."""
-        return F.group_norm(x.to(self.weight.dtype), x.size(1), self.weight, self.bias, self.eps)
+        with without_autocast(x):
+            return F.group_norm(x, x.size(1), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ConvLayerBlock(nn.Module):
@@ -271,6 +282,7 @@ class SelfAttention(nn.Module):
             position_bias: what ``position_bias`` of the first layer returned.
             attention_mask: (batch, 1, 1, frame) to add to the logits, or None where every utterance is whole.
         """
+        x = autocast(x)
         q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         bias = self.attention_bias(x, position_bias, attention_mask)
         context = attend(q, k, v, bias, self.dropout if self.training else 0.0)
@@ -281,6 +293,12 @@ class SelfAttention(nn.Module):
         if x.size(-1) == self.head_dim:
             return x.unsqueeze(1)  # the same, whose strides torch.export can follow
         return x.unflatten(-1, (x.size(-1) // self.head_dim, self.head_dim)).transpose(1, 2)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast gives it to linear layers, once for several of them; the same without autocast."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
@@ -336,7 +354,8 @@ class WavLMSelfAttention(SelfAttention):
         place = torch.arange(frames, device=self.rel_attn_embed.weight.device)
         distance = torch.arange(1 - frames, frames, device=place.device)
         buckets = relative_buckets(distance, self.num_buckets, self.max_distance)
-        return self.rel_attn_embed(buckets[place - place.unsqueeze(1) + frames - 1]).permute(2, 0, 1)
+        bias = self.rel_attn_embed(buckets[place - place.unsqueeze(1) + frames - 1]).permute(2, 0, 1)
+        return autocast(bias)
 
     def attention_bias(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor | None) -> Tensor:
         query = x.unflatten(-1, (self.total_num_heads, -1))
@@ -347,7 +366,7 @@ class WavLMSelfAttention(SelfAttention):
             positions = positions.index_select(0, self.remaining_heads)
         gates = torch.sigmoid(self.gru_rel_pos_linear(query.transpose(1, 2)).unflatten(-1, (2, 4)).sum(-1))
         update, reset = gates.chunk(2, dim=-1)
-        bias = (update * (reset * const - 1) + 2) * positions
+        bias = autocast(update * (reset * const - 1) + 2) * positions
         return bias if attention_mask is None else bias + attention_mask
 
 

@@ -32,6 +32,9 @@ from .components import (
 )
 from .hardconcrete import HardConcrete
 
+CONV_MULTIPLE = 64
+"""cuDNN searches a way to compute for every new shape of a convolution, so that their widths must be few."""
+
 NarrowedWeights = dict[tuple[nn.Module, str], Tensor]
 """The tensors of a model that its gates change, by module and name."""
 
@@ -53,6 +56,7 @@ class Axis:
         unit_features: features of a unit, by which widths are rounded.
         least: a layer that cannot compute without any unit keeps this many, masked.
         whole: computing keeps all units, masked, since a norm is taken over them.
+        gpu_multiple: on a GPU widths are rounded up to a multiple of this.
     """
 
     n: int
@@ -62,6 +66,7 @@ class Axis:
     unit_features: int = 1
     least: int = 0
     whole: bool = False
+    gpu_multiple: int = 1
 
 
 @dataclass(eq=False)
@@ -161,7 +166,8 @@ class Layout:
             gate, norm = block.hard_concrete, block.layer_norm
             outputs = None
             if gate is not None:
-                outputs = Axis(gate.n_in, gate, least=1, whole=block is blocks[-1] and not pruning)
+                whole = block is blocks[-1] and not pruning
+                outputs = Axis(gate.n_in, gate, least=1, whole=whole, gpu_multiple=CONV_MULTIPLE)
             normed_whole = isinstance(norm, ChannelLayerNorm) and not pruning
             rows = None if normed_whole else outputs
             self._add(block.conv, "weight", {0: rows, 1: inputs}, masked=None if inputs is None else 1)
@@ -265,7 +271,8 @@ def open_units(
         opened = torch.ones(axis.n, dtype=torch.bool) if axis.gate is None else is_open[axis.gate]
         if axis.emptied and axis.branch is not None and not is_open[axis.branch].item():
             opened = torch.zeros_like(opened)
-        step = max(1, multiple // axis.unit_features)
+        features = max(multiple, axis.gpu_multiple) if joint.is_cuda else multiple
+        step = max(1, features // axis.unit_features)
         width = min(axis.n, step * -(-max(axis.least, int(opened.sum())) // step))
         if width < axis.n and not axis.whole:
             selected[axis] = torch.argsort(opened, descending=True, stable=True)[:width].sort().values
