@@ -29,8 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
+import provenance
 from cli import natural, number, positive, run_script
-from dataset.manifest import SAMPLE_RATE
+from dataset.manifest import SAMPLE_RATE, leaves_root
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 from wav2vec2.utils.checkpoint import load_model
@@ -109,6 +110,11 @@ def read_manifest(manifest: Path) -> list[tuple]:
             raise UserError(f"{manifest}, line {place}: not path<TAB>label or path<TAB>label<TAB>speaker")
         if rows and len(columns) + 1 != len(rows[0]):
             raise UserError(f"{manifest}, line {place}: name the speaker in every line or in none")
+        if leaves_root(path):
+            raise UserError(
+                f"{manifest}, line {place}: {path!r:.300} does not lie under the manifest's folder: "
+                "give a path relative to it, without .."
+            )
         if path in seen:
             # Trained on in one fold and judged in another, it would be known before it is judged.
             raise UserError(
@@ -467,6 +473,10 @@ def main() -> None:
     clusters = examples.speakers if apart else np.arange(len(examples.labels))
     models = [(name, load_model(name)) for name in args.models]
     models += [(name, load_huggingface_folder(name)) for name in args.hf]
+    for flag, out in (("json", args.json), ("picture", args.picture)):
+        for inputs in (*({"models": name} for name in args.models), *({"hf": name} for name in args.hf)):
+            if out is not None:
+                provenance.refuse_overwriting(out, inputs, flag)
     waveforms = load_audio(examples.paths)
 
     rows: list[dict] = []
