@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: setup test demo gpu-check lint clean
+.PHONY: setup test faults demo gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -13,6 +13,10 @@ $(VENV)/ready: pyproject.toml
 
 test: setup
 	$(VENV)/bin/python -m pytest
+
+# The attacks of tests/faults, also the long ones: hours.
+faults: setup
+	$(VENV)/bin/python -m pytest tests/faults -m ""
 
 demo: setup
 	python=$(VENV)/bin/python bash demo/demo.sh

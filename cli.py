@@ -1,9 +1,11 @@
 """What every command of this project shares: how it ends, and types for its flags."""
 
 import argparse
+import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wav2vec2.utils.files import UserError
@@ -16,12 +18,22 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        message = str(error)
         if error.filename is None and error.errno is None:
             raise
+        message = str(error) if error.filename is not None else UNWRITTEN.format(error.strerror)
     else:
-        return
-    _exit_with(message)
+        message = None
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try once more, and say so in its own way.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message = message or UNWRITTEN.format(error.strerror)
+    if message is not None:
+        _exit_with(message)
+
+
+UNWRITTEN = "what this command prints, or a file without a name, could not be written ({})"
 
 
 @contextmanager
@@ -41,9 +53,34 @@ def missing_package(error: ModuleNotFoundError, extra: str) -> str:
     return f'the package {error.name} is missing: install the `{extra}` extra, pip install -e ".[{extra}]"'
 
 
+@contextmanager
+def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
+    """Wraps the writing of ``path`` by way of other files; where that fails, the sentence names ``path``.
+
+    Args:
+        path: what is to be written.
+        errors: what a package raises in place of an OSError.
+    """
+    try:
+        yield
+    except (OSError, *errors) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _exit_with(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    # What a file has put into the message stays in its line, and gives the terminal no orders.
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    with suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def shortened(value) -> str:
+    """A value for an error message, however large it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer with more digits than Python is willing to print
+        return f"a huge {type(value).__name__}"
 
 
 def number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:

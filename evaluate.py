@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import provenance
 from cli import natural, needs_extra, number, positive, run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
@@ -38,7 +39,7 @@ with needs_extra("eval"):
     from tqdm import tqdm
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-    from dataset.manifest import SAMPLE_RATE
+    from dataset.manifest import SAMPLE_RATE, leaves_root
 
 WINDOW, HOP = 400, 320
 """Samples that a frame of the models reads, and from one frame to the next: 25 and 20 ms."""
@@ -113,6 +114,11 @@ def read_manifest(manifest: Path) -> list[tuple]:
             raise UserError(f"{manifest}, line {place}: not path<TAB>label or path<TAB>label<TAB>speaker")
         if rows and len(columns) + 1 != len(rows[0]):
             raise UserError(f"{manifest}, line {place}: name the speaker in every line or in none")
+        if leaves_root(path):
+            raise UserError(
+                f"{manifest}, line {place}: {path!r:.300} does not lie under the manifest's folder: "
+                "give a path relative to it, without .."
+            )
         if path in seen:
             # Trained on in one fold and judged in another, it would be known before it is judged.
             raise UserError(
@@ -469,6 +475,10 @@ def main() -> None:
     clusters = examples.speakers if apart else np.arange(len(examples.labels))
     models = [(name, load_model(name)) for name in args.models]
     models += [(name, load_huggingface_folder(name)) for name in args.hf]
+    for flag, out in (("json", args.json), ("picture", args.picture)):
+        for inputs in (*({"models": name} for name in args.models), *({"hf": name} for name in args.hf)):
+            if out is not None:
+                provenance.refuse_overwriting(out, inputs, flag)
     waveforms = load_audio(examples.paths)
 
     rows: list[dict] = []

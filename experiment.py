@@ -7,19 +7,24 @@ again in its folder goes on from there, and a folder never holds two runs.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
+import provenance
+from cli import shortened
+from lightning import DistillModule
 from processes import is_first, say
-from wav2vec2.utils.checkpoint import read_file
-from wav2vec2.utils.files import UserError, atomic_write
+from wav2vec2.utils.checkpoint import read_file, writing
+from wav2vec2.utils.files import UserError
 
 
 def last_of(exp_dir: str | Path) -> Path:
@@ -70,6 +75,11 @@ def sole_run_in(exp_dir: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
+            for left_by_a_killed_run in (
+                *exp_dir.glob(".run.json.*.tmp"),
+                *last_of(exp_dir).parent.glob(".last.ckpt.*.tmp"),
+            ):
+                left_by_a_killed_run.unlink(missing_ok=True)
         yield
 
 
@@ -86,6 +96,7 @@ def read_training_checkpoint(path: str | Path) -> dict:
         "optimizer_states": list,
         "lr_schedulers": list,
         "loops": dict,
+        "callbacks": dict,
         "random_state": list,
         "run": dict,
         "SpeechDataModule": dict,
@@ -96,10 +107,194 @@ def read_training_checkpoint(path: str | Path) -> dict:
                 f"{path}: has no {key}, so it is not a checkpoint that this version's training stages wrote; "
                 "start a new run in another --exp_dir"
             )
-    place = content["SpeechDataModule"]
-    if place.get("update") != content["global_step"] or content["global_step"] < 0:
-        raise UserError(f"{path}: its update is {content['global_step']}, its data's {place.get('update')}")
+    provenance.check_record(content["run"], path)
+    update, place = content["global_step"], content["SpeechDataModule"]
+    most = content["run"]["flags"].get("max_updates")
+    possible = type(most) is int and type(update) is int and 0 < update <= most
+    if not possible or not _same(place, {"update": update}):
+        raise UserError(
+            f"{path}: its update (global_step) is {shortened(update)} and that of its data "
+            f"(SpeechDataModule) {shortened(place.get('update'))}, which a run of {shortened(most)} updates "
+            f"cannot have; {ANOTHER}"
+        )
+    if not _same(content["lr_schedulers"], [{"last_epoch": update, "_step_count": update + 1}]):
+        raise UserError(f"{path}: its schedule of learning rates is not at its update {update}; {ANOTHER}")
+    _check_counters(content["loops"], path, update)
+    _check_random_states(content["random_state"], path)
     return content
+
+
+ANOTHER = "go on from another checkpoint, or start a new run in another --exp_dir"
+
+
+def to_go_on_from(
+    content: Mapping, path: str | Path, module: DistillModule, accum_grad: int, allow_changed: str = ""
+) -> dict:
+    """What Lightning is given to go on from, all of it checked.
+
+    Of the file only tensors are used, and the update. Lightning's counters, the learning rates and the
+    optimiser's settings follow from the update and the flags.
+
+    Args:
+        content: what :func:`read_training_checkpoint` gave.
+        path: its file, named in errors.
+        module: what will be trained.
+        accum_grad: batches an update.
+        allow_changed: the flag. A run that began in 16 bits has skipped some updates, which ``precision`` in
+            it says of one that no longer is in 16 bits.
+    Raises:
+        UserError: something in it is not what a run of ``module`` has at its update.
+    """
+    update = content["global_step"]
+    _check_weights(content["state_dict"], path, module)
+    [optimizer], [schedule] = module.configure_optimizers()
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = _moments(content["optimizer_states"], path, groups)
+    may_skip = content["run"]["flags"].get("precision") == "16" or "precision" in allow_changed.split(",")
+    _check_moments(states, path, parameters, update, may_skip)
+    schedule["scheduler"].last_epoch = update
+    for group, rate in zip(groups, schedule["scheduler"].get_lr(), strict=True):
+        group["lr"] = rate
+    scaler = {"MixedPrecision": _loss_scaler(content, path)} if "MixedPrecision" in content else {}
+    kept = ("global_step", "state_dict", "lr_schedulers", "random_state", "SpeechDataModule")
+    return {
+        **{key: content[key] for key in kept},
+        **scaler,
+        "epoch": 0,
+        "pytorch-lightning_version": pl.__version__,
+        "optimizer_states": [{"state": states, "param_groups": groups}],
+        "loops": {"fit_loop": _counters(update, accum_grad)},
+        "callbacks": {},
+    }
+
+
+def _check_weights(state_dict: Mapping, path: str | Path, module: DistillModule) -> None:
+    expected = {k: v for k, v in module.state_dict().items() if not k.startswith("teacher_model.")}
+    for name in sorted({*map(str, state_dict), *expected}):
+        if name not in expected or not _like(state_dict.get(name), expected[name]):
+            raise UserError(
+                f"{path}: {name} is missing, unexpected or of another shape or type: give the models and "
+                "flags that it was made with"
+            )
+
+
+def _moments(optimizers: Sequence, path: str | Path, groups: Sequence[Mapping]) -> dict[int, dict]:
+    """The optimiser's state of each parameter, by its number."""
+    [optimizer] = optimizers if len(optimizers) == 1 else [None]
+    found = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    names = [{key: group[key] for key in ("name", "params")} for group in groups]
+    if isinstance(found, list) and all(isinstance(group, dict) for group in found):
+        found = [{key: group.get(key) for key in ("name", "params")} for group in found]
+    if not _same(found, names) or not isinstance(optimizer.get("state"), dict):
+        raise UserError(
+            f"{path}: its optimiser has other groups of parameters than these models, whose groups are "
+            f"{', '.join(group['name'] for group in groups)}; {ANOTHER}"
+        )
+    return optimizer["state"]
+
+
+def _check_moments(
+    states: Mapping, path: str | Path, parameters: Sequence[Tensor], update: int, may_skip: bool
+) -> None:
+    """Refuses states that AdamW, which checks nothing, would compute nonsense from or crash on."""
+    if not states and may_skip:
+        return
+    steps = set()
+    for number, parameter in enumerate(parameters):
+        state = states.get(number)
+        whole = isinstance(state, dict) and state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        if not whole or not all(_like(state[key], parameter) for key in ("exp_avg", "exp_avg_sq")):
+            raise UserError(
+                f"{path}: the optimiser's state of its parameter {number} is missing, or of another shape or "
+                f"type than the parameter; {ANOTHER}"
+            )
+        if not _like(state["step"], torch.zeros(())) or (state["exp_avg_sq"] < 0).any():
+            raise UserError(f"{path}: the optimiser's state of its parameter {number} is damaged; {ANOTHER}")
+        steps.add(state["step"].item())
+    if len(states) > len(parameters):
+        raise UserError(f"{path}: its optimiser has states of more parameters than there are; {ANOTHER}")
+    step = max(steps, key=lambda step: abs(step - update))
+    possible = len(steps) == 1 and (step == update or (may_skip and 0 < step < update and step % 1 == 0))
+    if not possible:
+        raise UserError(
+            f"{path}: its optimiser has made {step:g} of {update} updates, as only a run that began in "
+            f"--precision 16 may have, and such a run goes on with --allow_changed precision; or {ANOTHER}"
+        )
+
+
+def _counters(update: int, accum_grad: int) -> dict:
+    """Lightning's counters as they are when a checkpoint is written: an update's last batch is not over."""
+    batches = {"ready": (n := update * accum_grad), "completed": n - 1, "started": n, "processed": n}
+    steps = {"ready": update, "completed": update}
+    zeroed = {**steps, "started": update}
+    epoch = {"ready": 1, "completed": 0, "started": 1, "processed": 0}
+
+    def twice(counts: dict) -> dict:
+        return {"total": counts, "current": dict(counts)}
+
+    return {
+        "epoch_progress": twice(epoch),
+        "epoch_loop.state_dict": {"_batches_that_stepped": update - 1},
+        "epoch_loop.batch_progress": {**twice(batches), "is_last_batch": False},
+        "epoch_loop.scheduler_progress": twice(steps),
+        "epoch_loop.automatic_optimization.optim_progress": {
+            "optimizer": {"step": twice(steps), "zero_grad": twice(zeroed)}
+        },
+    }
+
+
+def _check_counters(loops: Mapping, path: str | Path, update: int) -> None:
+    found = loops.get("fit_loop")
+    try:
+        # The run may have had another number of processes, and so of batches an update.
+        batches = found["epoch_loop.batch_progress"]["total"]["ready"] // update
+        found = {key: found[key] for key in _counters(update, batches)}
+        found["epoch_loop.batch_progress"] = {**found["epoch_loop.batch_progress"], "is_last_batch": False}
+        good = _same(found, _counters(update, batches)) and batches > 0
+    except (KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(f"{path}: its counters (loops) are not those of its update {update}; {ANOTHER}")
+
+
+def _check_random_states(states: Sequence, path: str | Path) -> None:
+    if not states:
+        raise UserError(f"{path}: its random_state is empty; {ANOTHER}")
+    try:
+        for state in states:
+            torch.Generator().set_state(state["cpu"])
+            # A CUDA generator is a seed and an offset, and to make one here would take memory on a GPU.
+            if "cuda" in state and not _like(state["cuda"], torch.empty(16, dtype=torch.uint8)):
+                raise TypeError
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: its random_state is none of torch's; {ANOTHER}") from error
+
+
+def _loss_scaler(content: Mapping, path: str | Path) -> dict:
+    """The state of the loss scale of --precision 16."""
+    names = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    scaler = content["MixedPrecision"]
+    good = isinstance(scaler, dict) and scaler.keys() == names
+    good = good and all(type(value) in (int, float) and math.isfinite(value) for value in scaler.values())
+    if not good or min(scaler.values()) < 0 or not scaler["scale"]:
+        raise UserError(f"{path}: its loss scale (MixedPrecision) is damaged; {ANOTHER}")
+    return scaler
+
+
+def _like(found: object, expected: Tensor) -> bool:
+    return isinstance(found, Tensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+def _same(found: object, expected: object) -> bool:
+    """Whether two nested values are equal, where True is not 1 and a tensor equals nothing."""
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(_same, found, expected))
+    return not isinstance(found, Tensor) and found == expected
 
 
 def newest_checkpoint(exp_dir: str | Path) -> tuple[Path, dict] | None:
@@ -129,10 +324,10 @@ class RunCheckpointIO(CheckpointIO):
     A new one is written beside the last one and replaces it whole; the last one becomes ``previous.ckpt``.
 
     Args:
-        resumed: the content to resume from, read already.
+        resumed: the content to go on from, read and checked already, for the one time that it is asked for.
     """
 
-    def __init__(self, resumed: dict | None) -> None:
+    def __init__(self, resumed: dict | None = None) -> None:
         self.resumed = resumed
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
@@ -142,20 +337,13 @@ class RunCheckpointIO(CheckpointIO):
                 f"{name} is not finite at update {checkpoint['global_step']}, which is not saved: "
                 f"{path} is left as it was"
             )
-        for left_by_a_killed_run in path.parent.glob(f".{path.name}.*.tmp"):
-            left_by_a_killed_run.unlink()
-        with atomic_write(path) as temporary:
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:
-                # torch's own writer says of a full disk only that its position is not the expected one.
-                raise UserError(f"{path}: could not be written; is there room on the disk?") from error
+        with writing(path, checkpoint):
             if path.exists():
                 _keep_as(path, path.with_name("previous.ckpt"))
 
-    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
+    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict | None:
         content, self.resumed = self.resumed, None
-        return content if content is not None else read_training_checkpoint(path)
+        return content
 
     def remove_checkpoint(self, path) -> None:
         Path(path).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import needs_extra, path, run_script
+from cli import needs_extra, path, run_script, writes
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
@@ -23,6 +23,7 @@ from wav2vec2.utils.files import UserError
 
 with needs_extra("export"):
     import transformers
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent
@@ -291,7 +292,7 @@ def main() -> None:
             "save_final_ckpt.py writes"
         )
     run = read_run(ckpt)
-    with new_folder(out) as folder:
+    with writes(args.out, SafetensorError), new_folder(out) as folder:
         copy_code(folder)
         for name, content in (
             ("config.json", config_of(model)),

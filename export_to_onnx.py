@@ -14,12 +14,15 @@ import argparse
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cli import needs_extra, run_script
+import provenance
+from cli import needs_extra, run_script, writes
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.utils.checkpoint import load_model
 from wav2vec2.utils.files import UserError, atomic_write
@@ -116,14 +119,14 @@ def export(
     # torch chooses attention's kernel, and with it the strides of its output, by whether gradients are
     # wanted; the exporter would trace once with and once without.
     exported = Exported(model.eval().fold_weight_norm().requires_grad_(False)).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with folder_beside(out) as folder:
+        path = folder / "model.onnx"
         _trace(exported, with_lengths).save(path)
         if int8:
             # onnxruntime recommends steps before quantising that this graph has behind it.
             logging.getLogger().setLevel(logging.ERROR)
             # With seven bits, pairs of products fit the 16-bit sums of processors without VNNI.
-            quantised = Path(folder) / "int8.onnx"
+            quantised = folder / "int8.onnx"
             quantize_dynamic(
                 path,
                 quantised,
@@ -149,6 +152,15 @@ def export(
         onnx.save(content, temporary)
         _check(exported, temporary, out, with_lengths, int8)
     return errors
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A folder for the length of a block, where there is room for ``out`` and perhaps none elsewhere."""
+    with writes(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as folder:
+            yield Path(folder)
 
 
 def _trace(exported: Exported, with_lengths: bool):
@@ -229,7 +241,10 @@ def _read_audio(path: str) -> Tensor:
 
 def main() -> None:
     args = parse_args()
-    model, out = load_model(args.ckpt), Path(args.out)
+    out = Path(args.out)
+    inputs = {"ckpt": args.ckpt, "audio": args.audio}
+    provenance.refuse_overwriting(out, {name: path for name, path in inputs.items() if path is not None})
+    model = load_model(args.ckpt)
     if model.gates():
         raise UserError(f"--ckpt {args.ckpt}: its model still has gates; run prune.py on it first")
     audio = None if args.audio is None else _read_audio(args.audio)

@@ -37,11 +37,10 @@ def check_same_teaching(args: argparse.Namespace, record: dict) -> None:
     pruned = provenance.made_by(args.student_ckpt)
     if pruned is None or "distilled" not in pruned:
         return
-    stage_1 = pruned["distilled"]
-    then = {
-        "flags": {name: stage_1["flags"][name] for name in ("distill_layers", "distill_mode")},
-        "inputs": {"teacher_ckpt": stage_1["inputs"]["teacher_ckpt"]},
-    }
+    provenance.check_record(pruned["distilled"], args.student_ckpt)
+    then = provenance.excerpt(
+        pruned["distilled"], "distill_layers", "distill_mode", teacher_ckpt="teacher_ckpt"
+    )
     remedy = "Give the teacher and the layers of stage 1"
     provenance.refuse(provenance.differences(then, record), args.student_ckpt, args.allow_changed, remedy)
 
@@ -59,7 +58,7 @@ def main() -> None:
         arguments = training.module_arguments(args, teacher, student)
         try:
             arguments["distill_linear_projs"].load_state_dict(checkpoint.get("distill_linear_projs", {}))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{args.student_ckpt}: its projections are not those of --distill_mode {args.distill_mode} "
                 f"--distill_layers {args.distill_layers}; give the flags of stage 1, and stage 2's file"

@@ -360,15 +360,6 @@ class DistillModule(pl.LightningModule):
         checkpoint["random_state"] = self._gather(_random_state(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        given = checkpoint["state_dict"]
-        expected = {k: v for k, v in self.state_dict().items() if not k.startswith("teacher_model.")}
-        wrong = expected.keys() ^ given.keys()
-        wrong |= {key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape}
-        if wrong:
-            raise UserError(
-                f"the checkpoint to go on from: {min(wrong)} is missing, unexpected or of another shape: "
-                "give the models and flags that it was made with"
-            )
         self._random_state = checkpoint["random_state"]
 
     def on_train_start(self) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import suppress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to save and stop: preemption, Ctrl-C, SLURM's warning before the time limit."""
@@ -22,9 +23,13 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """A line for the user, on the first process of a run alone."""
+    """A line for the user, on the first process of a run alone.
+
+    Where it cannot be written, because the terminal is gone or the disk of the log is full, the run goes on.
+    """
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def end_children() -> None:

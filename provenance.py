@@ -24,6 +24,7 @@ from typing import IO
 
 import torch
 
+from cli import shortened
 from processes import say
 from wav2vec2.utils.files import UserError, atomic_write
 
@@ -133,6 +134,35 @@ def make_record(stage: str, args: argparse.Namespace, inputs: Mapping[str, dict]
     return {"stage": stage, "flags": {**kept, **derived}, "inputs": dict(inputs)}
 
 
+def check_record(record: Mapping, source: str | Path) -> None:
+    """Refuses what a file has in the place of a record.
+
+    Raises:
+        UserError: it is none that :func:`make_record` made.
+    """
+    stage, flags, inputs = (record.get(key) for key in ("stage", "flags", "inputs"))
+    good = isinstance(stage, str) and isinstance(flags, dict) and isinstance(inputs, dict)
+    if not good or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("path", "sha256"))
+        for entry in inputs.values()
+    ):
+        raise UserError(f"{source}: the record of what it was made with is damaged; make it or copy it again")
+
+
+def excerpt(record: Mapping, *flags: str, **inputs: str) -> dict:
+    """What of a stage's record another stage's is compared with.
+
+    Args:
+        record: the earlier stage's.
+        flags: the names of flags that both stages have.
+        inputs: by the name that the other stage has for it, an input of this one.
+    """
+    return {
+        "flags": {name: record["flags"][name] for name in flags if name in record["flags"]},
+        "inputs": {name: record["inputs"][old] for name, old in inputs.items() if old in record["inputs"]},
+    }
+
+
 def differences(then: Mapping, now: Mapping) -> dict[str, str]:
     """What two records of a stage differ in: by its name, what it was and what it is.
 
@@ -141,7 +171,7 @@ def differences(then: Mapping, now: Mapping) -> dict[str, str]:
     found = {}
     for name in then["flags"].keys() & now["flags"].keys():
         if then["flags"][name] != now["flags"][name]:
-            found[name] = f"was {then['flags'][name]} and is {now['flags'][name]}"
+            found[name] = f"was {_shown(then['flags'][name])} and is {_shown(now['flags'][name])}"
     for name in then["inputs"].keys() & now["inputs"].keys():
         was, is_ = then["inputs"][name], now["inputs"][name]
         if was["sha256"] != is_["sha256"]:
@@ -173,19 +203,28 @@ def refuse(found: Mapping[str, str], source: str | Path, allow_changed: str, rem
 
 
 def _file(entry: Mapping[str, str]) -> str:
-    return f"{entry['path']} (sha256 {entry['sha256'][:12]})"
+    return f"{_shown(entry['path'])} (sha256 {_shown(entry['sha256'][:12])})"
 
 
-def refuse_overwriting(out: str | Path, inputs: Mapping[str, str]) -> None:
-    """Raises an error where ``--out`` names one of the files that the command reads.
+def _shown(value: object) -> str:
+    """A flag as it is written on the command line, unless a damaged file has made something else of it."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 1000 else shortened(value)
+
+
+def refuse_overwriting(out: str | Path, inputs: Mapping[str, str | Path], flag: str = "out") -> None:
+    """Raises an error where an output names one of the files that the command reads.
 
     Args:
         out: the file to write.
-        inputs: by its flag, each file to read.
+        inputs: by its flag, each file to read, or folder all of whose files may be read.
+        flag: the output's.
     """
-    for flag, path in inputs.items():
-        if os.path.realpath(path) == os.path.realpath(out):
-            raise UserError(f"--out {out} is --{flag}, which it would replace: name another file")
+    real = os.path.realpath(out)
+    for name, path in inputs.items():
+        if os.path.realpath(path) == real and not os.path.isdir(real):
+            raise UserError(f"--{flag} {out} is --{name}, which it would replace: name another file")
+        if os.path.dirname(real) == os.path.realpath(path) and os.path.exists(real):
+            raise UserError(f"--{flag} {out} is a file of --{name}, to be replaced: name another file")
 
 
 def folder_of(path: str | Path) -> Path:
@@ -204,7 +243,7 @@ def read_run(folder: Path) -> dict[str, dict]:
         if not all(isinstance(entry, dict) for entry in content.values()):
             raise ValueError("not an object of objects")
         return content
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away, and run the stage again") from error
 
 
@@ -212,7 +251,9 @@ def made_by(path: str | Path, folder: Path | None = None) -> dict | None:
     """The record of the stage that wrote ``path``, found by its content in the ``run.json`` of a folder, by
     default its own experiment's."""
     for entry in read_run(folder or folder_of(path)).values():
-        if entry.get("output", {}).get("sha256") == fingerprint(path):
+        output = entry.get("output")
+        if isinstance(output, dict) and output.get("sha256") == fingerprint(path):
+            check_record(entry, f"{folder or folder_of(path)}/run.json")
             return entry
     return None
 
@@ -258,6 +299,8 @@ class Diary:
         }
         self._new = dict(record)
         self._earlier = read_run(folder).get(self.stage, {})
+        sessions = self._earlier.get("sessions", [])
+        self._sessions = [*(sessions if isinstance(sessions, list) else []), self._session]
 
     def note(self, **more) -> None:
         """Adds to the stage's entry."""
@@ -275,7 +318,7 @@ class Diary:
         self._write(self._new if error is None else self._earlier or self._new)
 
     def _write(self, entry: Mapping) -> None:
-        entry = {**entry, "sessions": [*self._earlier.get("sessions", []), self._session]}
+        entry = {**entry, "sessions": self._sessions}
         content = {**read_run(self.folder), self.stage: entry}
         with atomic_write(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -2,13 +2,14 @@
 """Stage 2: cut what the gates of stage 1 have closed (DPHuBERT, section 3.1)."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import provenance
-from cli import path, positive_int, run_script, share
+from cli import path, positive_int, run_script, share, shortened
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
@@ -68,6 +69,41 @@ def parse_args() -> argparse.Namespace:
 def part(state_dict: dict, prefix: str) -> dict:
     """The tensors below ``prefix``, without it."""
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+SETTINGS: dict[str, Callable[[object], bool]] = {
+    "distill_layers": lambda value: isinstance(value, list) and all(type(layer) is int for layer in value),
+    "distill_mode": lambda value: isinstance(value, str),
+    "max_updates": lambda value: type(value) is int and value > 0,
+    "sparsity_of": lambda value: isinstance(value, str) and value in COUNTS,
+    "target_sparsity": lambda value: value is None or (type(value) in (int, float) and 0 <= value < 1),
+    "teacher_cost": lambda value: type(value) is int and value > 0,
+}
+"""The hyper-parameters of a training stage's checkpoint that are read, and what they may be."""
+
+
+def read_trained(path: str | Path) -> dict:
+    """Reads of a training stage's checkpoint what the other stages and the report need, without Lightning.
+
+    Returns:
+        A dict with ``state_dict`` and ``hyper_parameters``, empty where the file has none, and ``run`` where
+        the file has it.
+    Raises:
+        UserError: it cannot be read, or one of them is damaged.
+    """
+    content = {"state_dict": {}, "hyper_parameters": {}, **read_file(path)}
+    for key in ("state_dict", "hyper_parameters", "run"):
+        if not isinstance(content.get(key, {}), dict):
+            raise UserError(f"{path}: its {key} is damaged; make or copy it again")
+    if not all(isinstance(key, str) for key in content["state_dict"]):
+        raise UserError(f"{path}: its state_dict is damaged; make or copy it again")
+    for name, accepts in SETTINGS.items():
+        if name in content["hyper_parameters"] and not accepts(content["hyper_parameters"][name]):
+            value = shortened(content["hyper_parameters"][name])
+            raise UserError(f"{path}: its {name} is {value}, which it cannot be; make or copy it again")
+    if "run" in content:
+        provenance.check_record(content["run"], path)
+    return content
 
 
 @dataclass
@@ -132,19 +168,17 @@ def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
         UserError: a file cannot be read, holds no gates, or the two do not go together.
     """
     distilled_ckpt, original_ckpt = args.distilled_ckpt, args.original_ckpt
-    checkpoint = read_file(distilled_ckpt)
-    state_dict = checkpoint.get("state_dict", {})
+    checkpoint = read_trained(distilled_ckpt)
+    state_dict = checkpoint["state_dict"]
     student = gated_tensors(state_dict, distilled_ckpt)
     made_with = checkpoint.get("run")
     if made_with is not None:
-        then = {"flags": {}, "inputs": {"original_ckpt": made_with["inputs"]["student_ckpt"]}}
+        then = provenance.excerpt(made_with, original_ckpt="student_ckpt")
         remedy = "Give --original_ckpt what stage 1 had as --student_ckpt"
         provenance.refuse(provenance.differences(then, record), distilled_ckpt, args.allow_changed, remedy)
     model = gated_student(student, distilled_ckpt, original_ckpt)
-    hyper_parameters = checkpoint.get("hyper_parameters", {})
+    hyper_parameters = checkpoint["hyper_parameters"]
     sparsity_of = hyper_parameters.get("sparsity_of", "params")
-    if sparsity_of not in COUNTS:
-        raise UserError(f"{distilled_ckpt}: its sparsity_of is {sparsity_of!r}, none of {', '.join(COUNTS)}")
     return Distilled(
         model,
         part(state_dict, "distill_linear_projs."),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import provenance
 from cli import path, run_script
-from prune import part
+from prune import part, read_trained
 from wav2vec2.cost import count_parameters
-from wav2vec2.utils.checkpoint import build_model, read_checkpoint, read_file, save_checkpoint
+from wav2vec2.utils.checkpoint import build_model, read_checkpoint, save_checkpoint
 from wav2vec2.utils.files import UserError
 
 
@@ -41,12 +41,12 @@ def main() -> None:
         print(f"save_final_ckpt.py: this stage is finished: {out}")
         return
     config = read_checkpoint(args.config_path)["config"]
-    checkpoint = read_file(args.ckpt_after_final_distill)
-    student = part(checkpoint.get("state_dict", {}), "student_model.")
+    checkpoint = read_trained(args.ckpt_after_final_distill)
+    student = part(checkpoint["state_dict"], "student_model.")
     if not student:
         raise UserError(f"{args.ckpt_after_final_distill}: holds no student_model; give stage 3's last.ckpt")
     if (made_with := checkpoint.get("run")) is not None:
-        then = {"flags": {}, "inputs": {"config_path": made_with["inputs"]["student_ckpt"]}}
+        then = provenance.excerpt(made_with, config_path="student_ckpt")
         remedy = "Give --config_path what stage 3 had as --student_ckpt"
         found = provenance.differences(then, record)
         provenance.refuse(found, args.ckpt_after_final_distill, args.allow_changed, remedy)

@@ -25,7 +25,14 @@ import provenance
 from callbacks import LastCheckpoint, Progress, StopOnNonFinite, StopOnSignal
 from cli import natural, not_negative, path, positive, positive_int
 from dataset.datamodule import SpeechDataModule
-from experiment import RunCheckpointIO, last_of, newest_checkpoint, read_training_checkpoint, sole_run_in
+from experiment import (
+    RunCheckpointIO,
+    last_of,
+    newest_checkpoint,
+    read_training_checkpoint,
+    sole_run_in,
+    to_go_on_from,
+)
 from lightning import DistillLoss, DistillModule, distill_projections, parse_distill_layers
 from precision import HALF, hold_in_half, prepare_gpu
 from processes import is_first, say
@@ -216,7 +223,7 @@ def train(module: DistillModule, run: Run) -> None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 raise UserError(LOST_WORKER) from error
             raise UserError(
-                f"{exp_dir}: the run could not write there ({error.strerror or error})"
+                f"cannot write the logs in {exp_dir / 'logs'}: {error.strerror or error}"
             ) from error
         except RuntimeError as error:
             if (words := _in_words(str(error), run.args)) is None:
@@ -264,11 +271,11 @@ def _train(module: DistillModule, run: Run) -> int:
         args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, args.seed
     )
     devices, plugins = hardware(args), cluster(args)
-    stopper, progress = StopOnSignal(), Progress(args.log_interval)
+    stopper, progress, checkpoints = StopOnSignal(), Progress(args.log_interval), RunCheckpointIO()
     saver = LastCheckpoint(last, args.save_interval, run.record, run.resumed)
     trainer = pl.Trainer(
         **devices,
-        plugins=[RunCheckpointIO(run.content), *plugins],
+        plugins=[checkpoints, *plugins],
         num_nodes=args.num_nodes,
         precision=PRECISIONS[args.precision],
         max_steps=args.max_updates,
@@ -290,7 +297,12 @@ def _train(module: DistillModule, run: Run) -> int:
     )
     if (half := HALF.get(trainer.precision)) is not None:
         hold_in_half(module.teacher_model, half)
-    run.content = None
+    if run.resumed is not None:
+        module.trainer = trainer  # whose precision decides how the optimiser computes
+        checkpoints.resumed = to_go_on_from(
+            run.content, run.resumed, module, args.accum_grad, args.allow_changed
+        )
+        run.content = None
     validates = data.has_validation()
     if devices_a_node(args)[0] == "cpu":
         onednn.enable()
@@ -413,6 +425,7 @@ def quieten() -> None:
         ".*Total length of .* across ranks is zero.*",
         ".*lr_scheduler.step.*optimizer.step.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*`broadcast_buffers` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -2,13 +2,14 @@
 
 import argparse
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import provenance
+from cli import shortened
 from wav2vec2.model import Wav2Vec2Model, base_config
 from wav2vec2.utils.checkpoint import build_model, save_checkpoint
 from wav2vec2.utils.files import UserError
@@ -71,14 +72,6 @@ class Options:
                 f"{self.source}: the option {name} of its config {problem}; use the config it came with"
             )
         return value
-
-
-def shortened(value) -> str:
-    """A value for an error message, however large it is."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer with more digits than Python is willing to print
-        return f"a huge {type(value).__name__}"
 
 
 def _is_integer(value) -> bool:
@@ -239,11 +232,12 @@ def require_floating_point(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def convert(
-    source: str, out: str | None, suffix: str, load: Callable[[str], tuple[Wav2Vec2Model, str]]
+    flag: str, source: str, out: str | None, suffix: str, load: Callable[[str], tuple[Wav2Vec2Model, str]]
 ) -> None:
     """Converts ``source``, writes the result atomically, and prints a line about it.
 
     Args:
+        flag: the flag that names the source.
         source: a file, a folder or a hub's name.
         out: the file to write; None for ``pretrained/`` with the name of the source and ``suffix``.
         suffix: the end of that file's name.
@@ -253,6 +247,7 @@ def convert(
     """
     name = Path(source).name if suffix == ".hf.pth" else Path(source).stem
     out = out or f"pretrained/{name or Path(source).resolve().name}{suffix}"
+    provenance.refuse_overwriting(out, {flag: source})
     model, remark = load(source)
     save_checkpoint(out, model)
     waveform = "normalised" if model.normalize_waveform else "not normalised"

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
+from cli import shortened
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.utils.files import UserError
 
@@ -25,7 +26,6 @@ from .common import (
     read_config,
     rename,
     script_arguments,
-    shortened,
     without_prefix,
 )
 from .safe_pickle import StandIn
@@ -80,7 +80,7 @@ def main(family: str) -> None:
     description = f"Converts a {FAMILIES[family]} checkpoint of {origin}."
     args = script_arguments(description, "--ckpt", None, "the .pt file, as it was published")
     suffix = ".unilm.pth" if family == "wavlm" else ".fairseq.pth"
-    convert(args.ckpt, args.out, suffix, lambda path: load_fairseq(path, family))
+    convert("ckpt", args.ckpt, args.out, suffix, lambda path: load_fairseq(path, family))
 
 
 def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:

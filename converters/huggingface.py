@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import missing_package
+from cli import missing_package, shortened
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
 from wav2vec2.utils.files import UserError
@@ -30,7 +30,6 @@ from .common import (
     rename,
     require_floating_point,
     script_arguments,
-    shortened,
     some,
     without_prefix,
 )
@@ -105,7 +104,7 @@ def main(family: str, model: str) -> None:
     description = f"Converts a {FAMILIES[family]} model of Hugging Face's transformers."
     meaning = f"a folder or a hub's name, with or without a CTC head; by default {model}"
     args = script_arguments(description, "--model", model, meaning)
-    convert(args.model, args.out, ".hf.pth", lambda name: load_huggingface(name, family))
+    convert("model", args.model, args.out, ".hf.pth", lambda name: load_huggingface(name, family))
 
 
 def load_huggingface(name: str, family: str) -> tuple[Wav2Vec2Model, str]:
@@ -300,7 +299,12 @@ def normalizes_input(source: Source, config) -> bool:
     processor = source.read_json("processor_config.json") or {}
     extractor = processor.get("feature_extractor") or source.read_json("preprocessor_config.json") or {}
     given = extractor.get("do_normalize") if isinstance(extractor, dict) else None
-    return config.feat_extract_norm == "layer" if given is None else bool(given)
+    if not isinstance(given, bool | None):
+        raise UserError(
+            f"{source.name}: the option do_normalize of its feature extractor is {shortened(given)}, which "
+            "it cannot be; use the files it came with"
+        )
+    return config.feat_extract_norm == "layer" if given is None else given
 
 
 def build_original(model_class: type, config, weights: Mapping[str, Tensor], source: str) -> nn.Module:

@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from wav2vec2.utils.files import UserError
 
@@ -28,12 +28,16 @@ GPU_CROP_MULTIPLE = 3_200
 Crop = tuple[int, int, int]
 
 
-class AudioError(UserError):
-    """An audio file that is missing, broken, or not what its manifest says, in one sentence that names it."""
+class LoaderError(UserError):
+    """What keeps a loader's process from giving a batch, in one sentence."""
 
     def __init__(self, message: str):
         # A DataLoader raises a worker's error again with the whole traceback as its message, ours at the end.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class AudioError(LoaderError):
+    """An audio file that is missing, broken, or not what its manifest says, in one sentence that names it."""
 
 
 def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
@@ -268,9 +272,22 @@ def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
 
     Returns:
         The waveforms (batch, time) float32 and their lengths in samples (batch,) int64.
+
+    Raises:
+        LoaderError: this is a loader's process, and there is no shared memory to hand the batch over.
     """
     stacked = torch.stack(waveforms)
-    return stacked, torch.full((len(stacked),), stacked.shape[1], dtype=torch.long)
+    batch = stacked, torch.full((len(stacked),), stacked.shape[1], dtype=torch.long)
+    if get_worker_info() is None:
+        return batch
+    try:
+        # Otherwise the queue does it, and where that fails it drops the batch, for which training would wait.
+        return tuple(tensor.share_memory_() for tensor in batch)
+    except (RuntimeError, OSError) as error:
+        raise LoaderError(
+            "there is no shared memory left for a batch: give /dev/shm more room (docker run --shm-size), or "
+            "read audio with --num_workers 0"
+        ) from error
 
 
 def _leave_signals_to_training(worker: int) -> None:

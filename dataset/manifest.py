@@ -44,13 +44,19 @@ def samples_complaint(samples: np.ndarray) -> str | None:
     return None
 
 
+def leaves_root(path: str) -> bool:
+    """Whether a path of a manifest, which anyone may have written, is not one below the manifest's root."""
+    return path.startswith("/") or ".." in path.split("/") or "\0" in path
+
+
 def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
     """Reads the manifest ``tsv_dir/name.tsv``.
 
     A manifest with its first line alone, or with no line, is an empty set.
 
     Raises:
-        UserError: there is no such file, its root folder is gone, or a line is not ``path<TAB>samples``.
+        UserError: there is no such file, its root folder is gone, or a line is not ``path<TAB>samples`` with
+            a path of its own below the root.
     """
     tsv = Path(tsv_dir) / f"{name}.tsv"
     if not tsv.is_file():
@@ -60,7 +66,7 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
     lengths: list[int] = []
     try:
         # Only a line feed ends a line: a carriage return or a Unicode line separator may be part of a name.
-        with open(tsv, encoding="utf-8", newline="\n") as file:
+        with open(tsv, encoding="utf-8-sig", newline="\n") as file:
             root = file.readline().rstrip("\r\n")
             for number, line in enumerate(file, start=2):
                 path, _, samples = line.rstrip("\r\n").partition("\t")
@@ -69,16 +75,29 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
                         f"{tsv}, line {number}: not a path, a tab and a number of samples: "
                         "make it again with prepare_data.py"
                     )
+                if leaves_root(path):
+                    raise UserError(
+                        f"{tsv}, line {number}: {path!r:.300} does not lie under the root folder of line "
+                        "1: give a path relative to it, without .."
+                    )
                 paths.append(path)
                 lengths.append(int(samples))
     except UnicodeDecodeError as error:
         raise UserError(f"{tsv}, line {len(paths) + 2} or later: not UTF-8 text ({error.reason})") from None
-    if root and not os.path.isdir(root):
+    if root and ("\0" in root or not os.path.isdir(root)):
         raise UserError(
-            f"{tsv}, line 1: there is no folder {root}: make the manifest again with prepare_data.py"
+            f"{tsv}, line 1: there is no folder {root!r:.300}: make the manifest again with prepare_data.py"
         )
     if paths and not root:
         raise UserError(f"{tsv}, line 1: the root folder is missing: make it again with prepare_data.py")
+    if len(set(paths)) < len(paths):
+        first: dict[str, int] = {}
+        for number, path in enumerate(paths, start=2):
+            if (earlier := first.setdefault(path, number)) != number:
+                raise UserError(
+                    f"{tsv}, line {number}: lists {path!r:.300} a second time, after line {earlier}: "
+                    "leave one of them out"
+                )
     return Manifest(root, paths, np.array(lengths, dtype=np.int64))
 
 
@@ -95,14 +114,10 @@ def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[s
     """
     with ExitStack() as replacements:
         for name, utterances in sets.items():
-            tsv = Path(tsv_dir) / f"{name}.tsv"
-            try:
-                temporary = replacements.enter_context(atomic_write(tsv))
-                with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                    file.write(f"{root}\n")
-                    file.writelines(f"{path}\t{samples}\n" for path, samples in utterances)
-                    file.flush()
-                    # A full disk may show only here, and after this block the first manifest is replaced.
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise UserError(f"cannot write {tsv}: {error.strerror}") from error
+            temporary = replacements.enter_context(atomic_write(Path(tsv_dir) / f"{name}.tsv"))
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.write(f"{root}\n")
+                file.writelines(f"{path}\t{samples}\n" for path, samples in utterances)
+                file.flush()
+                # A full disk may show only here, and after this block the first manifest is replaced.
+                os.fsync(file.fileno())

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from provenance import read_run
-from prune import gated_student, gated_tensors, part
+from prune import gated_student, gated_tensors, part, read_trained
 from wav2vec2 import PruningError, Wav2Vec2Model
-from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint, read_file
+from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint
 from wav2vec2.utils.files import UserError
 
 STAGES = {
@@ -108,7 +108,7 @@ class Run:
                     students[-1].model.config, weights, f"{again} with the config of {pruned}"
                 )
                 students.append(Student(model.eval(), again, stage, saved=False))
-            settings = content.get("hyper_parameters", {})
+            settings = content["hyper_parameters"]
             add_projections(students[-1], part(content["state_dict"], "distill_linear_projs."), settings)
             if pruned is not None:
                 # Stage 3 distils the layers of stage 1, whose projections stage 2 hands on.
@@ -139,7 +139,7 @@ class Run:
             raise UserError(f"{distilled}: {error}") from error
         stage = f"in stage 1, after update {content['global_step']:,}{_of(content)}, cut as its gates stand"
         student = Student(model, distilled, stage, saved=False, gated=gated)
-        settings = content.get("hyper_parameters", {})
+        settings = content["hyper_parameters"]
         add_projections(student, part(content["state_dict"], "distill_linear_projs."), settings)
         return student
 
@@ -153,7 +153,7 @@ class Run:
 
 
 def _of(content: dict) -> str:
-    updates = content.get("hyper_parameters", {}).get("max_updates")
+    updates = content["hyper_parameters"].get("max_updates")
     return "" if updates is None else f" of {updates:,}"
 
 
@@ -163,8 +163,8 @@ def read_training_checkpoint(path: Path) -> dict:
     Raises:
         UserError: it is none.
     """
-    content = read_file(path)
-    if not isinstance(content.get("state_dict"), dict) or "global_step" not in content:
+    content = read_trained(path)
+    if not content["state_dict"] or type(content.get("global_step")) is not int:
         raise UserError(f"{path}: is not a checkpoint of a training stage; give the folders of a run")
     return content
 

@@ -63,7 +63,8 @@ def _integer(least: int, most: int = MAX_WIDTH) -> Check:
 
 def _per_layer(check: Check) -> Check:
     def check_all(value: object) -> str | None:
-        wanted = "" if not _is_list(value) else next(filter(None, map(check, value)), None)
+        short = _is_list(value) and len(value) <= MAX_LAYERS
+        wanted = "" if not short else next(filter(None, map(check, value)), None)
         return None if wanted is None else f"a list with an entry a layer{wanted and f', each {wanted}'}"
 
     return check_all

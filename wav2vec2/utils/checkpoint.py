@@ -5,7 +5,8 @@
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ def _check_container(path: Path) -> None:
             # torch.save does not compress, so a compressed member is somebody's trick to fill the memory.
             if any(member.compress_type != zipfile.ZIP_STORED for member in container.infolist()):
                 raise _damaged(path, "its parts are compressed")
+            if len(set(container.namelist())) < len(container.namelist()):
+                raise _damaged(path, "two of its parts have one name")
             if sum(member.file_size for member in container.infolist()) > path.stat().st_size:
                 raise _damaged(path, "its parts claim to be larger than the file")
             if (broken := container.testzip()) is not None:
@@ -78,24 +81,37 @@ def _check_container(path: Path) -> None:
         raise _damaged(path, "its container cannot be read") from error
 
 
-def _check_tensors(path: Path, content: object, name: str = "") -> None:
+def _check_tensors(path: Path, content: dict) -> None:
     """Refuses a tensor whose values are not all in the file, or not all finite."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            _check_tensors(path, value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, (list, tuple)):
-        for i, value in enumerate(content):
-            _check_tensors(path, value, f"{name}.{i}")
-    elif isinstance(content, Tensor):
+    # A pickle can nest its content without end, or hold a part any number of times in a few bytes.
+    seen: set[int] = set()
+    remaining: list[tuple[str, object]] = [("", content)]
+    while remaining:
+        name, value = remaining.pop()
+        if id(value) in seen or not isinstance(value, (Mapping, list, tuple, Tensor)):
+            continue
+        seen.add(id(value))
+        if not isinstance(value, Tensor):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            remaining += [(f"{name}.{_shown(key)}".lstrip("."), item) for key, item in items]
+            continue
         shown = name.removeprefix("state_dict.")
-        plain_layout = content.layout == torch.strided and not content.is_quantized and not content.is_meta
-        if not plain_layout or content.numel() * content.element_size() > content.untyped_storage().nbytes():
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+        # torch computes nothing with the floating-point numbers of eight bits and less.
+        plain = plain and not (value.is_floating_point() and value.element_size() == 1)
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path}: the tensor {shown} is not a plain one; make or copy the file again")
-        if (content.is_floating_point() or content.is_complex()) and not content.isfinite().all():
+        if (value.is_floating_point() or value.is_complex()) and not value.isfinite().all():
             raise UserError(
                 f"{path}: the tensor {shown} has a value that is not finite (NaN or infinity), so training "
                 "had gone wrong when it was written; go back to an earlier checkpoint"
             )
+
+
+def _shown(key: object) -> str:
+    """A key of a dictionary that anyone may have written, for a sentence."""
+    plain_key = (isinstance(key, str) and key.isprintable()) or (isinstance(key, int) and 0 <= key < 2**31)
+    return str(key)[:200] if plain_key else "an entry without a name"
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -129,6 +145,12 @@ def build_model(
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
+    for key, tensor in state_dict.items():
+        if not (isinstance(key, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            raise UserError(
+                f"{source}: {_shown(key)} in its state dict is no tensor of floating-point numbers; make or "
+                "copy the file again"
+            )
     try:
         with torch.device("meta"):
             model = wav2vec2_model(**config)
@@ -151,7 +173,11 @@ def build_model(
         shapes = f"is {tuple(given[key].shape)}, by the config it should be {tuple(expected[key].shape)}"
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(f"{source}: the tensor {key} {shapes}{more}")
-    model.load_state_dict({key: value.float() for key, value in given.items()}, strict=False, assign=True)
+    tensors = {key: value.float() for key, value in given.items()}
+    for key, tensor in given.items():
+        if tensor.dtype == torch.float64 and not tensors[key].isfinite().all():
+            raise UserError(f"{source}: the tensor {key} has a value that float32 cannot hold")
+    model.load_state_dict(tensors, strict=False, assign=True)
     for gate in model.gates():
         if gate.log_alpha.is_meta:
             gate.log_alpha = torch.nn.Parameter(torch.empty(gate.n_in))
@@ -186,16 +212,28 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
         UserError: there is no room for the file, or the loaded model does not compute what ``model`` does.
     """
     content = {"config": to_builtin(model.config), "state_dict": on_cpu(model.state_dict())}
-    with atomic_write(path) as temporary:
-        try:
-            torch.save({**content, **{key: on_cpu(value) for key, value in extra.items()}}, temporary)
-        except RuntimeError as error:
-            # torch's own writer says of a full disk only that its position is not the expected one.
-            raise UserError(f"{path}: could not be written; is there room on the disk?") from error
+    content |= {key: on_cpu(value) for key, value in extra.items()}
+    with writing(path, content) as temporary:
         if verify and not (error := difference(load_model(temporary), model)) <= 1e-5:
             raise UserError(
                 f"{path}: loaded again, its output differs by {error:.1e} from the model in memory"
             )
+
+
+@contextmanager
+def writing(path: str | Path, content: dict) -> Iterator[Path]:
+    """Writes ``content`` as :func:`read_file` reads it, under a temporary name that the block may look at.
+
+    Raises:
+        UserError: as :func:`atomic_write` says.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            # torch's own writer says of a full disk only that its position is not the expected one.
+            raise UserError(f"{path}: could not be written; is there room on the disk?") from error
+        yield temporary
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,255 @@
+"""Full disks, folders that cannot be written, and outputs that name inputs: the sentence names the file, and
+what was there stays whole."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from stage_helpers import ROOT
+
+from faults.table import Case, finished, refused
+
+FAIRSEQ = ROOT / "tests" / "golden" / "fairseq_hubert_base.pt"
+FORBIDDEN = Path("/sys/no")
+"""Where not even root may write."""
+
+
+def untouched(do):
+    """The same, where what was in the case's folder must be there as it was, and nothing new."""
+
+    def checked(world):
+        (world.tmp / "out").write_bytes(b"an earlier file")
+        outcome = do(world)
+        assert [path.name for path in world.tmp.iterdir() if path.is_file()] == ["out"]
+        assert (world.tmp / "out").read_bytes() == b"an earlier file"
+        return outcome
+
+    return checked
+
+
+def prune(world, out, **options):
+    last = world.copy_of_stages() / "ckpts" / "last.ckpt"
+    return world.call(
+        "prune", "--distilled_ckpt", last, "--original_ckpt", world.teacher, "--out", out, **options
+    )
+
+
+def save_final_ckpt(world, out, **options):
+    exp = world.copy_of_stages()
+    files = ["--config_path", exp / "ckpts" / "pruned_hubert_base.pth"]
+    files += ["--ckpt_after_final_distill", exp / "final" / "ckpts" / "last.ckpt"]
+    return world.call("save_final_ckpt", *files, "--out", out, **options)
+
+
+def convert(world, out, **options):
+    return world.call("convert_hubert_from_fairseq", "--ckpt", FAIRSEQ, "--out", out, **options)
+
+
+def export(kind):
+    def do(world, out, **options):
+        return world.call(f"export_to_{kind}", "--ckpt", world.teacher, "--out", out, **options)
+
+    return do
+
+
+def prepare(world, out, **options):
+    return world.call("prepare_data", "--data", world.corpus, "--out", out, "--num_workers", 1, **options)
+
+
+def report(world, out, **options):
+    exp, flags = world.copy_of_stages(), ["--repeats", 1, "--utterances", 1]
+    files = ["--teacher_ckpt", world.teacher, "--root_dir", exp, "--out", out]
+    return world.call("report", *files, *flags, **options)
+
+
+def full(write, size, name="out"):
+    return untouched(lambda world: write(world, world.tmp / name, file_size=size))
+
+
+def forbidden(write, name="no"):
+    return lambda world: write(world, FORBIDDEN.with_name(name))
+
+
+def full_manifests(world):
+    out = world.tmp / "tsv"
+    shutil.copytree(world.manifests, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    outcome = prepare(world, out, file_size=100)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    return outcome
+
+
+def full_while_training(size, **changes):
+    """Goes on from update 8 in a folder of a finished run, on a disk that is full."""
+
+    def do(world):
+        exp = world.copy_of_stages()
+        before = (exp / "ckpts" / "previous.ckpt").read_bytes()
+        (exp / "ckpts" / "last.ckpt").unlink()
+        outcome = world.call("distill", *world.distill(exp, **changes), file_size=size)
+        assert (exp / "ckpts" / "previous.ckpt").read_bytes() == before
+        assert not list((exp / "ckpts").glob(".*"))
+        return outcome
+
+    return do
+
+
+def full_log(world):
+    changes = {"max_updates": 200, "save_interval": 1000, "log_interval": 1}
+    return world.call("distill", *world.distill(**changes), file_size=12_000)
+
+
+def no_shared_memory(world):
+    changes = {"num_workers": 1, "max_updates": 200, "save_interval": 1000}
+    return world.call("distill", *world.distill(**changes), file_size=12_000)
+
+
+def full_standard_output(world):
+    last = world.copy_of_stages() / "ckpts" / "last.ckpt"
+    arguments = ["--distilled_ckpt", last, "--original_ckpt", world.teacher, "--out", world.tmp / "out.pth"]
+    with open("/dev/full", "w") as output:
+        outcome = world.run("prune", *arguments, stdout=output, stderr=subprocess.PIPE)
+    assert (world.tmp / "out.pth").exists()
+    return outcome
+
+
+def full_standard_error(world):
+    with open("/dev/full", "w") as output:
+        return world.run("distill", *world.distill(), stdout=output, stderr=output)
+
+
+def temporary_folder_is_full(world):
+    """With no temporary folder at all, which Lightning's own way of saving would need."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": "/sys"}
+    outcome = world.run("distill", *world.distill(), env=environment)
+    assert (world.tmp / "exp" / "ckpts" / "last.ckpt").exists()
+    return outcome
+
+
+def over_its_input(script, flag, arguments):
+    """--out names an input, or a link to it."""
+
+    def do(world):
+        source, link = world.tmp / "source", world.tmp / "link"
+        paths = arguments(world)
+        shutil.copy(paths[paths.index(flag) + 1], source)
+        paths[paths.index(flag) + 1] = source
+        link.symlink_to(source)
+        before = source.read_bytes()
+        outcome = None
+        for out in (source, link):
+            outcome = world.call(script, *paths, "--out", out)
+            assert outcome.status == 2, outcome.said
+        assert source.read_bytes() == before
+        return outcome
+
+    return do
+
+
+def over_a_file_of_its_folder(world):
+    from convert_helpers import hf_model
+
+    folder = world.tmp / "hf"
+    hf_model("hubert").save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    outcome = world.call("convert_hubert_from_hf", "--model", folder, "--out", folder / "model.safetensors")
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    return outcome
+
+
+def pruned_inputs(world):
+    return ["--distilled_ckpt", world.stages / "ckpts" / "last.ckpt", "--original_ckpt", world.teacher]
+
+
+def final_inputs(world):
+    pruned, last = (
+        f"{world.stages}/{name}" for name in ("ckpts/pruned_hubert_base.pth", "final/ckpts/last.ckpt")
+    )
+    return ["--config_path", pruned, "--ckpt_after_final_distill", last]
+
+
+ROOM = "is there room on the disk?"
+
+CASES = [
+    Case("no room for stage 2's file", full(prune, 60_000), refused("/out: could not be written", ROOM)),
+    Case("no room for stage 4's file", full(save_final_ckpt, 20_000), refused("/out: could not be written")),
+    Case("no room for run.json", full(prune, 1_000), refused("cannot write ", "/run.json: File too large")),
+    Case("no room for a converted model", full(convert, 60_000), refused("/out: could not be written", ROOM)),
+    Case("no room for manifests", full_manifests, refused("cannot write ", "/train100.tsv: File too large")),
+    Case(
+        "no room for a checkpoint", full_while_training(60_000), refused("/last.ckpt: could not be written")
+    ),
+    Case(
+        "no room for the log",
+        full_log,
+        refused("cannot write the logs in ", "/exp/logs: File too large"),
+        True,
+    ),
+    Case("no room in shared memory", no_shared_memory, refused("no shared memory left", "--num_workers 0")),
+    Case(
+        "no room for weights for transformers",
+        full(export("hf"), 60_000, "new"),
+        refused("/new: Error while"),
+    ),
+    Case(
+        "no room for code for transformers", full(export("hf"), 6_000, "new"), refused("/new: File too large")
+    ),
+    Case("no room for ONNX", full(export("onnx"), 60_000), refused("/out: File too large"), slow=True),
+    Case(
+        "no room for a report", full(report, 1_000, "new"), refused("/report.json: File too large"), slow=True
+    ),
+    Case(
+        "no room for what is printed",
+        full_standard_output,
+        refused("could not be written (No space"),
+        slow=True,
+    ),
+    Case("no room for a run's lines", full_standard_error, finished(), slow=True),
+    Case("no temporary folder", temporary_folder_is_full, finished("update 10/10"), slow=True),
+    Case("stage 2 to where it may not", forbidden(prune), refused("cannot write /sys/no: ")),
+    Case("stage 4 to where it may not", forbidden(save_final_ckpt), refused("cannot write /sys/no: ")),
+    Case("a converter to where it may not", forbidden(convert), refused("cannot write /sys/no: ")),
+    Case(
+        "manifests to where they may not", forbidden(prepare), refused("cannot write /sys/no/train100.tsv: ")
+    ),
+    Case("transformers to where it may not", forbidden(export("hf")), refused("cannot write /sys/no: ")),
+    Case("ONNX to where it may not", forbidden(export("onnx")), refused("cannot write /sys/no: ")),
+    Case("a report to where it may not", forbidden(report), refused("/sys/no/report.json: "), slow=True),
+    Case(
+        "a run to where it may not",
+        lambda world: world.call("distill", *world.distill(FORBIDDEN)),
+        refused("--exp_dir /sys/no cannot be written to"),
+    ),
+    Case(
+        "stage 2 over stage 1's file",
+        over_its_input("prune", "--distilled_ckpt", pruned_inputs),
+        refused("replace"),
+    ),
+    Case(
+        "stage 2 over the teacher",
+        over_its_input("prune", "--original_ckpt", pruned_inputs),
+        refused("replace"),
+    ),
+    Case(
+        "stage 4 over stage 2's file",
+        over_its_input("save_final_ckpt", "--config_path", final_inputs),
+        refused("replace"),
+    ),
+    Case(
+        "stage 4 over stage 3's file",
+        over_its_input("save_final_ckpt", "--ckpt_after_final_distill", final_inputs),
+        refused("is --ckpt_after_final_distill, which it would replace"),
+    ),
+    Case(
+        "a converter over its source",
+        over_its_input("convert_hubert_from_fairseq", "--ckpt", lambda world: ["--ckpt", FAIRSEQ]),
+        refused("is --ckpt, which it would replace"),
+    ),
+    Case("a converter over a file of its folder", over_a_file_of_its_folder, refused("is a file of --model")),
+    Case(
+        "ONNX over its source",
+        over_its_input("export_to_onnx", "--ckpt", lambda world: ["--ckpt", world.teacher]),
+        refused("is --ckpt, which it would replace"),
+    ),
+]

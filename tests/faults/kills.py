@@ -1,0 +1,175 @@
+"""Signals at random moments: the same command again ends with the unbroken run's weights, to the bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from stage_helpers import ENVIRONMENT, RECIPE, ROOT
+
+from faults.table import MOMENTS, SEED, Case, Fork, Outcome, finished, same_checkpoint, wait_until
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WAYS = {
+    "alone": {"num_workers": 0, "accum_grad": 2},
+    "two workers": {"num_workers": 2, "accum_grad": 2},
+    "two ranks": {"num_workers": 1},
+}
+PATIENCE = 20
+"""Seconds that two ranks wait for each other (--dist_timeout)."""
+
+
+def start(world, stage: str, way: str, exp: Path, log: Path) -> list[Fork]:
+    """Starts a stage; one process, or one for each rank."""
+    arguments = getattr(world, stage)(exp, save_interval=2, dist_timeout=PATIENCE, **WAYS[way])
+    if way != "two ranks":
+        return [world.warm.start(f"{stage}.py", arguments, log)]
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "faults"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": world.free_port()}
+    return [
+        world.warm.start(f"{stage}.py", arguments, log, RANK=rank, LOCAL_RANK=rank, **shared)
+        for rank in (0, 1)
+    ]
+
+
+def run_to_the_end(world, stage: str, way: str, exp: Path) -> float:
+    """Runs a stage, which has to succeed; returns the seconds that it took."""
+    begin = time.monotonic()
+    log = exp.with_suffix(".end.log")
+    for process in start(world, stage, way, exp, log):
+        finished()(process.wait(120))
+    return time.monotonic() - begin
+
+
+def unbroken(world, stage: str, way: str) -> tuple[float, Path]:
+    """The seconds that an unbroken run takes, and its folder."""
+    if (stage, way) not in world.cache:
+        exp = world.make_folder("unbroken") / "exp"
+        world.cache[stage, way] = run_to_the_end(world, stage, way, exp), exp
+    return world.cache[stage, way]
+
+
+def killed(stage: str, way: str, number: int, seed: int):
+    """Sends a signal at a random moment of a stage: to its process, its group, or one of its ranks."""
+
+    def do(world):
+        generator = random.Random(f"{SEED} {stage} {way} {number} {seed}")
+        seconds, whole = unbroken(world, stage, way)
+        exp, log = world.tmp / "exp", world.tmp / "log"
+        processes = start(world, stage, way, exp, log)
+        time.sleep(generator.uniform(0, seconds))
+        group = generator.random() < 0.5 and number != signal.SIGKILL
+        victims = generator.choice([processes, *([process] for process in processes)])
+        for process in victims:
+            process.signal(number, group)
+        outcomes = [process.wait(3 * PATIENCE) for process in processes]
+        said = outcomes[0].said
+        for process, (status, _) in zip(processes, outcomes, strict=True):
+            # The end of Python itself, after all is saved, leaves signals to the system.
+            expected = {-number, 0} if number == signal.SIGKILL else {128 + number, -number, 0}
+            # A rank that is left alone says so; it may also have saved together with the other.
+            assert status in (expected if process in victims else {*expected, 2}), (status, said)
+        assert "Traceback" not in said and "[rank" not in said, said
+        run_to_the_end(world, stage, way, exp)
+        same_checkpoint(exp / "ckpts" / "last.ckpt", whole / "ckpts" / "last.ckpt")
+        assert not list(exp.rglob("*.tmp"))
+        return Outcome(0, said)
+
+    return do
+
+
+def recipe(world, folder: Path) -> tuple[list[str], dict]:
+    """The command and the environment of run.sh, without its report."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/bash\n[[ $1 == */report.py ]] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    variables = {
+        **RECIPE,
+        "python": python,
+        "save_interval": 2,
+        "tsv_dir": world.manifests,
+        "teacher_ckpt": world.teacher,
+        "root_dir": folder / "exp",
+        "final_dir": folder / "exp" / "final",
+    }
+    return ["bash", str(ROOT / "run.sh")], {**ENVIRONMENT, **{k: str(v) for k, v in variables.items()}}
+
+
+def started_recipe(world, folder: Path, log: Path) -> subprocess.Popen:
+    command, environment = recipe(world, folder)
+    with open(log, "a") as output:
+        return subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def whole_recipe(world) -> tuple[float, Path]:
+    """The seconds that an unbroken run.sh takes, and the folder of its files."""
+    if "recipe" not in world.cache:
+        folder, begin = world.make_folder("recipe"), time.monotonic()
+        assert started_recipe(world, folder, folder / "log").wait(300) == 0, (folder / "log").read_text()
+        world.cache["recipe"] = time.monotonic() - begin, folder
+    return world.cache["recipe"]
+
+
+def killed_recipe(number: int, seed: int):
+    """Sends a signal to run.sh at a random moment, to its shell alone or to all that it has started."""
+
+    def do(world):
+        generator = random.Random(f"{SEED} run.sh {number} {seed}")
+        seconds, whole = whole_recipe(world)
+        log = world.tmp / "log"
+        process = started_recipe(world, world.tmp, log)
+        time.sleep(generator.uniform(0, seconds))
+        with suppress(ProcessLookupError):
+            (os.killpg if generator.random() < 0.5 else os.kill)(process.pid, number)
+        process.wait(60)
+        said = log.read_text()
+        assert "Traceback" not in said, said
+
+        def ends() -> bool:
+            # Where the shell alone was killed, its stage goes on, and another one is refused meanwhile.
+            before = log.stat().st_size
+            status = started_recipe(world, world.tmp, log).wait(300)
+            new = log.read_text()[before:]
+            assert status == 0 or "another run trains there" in new, new
+            return status == 0
+
+        wait_until(ends, 120)
+        for name in ("ckpts/last.ckpt", "final/ckpts/last.ckpt"):
+            same_checkpoint(world.tmp / "exp" / name, whole / "exp" / name)
+        same_model(world.tmp / "exp", whole / "exp")
+        return Outcome(0, said)
+
+    return do
+
+
+def same_model(first: Path, second: Path) -> None:
+    import provenance
+
+    for name in ("ckpts/pruned_hubert_base.pth", "final/ckpts/pruned_hubert_base.pth"):
+        assert provenance.fingerprint(first / name) == provenance.fingerprint(second / name), name
+
+
+CASES = [
+    *(
+        Case(
+            f"{signal.Signals(n).name} {seed + 1} of {stage}.py, {way}",
+            killed(stage, way, n, seed),
+            finished(),
+        )._replace(slow=True)
+        for stage in ("distill", "final_distill")
+        for way in WAYS
+        for n in SIGNALS
+        for seed in range(MOMENTS)
+    ),
+    *(
+        Case(f"{signal.Signals(n).name} {seed + 1} of run.sh", killed_recipe(n, seed), finished(), slow=True)
+        for n in SIGNALS
+        for seed in range((MOMENTS + 3) // 4)
+    ),
+]
