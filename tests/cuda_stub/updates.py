@@ -234,7 +234,9 @@ def models(family: str, real: bool):
         return wav2vec2_model(**config | dict.fromkeys(GATES, False)), wav2vec2_model(**config | GATES)
     with torch.device("meta"):
         made = REAL[family](), REAL[family](**GATES)
-    return tuple(model.to_empty(device="cpu") for model in made)
+    return tuple(
+        model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t) for model in made
+    )
 
 
 def run(case: str, args: argparse.Namespace) -> dict:
