@@ -31,7 +31,7 @@ set -euo pipefail
 # stage 3: distil the pruned model
 : "${final_lr:=0.0001}" "${final_warmup:=5000}" "${final_max:=25000}"
 
-# machine; 4 GPUs x 160 s is the batch of the paper, so fewer GPUs want more accum_grad
+# machine; 4 GPUs x 160 s is the batch of the paper, so fewer GPUs want more seconds_per_batch, or accum_grad
 : "${nodes:=${SLURM_JOB_NUM_NODES:-1}}" "${gpus:=4}" "${seconds_per_batch:=160}" "${accum_grad:=1}"
 : "${precision:=16}" "${num_workers:=12}" "${clip_norm:=10}" "${save_interval:=1000}" "${log_interval:=50}"
 : "${activation_checkpointing:=0}" "${tf32:=0}" # 1: less memory for more work; faster products for --precision 32

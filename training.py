@@ -331,12 +331,14 @@ def compile_models(module: DistillModule) -> None:
     """Compiles the layers of the models without gates, the teacher and the student of stage 3, in place.
 
     A gated student's widths change with every update, and it would be compiled again and again. Layers are
-    compiled one by one because they share one graph. Names in the state dict stay.
+    compiled one by one because they share one graph; on a GPU the conv blocks too, whose norm and GELU become
+    one kernel. Names in the state dict stay.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for model in (module.teacher_model, module.student_model):
         if not model.gates():
-            for layer in model.encoder.transformer.layers:
+            blocks = model.feature_extractor.conv_layers if torch.cuda.is_available() else []
+            for layer in (*blocks, *model.encoder.transformer.layers):
                 layer.compile(dynamic=True)
 
 

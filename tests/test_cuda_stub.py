@@ -66,6 +66,8 @@ def test_an_update_waits_once_for_the_gpu_and_mixes_no_devices_or_dtypes(library
         assert found["synchronisations"] == (1 if stage == 1 else 0), "which gates are open, and nothing else"
         assert found["copies to the device"] == (2 if stage == 1 else 1), "the batch, and the open units"
         assert not found["cuDNN attention"]
+        if stage == 1:
+            assert set(found["conv widths"]) <= {64, 128}, "few shapes for cuDNN to prepare for"
         assert found["kernels"] <= KERNELS[family][0 if stage == 1 else 1], found["case"]
 
 

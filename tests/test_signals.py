@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from stage_helpers import (
     ENVIRONMENT,
     RECIPE,
@@ -19,6 +21,8 @@ from stage_helpers import (
     two_ranks,
     wait_for,
 )
+
+from callbacks import StopOnSignal
 
 
 def members(group):
@@ -206,3 +210,20 @@ def test_nodes_that_do_not_come_are_given_up(manifests, teacher, tmp_path):
     assert "waiting for the other nodes for up to 5 s" in process.stderr
     assert "have come together within 5 s (--num_nodes 2" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", [10, 20, 30]), ("cpu", list(range(1, 31)))])
+def test_processes_on_gpus_ask_each_other_for_signals_in_every_tenth_update(device, asked):
+    updates = []
+
+    def reduce(value, reduce_op):
+        updates.append(trainer.global_step)
+        return value
+
+    strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
+    trainer = SimpleNamespace(global_step=0, world_size=2, max_steps=100, strategy=strategy)
+    callback, module = StopOnSignal(), SimpleNamespace(device=torch.device(device))
+    for _ in range(30):
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert updates == asked

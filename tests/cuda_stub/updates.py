@@ -102,14 +102,15 @@ def launches() -> int:
 class Convolution(torch.autograd.Function):
     """Stands for cuDNN's convolution, which the stand-in lacks: one kernel, and one for each gradient."""
 
-    shapes: set = set()
+    widths: set = set()
     running = False
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, groups):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        Convolution.shapes.add((*x.shape, *weight.shape))
+        if groups == 1:
+            Convolution.widths.add(len(weight))
         frames = (x.size(2) + 2 * padding - weight.size(2)) // stride + 1
         result = Convolution.kernel(torch.empty(len(x), len(weight), frames, device=x.device, dtype=x.dtype))
         ctx.flop = 2 * result.numel() * weight[0].numel()
@@ -226,6 +227,8 @@ def models(family: str, real: bool):
     if not real:
         depth = 24 if "large" in family else 12
         config = config_of(family, encoder_num_layers=depth)
+        convs = config["extractor_conv_layer_config"]
+        config["extractor_conv_layer_config"] = [(128, kernel, stride) for _, kernel, stride in convs]
         for name, value in config.items():
             if name.startswith("encoder_") and isinstance(value, list):
                 config[name] = value[:1] * depth
@@ -234,7 +237,9 @@ def models(family: str, real: bool):
         return wav2vec2_model(**config | dict.fromkeys(GATES, False)), wav2vec2_model(**config | GATES)
     with torch.device("meta"):
         made = REAL[family](), REAL[family](**GATES)
-    return tuple(model.to_empty(device="cpu") for model in made)
+    return tuple(
+        model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t) for model in made
+    )
 
 
 def run(case: str, args: argparse.Namespace) -> dict:
@@ -263,7 +268,7 @@ def run(case: str, args: argparse.Namespace) -> dict:
     arguments = training.module_arguments(flags, teacher, student)
     regulariser = {"reg_learning_rate": 0.02, "target_sparsity": 0.75, "sparsity_warmup_updates": 5000}
     module = DistillModule(**arguments, use_reg=stage == "1", **(regulariser if stage == "1" else {}))
-    found, Counting.seen, Convolution.shapes = watch(module), [], set()
+    found, Counting.seen, Convolution.widths = watch(module), [], set()
     Counting.costs = Costs() if args.costs else None
     Batches.shape = (args.utterances, int(args.seconds * 16_000))
     torch.cuda.reset_peak_memory_stats()
@@ -282,6 +287,7 @@ def run(case: str, args: argparse.Namespace) -> dict:
         "copies on the device": counted["n_d2d"],
         "CPU ms": round(1000 * (updates[1][1] - updates[0][1]) / n, 1),
         "peak GiB": round(Counting.seen[-1][2] / 2**30, 2),
+        "conv widths": sorted(Convolution.widths),
         "devices": sorted(Counting.devices),
         "optimiser": Counting.state_dtypes,
         "dtypes": {name: sorted(dtypes) for name, dtypes in found.items()},
