@@ -7,7 +7,7 @@ from faults.table import Case, finished, refused
 KEY = "encoder.transformer.layer_norm.weight"
 NO_TENSOR = " in its state dict is no tensor of floating-point numbers"
 ODD = [None, True, -1, 0, 1.5, 10**5000, "x", "", [], [1, 2], [[1]], {}, {"a": 1}, b"x", torch.zeros(2)]
-"""Values of all types that a file can hold."""
+"""Values of all types that a file can hold. One in three of those lines is for `make test`."""
 
 
 def shown(value) -> str:
@@ -80,15 +80,15 @@ SETTINGS = ("distill_layers", "distill_mode", "max_updates", "sparsity_of", "tar
 
 CASES = [
     *(
-        Case(f"{key} {shown(value)}", entry("config", key, value), refused("odd.pth: "))
+        Case(f"{key} {shown(value)}", entry("config", key, value), refused("odd.pth: "), place % 3 > 0)
         for key in CONFIG
-        for value in ODD
+        for place, value in enumerate(ODD)
         if not (isinstance(value, bool) and key in ("extractor_conv_bias", "normalize_waveform"))
         and not (type(value) is int and value == 0 and key == "encoder_dropout")
     ),
     *(
-        Case(f"a weight {shown(value)}", entry("state_dict", KEY, value), refused("odd.pth: "))
-        for value in ODD
+        Case(f"a weight {shown(value)}", entry("state_dict", KEY, value), refused("odd.pth: "), place % 3 > 0)
+        for place, value in enumerate(ODD)
     ),
     Case(
         "a state dict that is a list",
@@ -116,9 +116,10 @@ CASES = [
             f"stage 1's {name} {shown(value)}",
             stage_1(lambda c, name=name, value=value: c["hyper_parameters"].update({name: value})),
             refused("last.ckpt: "),
+            place % 3 > 0,
         )
         for name in SETTINGS
-        for value in ODD
+        for place, value in enumerate(ODD)
         if not (name == "distill_layers" and value in ([], [1, 2]) and isinstance(value, list))
         and not (name == "distill_mode" and isinstance(value, str))
         and not (name == "target_sparsity" and (value is None or (type(value) is int and value == 0)))
@@ -155,8 +156,9 @@ CASES = [
             f"projections {shown(value)}",
             stage_2(lambda c, value=value: c.update(distill_linear_projs=value)),
             refused("pruned.pth: "),
+            place % 3 > 0,
         )
-        for value in ODD
+        for place, value in enumerate(ODD)
     ),
     Case(
         "a projection that is a text",
