@@ -14,10 +14,10 @@ from stage_helpers import ROOT
 FOLDER = Path(__file__).parent / "cuda_stub"
 HALF = {"16": "torch.float16", "bf16": "torch.bfloat16"}
 KERNELS = {
-    "hubert_base": (1750, 1100),
-    "wavlm_base": (2500, 1800),
-    "hubert_large": (3100, 1950),
-    "wavlm_large": (4500, 3400),
+    "hubert_base": (1900, 1150),
+    "wavlm_base": (2650, 1850),
+    "hubert_large": (3250, 2000),
+    "wavlm_large": (4700, 3500),
 }
 """The most kernels of an update in stages 1 and 3: a little above what was counted with half of the units."""
 
@@ -74,7 +74,7 @@ def test_an_update_waits_once_for_the_gpu_and_mixes_no_devices_or_dtypes(library
 def test_activation_checkpointing_holds_less_memory(library, tmp_path):
     size = ("--utterances", "16", "--seconds", "10", "hubert_large,3,bf16")
     [plain] = updates(library, tmp_path, *size)
-    [checkpointed] = updates(library, tmp_path, "--flags", " --activation_checkpointing", *size)
+    [checkpointed] = updates(library, tmp_path, "--flags", " --activation_checkpointing --tf32", *size)
     assert checkpointed["peak GiB"] < 0.8 * plain["peak GiB"]
 
 
