@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dataset.batches
 import distill
 import training
+from cli import run_script
 
 out, rank = Path(os.environ["NOTES"]), os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
 (out / f"rank{rank}.pid").write_text(str(os.getpid()))
@@ -38,7 +39,7 @@ def note_end(module, run):
 dataset.batches.BucketBatchSampler._crops = note_batch
 training.train = note_end
 try:
-    distill.main()
+    run_script(distill.main)
 except SystemExit as exit:
     (out / f"rank{rank}.status").write_text(str(exit.code))
     raise

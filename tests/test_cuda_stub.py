@@ -72,7 +72,7 @@ def test_an_update_waits_once_for_the_gpu_and_mixes_no_devices_or_dtypes(library
 
 
 def test_activation_checkpointing_holds_less_memory(library, tmp_path):
-    size = ("--utterances", "16", "--seconds", "10", "hubert_large,3,bf16")
+    size = ("--utterances", "4", "--seconds", "10", "hubert_large,3,bf16")
     [plain] = updates(library, tmp_path, *size)
     [checkpointed] = updates(library, tmp_path, "--flags", " --activation_checkpointing --tf32", *size)
     assert checkpointed["peak GiB"] < 0.8 * plain["peak GiB"]
