@@ -72,10 +72,11 @@ def test_an_update_waits_once_for_the_gpu_and_mixes_no_devices_or_dtypes(library
 
 
 def test_activation_checkpointing_holds_less_memory(library, tmp_path):
-    size = ("--utterances", "4", "--seconds", "10", "hubert_large,3,bf16")
+    # All units open, so that no draw decides; in a model this narrow the conv blocks hold most of the memory.
+    size = ("--share", "1", "--utterances", "16", "--seconds", "10", "hubert_large,3,bf16")
     [plain] = updates(library, tmp_path, *size)
     [checkpointed] = updates(library, tmp_path, "--flags", " --activation_checkpointing --tf32", *size)
-    assert checkpointed["peak GiB"] < 0.8 * plain["peak GiB"]
+    assert checkpointed["peak GiB"] < 0.9 * plain["peak GiB"]
 
 
 def test_memory_grows_in_segments_unless_the_user_has_chosen(monkeypatch):
