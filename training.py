@@ -226,7 +226,7 @@ def train(module: DistillModule, run: Run) -> None:
                 f"cannot write the logs in {exp_dir / 'logs'}: {error.strerror or error}"
             ) from error
         except RuntimeError as error:
-            if (words := _in_words(str(error), run.args)) is None:
+            if (words := _in_words(error, run.args)) is None:
                 raise
             # torch would raise an error for each further worker that ends, wherever this process then is.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -243,16 +243,18 @@ LOST_WORKER = (
 )
 
 
-def _in_words(error: str, args: argparse.Namespace) -> str | None:
+def _in_words(error: RuntimeError, args: argparse.Namespace) -> str | None:
     """What the failure of another process means; None where the error is something else."""
-    if "DataLoader worker" in error:
+    said = str(error)
+    if "DataLoader worker" in said:
         return LOST_WORKER
-    if "clients joined" in error or "client socket has timed out" in error:
+    if "clients joined" in said or "client socket has timed out" in said:
         return (
             f"not all processes of the run have come together within {args.dist_timeout} s "
             f"(--num_nodes {args.num_nodes}, --gpus {args.gpus}): start this command on every node"
         )
-    if any(word in error for word in ("gloo", "NCCL", "TCPStore", "Connection closed by peer")):
+    words = ("gloo", "NCCL", "TCPStore", "Connection closed by peer")
+    if isinstance(error, torch.distributed.DistError) or any(word in said for word in words):
         return (
             "another process of this run has ended or does not answer: see its message, and run the same "
             "command again to go on from the last checkpoint"
