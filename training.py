@@ -255,9 +255,11 @@ def _in_words(error: RuntimeError, args: argparse.Namespace) -> str | None:
         )
     words = ("gloo", "NCCL", "TCPStore", "Connection closed by peer")
     if isinstance(error, torch.distributed.DistError) or any(word in said for word in words):
+        # torch's reason comes after the place in its source, and before its advice.
+        reason = said.splitlines()[0].rpartition("] ")[2].partition(". ")[0] if said else "no reason given"
         return (
-            "another process of this run has ended or does not answer: see its message, and run the same "
-            "command again to go on from the last checkpoint"
+            f"another process of this run has ended or does not answer ({reason}): see its message, and run "
+            "the same command again to go on from the last checkpoint"
         )
     return None
 
