@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from processes import SIGNALS, end_children, say
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 class StopOnSignal(pl.Callback):

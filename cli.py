@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -10,10 +10,10 @@ if __name__ == "__main__":
 import argparse
 
 from cli import natural, needs_extra, path, positive, run_script, share
+from model_files import load_model
+from user_files import UserError
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
-from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError
 
 with needs_extra("train"):
     import training

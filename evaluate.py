@@ -24,10 +24,10 @@ from torch import Tensor
 
 import provenance
 from cli import natural, needs_extra, number, positive, run_script
+from model_files import load_model
+from user_files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
-from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, atomic_write
 
 with needs_extra("eval"):
     import numpy as np

@@ -22,9 +22,9 @@ from torch import Tensor
 import provenance
 from cli import shortened
 from lightning import DistillModule
+from model_files import read_file, writing
 from processes import is_first, say
-from wav2vec2.utils.checkpoint import read_file, writing
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 def last_of(exp_dir: str | Path) -> Path:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from cli import needs_extra, path, run_script, writes
+from model_files import load_model, on_cpu, to_builtin
+from user_files import UserError
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.model import Wav2Vec2Model, normalize
-from wav2vec2.utils.checkpoint import load_model, on_cpu, to_builtin
-from wav2vec2.utils.files import UserError
 
 with needs_extra("export"):
     import transformers

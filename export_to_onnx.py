@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import provenance
 from cli import needs_extra, run_script, writes
+from model_files import load_model
+from user_files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, atomic_write
 
 with needs_extra("export"):
     import numpy as np

@@ -9,8 +9,8 @@ if __name__ == "__main__":
 import argparse
 
 from cli import needs_extra, path, run_script
-from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint
-from wav2vec2.utils.files import UserError
+from model_files import build_model, load_model, read_checkpoint
+from user_files import UserError
 
 with needs_extra("train"):
     import provenance

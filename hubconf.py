@@ -4,6 +4,7 @@ import math as _math
 
 import torch as _torch
 
+from model_files import load_model as _load_model
 from wav2vec2 import (
     hubert_base,
     hubert_large,
@@ -15,7 +16,6 @@ from wav2vec2 import (
     wavlm_large,
 )
 from wav2vec2.model import Wav2Vec2Model as _Wav2Vec2Model
-from wav2vec2.utils.checkpoint import load_model as _load_model
 
 dependencies = ["torch"]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from precision import half_weights
+from user_files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
-from wav2vec2.utils.files import UserError
 
 
 class LinearDecayLRScheduler(LRScheduler):

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from cli import needs_extra, run_script
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 with needs_extra("train"):
     import soundfile

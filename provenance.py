@@ -26,7 +26,7 @@ import torch
 
 from cli import shortened
 from processes import say
-from wav2vec2.utils.files import UserError, atomic_write
+from user_files import UserError, atomic_write
 
 FREE = {
     "activation_checkpointing",

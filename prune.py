@@ -10,17 +10,17 @@ import torch
 
 import provenance
 from cli import path, positive_int, run_script, share, shortened
-from wav2vec2 import PruningError, Wav2Vec2Model
-from wav2vec2.config import PRUNING_UNITS
-from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
-from wav2vec2.gating import Count, Layout, evaluation_masks
-from wav2vec2.utils.checkpoint import (
+from model_files import (
     build_model,
     read_checkpoint,
     read_file,
     save_checkpoint,
 )
-from wav2vec2.utils.files import UserError
+from user_files import UserError
+from wav2vec2 import PruningError, Wav2Vec2Model
+from wav2vec2.config import PRUNING_UNITS
+from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
+from wav2vec2.gating import Count, Layout, evaluation_masks
 
 GATE_NAMES = {
     "conv": "conv_layers.0.hard_concrete.log_alpha",

@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cli import needs_extra, positive_int, run_script
+from model_files import load_model
+from user_files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
-from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError, atomic_write
 
 with needs_extra("eval"):
     from reporting import measure, page

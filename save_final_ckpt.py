@@ -6,10 +6,10 @@ from pathlib import Path
 
 import provenance
 from cli import path, run_script
+from model_files import build_model, read_checkpoint, save_checkpoint
 from prune import part, read_trained
+from user_files import UserError
 from wav2vec2.cost import count_parameters
-from wav2vec2.utils.checkpoint import build_model, read_checkpoint, save_checkpoint
-from wav2vec2.utils.files import UserError
 
 
 def parse_args() -> argparse.Namespace:

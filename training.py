@@ -36,8 +36,8 @@ from experiment import (
 from lightning import DistillLoss, DistillModule, distill_projections, parse_distill_layers
 from precision import HALF, hold_in_half, prepare_gpu
 from processes import is_first, say
+from user_files import UserError
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.utils.files import UserError
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -302,7 +302,6 @@ def _train(module: DistillModule, run: Run) -> int:
     if (half := HALF.get(trainer.precision)) is not None:
         hold_in_half(module.teacher_model, half)
     if run.resumed is not None:
-        module.trainer = trainer  # whose precision decides how the optimiser computes
         checkpoints.resumed = to_go_on_from(
             run.content, run.resumed, module, args.accum_grad, args.allow_changed
         )

@@ -18,10 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cli import positive, positive_int, share
+from model_files import load_model
+from user_files import UserError
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wav2vec2_model, wavlm_base
 from wav2vec2.config import PRUNING_UNITS
-from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError
 
 SAMPLE_RATE = 16_000
 MODELS: dict[str, Callable[..., Wav2Vec2Model]] = {

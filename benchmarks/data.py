@@ -26,7 +26,7 @@ from common import SAMPLE_RATE, add_arguments, choose_device, describe, print_ma
 from cli import natural, positive, positive_int, run_script
 from dataset import AudioDataset, make_loader, read_manifest
 from prepare_data import prepare
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 def parse_args() -> argparse.Namespace:

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 import onednn
 from cli import natural, positive, positive_int, run_script, share
 from export_to_onnx import export, relative_error, samples_of
+from model_files import save_checkpoint
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.utils.checkpoint import save_checkpoint
 
 Run = Callable[[Tensor], Tensor]
 """(batch, time) -> (batch, frame, feature)."""

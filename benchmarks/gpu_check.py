@@ -50,11 +50,11 @@ import training
 from cli import run_script
 from dataset import write_manifests
 from experiment import last_of, previous_of
+from model_files import save_checkpoint
 from precision import prepare_gpu
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base, wavlm_large
 from wav2vec2.config import NO_DROPOUT
 from wav2vec2.cost import multiply_accumulates
-from wav2vec2.utils.checkpoint import save_checkpoint
 
 FAMILIES = {
     "HuBERT Base": hubert_base,

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from cli import not_negative, positive, positive_int, run_script
 from export_to_onnx import samples_of
+from model_files import load_model
+from user_files import UserError
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.utils.checkpoint import load_model
-from wav2vec2.utils.files import UserError
 
 
 def parse_args() -> argparse.Namespace:

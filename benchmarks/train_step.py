@@ -48,9 +48,9 @@ from cli import natural, positive, positive_int, run_script
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from precision import hold_in_half, prepare_gpu
 from training import compile_models
+from user_files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import multiply_accumulates
-from wav2vec2.utils.files import UserError
 
 CLIP_NORM = 10.0
 PARTS = ("teacher", "student forward", "backward", "optimiser", "total")

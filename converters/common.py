@@ -10,9 +10,9 @@ from torch import Tensor
 
 import provenance
 from cli import shortened
+from model_files import build_model, save_checkpoint
+from user_files import UserError
 from wav2vec2.model import Wav2Vec2Model, base_config
-from wav2vec2.utils.checkpoint import build_model, save_checkpoint
-from wav2vec2.utils.files import UserError
 
 FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0", "wavlm": "WavLM"}
 

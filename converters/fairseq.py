@@ -12,8 +12,8 @@ from contextlib import suppress
 from torch import Tensor
 
 from cli import shortened
+from user_files import UserError
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils.files import UserError
 
 from . import safe_pickle
 from .common import (

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cli import missing_package, shortened
+from user_files import UserError
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
-from wav2vec2.utils.files import UserError
 
 from . import safe_pickle
 from .common import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
 

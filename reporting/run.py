@@ -11,11 +11,11 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from model_files import build_model, load_model, read_checkpoint
 from provenance import read_run
 from prune import gated_student, gated_tensors, part, read_trained
+from user_files import UserError
 from wav2vec2 import PruningError, Wav2Vec2Model
-from wav2vec2.utils.checkpoint import build_model, load_model, read_checkpoint
-from wav2vec2.utils.files import UserError
 
 STAGES = {
     "distill": "Stage 1: distil and prune",
@@ -100,7 +100,7 @@ class Run:
         if final is not None:
             students.append(Student(load_model(final).eval(), final, "after stage 4"))
         if again is not None and (final is not None or pruned is not None):
-            content = read_training_checkpoint(again)
+            content = read_distilled(again)
             if final is None:
                 stage = f"in stage 3, after update {content['global_step']:,}{_of(content)}"
                 weights = part(content["state_dict"], "student_model.")
@@ -130,7 +130,7 @@ class Run:
 
     def _cut_in_memory(self, distilled: Path, original: Path) -> Student:
         """Stage 1's student as stage 2 would cut it now."""
-        content = read_training_checkpoint(distilled)
+        content = read_distilled(distilled)
         gated = gated_student(gated_tensors(content["state_dict"], distilled), distilled, original)
         model = copy.deepcopy(gated)
         try:
@@ -157,7 +157,7 @@ def _of(content: dict) -> str:
     return "" if updates is None else f" of {updates:,}"
 
 
-def read_training_checkpoint(path: Path) -> dict:
+def read_distilled(path: Path) -> dict:
     """The ``last.ckpt`` of a distillation.
 
     Raises:

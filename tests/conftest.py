@@ -32,8 +32,8 @@ def teacher(tmp_path_factory):
     """A tiny HuBERT with dropout, saved as a checkpoint."""
     import torch
 
+    from model_files import save_checkpoint
     from wav2vec2 import wav2vec2_model
-    from wav2vec2.utils.checkpoint import save_checkpoint
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("pretrained") / "teacher.pth"

@@ -14,9 +14,9 @@ import torch
 from model_helpers import tiny_config
 from stage_helpers import ENVIRONMENT, ROOT
 
+from model_files import load_model, read_checkpoint, read_file, save_checkpoint
+from user_files import UserError
 from wav2vec2 import wav2vec2_model
-from wav2vec2.utils.checkpoint import load_model, read_checkpoint, read_file, save_checkpoint
-from wav2vec2.utils.files import UserError
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_config_that_asks_for_too_much_is_refused_at_once(good, changes, tmp_p
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (60, 60)),
     )
     last = process.stderr.strip().splitlines()[-1]
-    assert process.returncode == 1 and last.startswith("wav2vec2.utils.files.UserError"), process.stderr
+    assert process.returncode == 1 and last.startswith("user_files.UserError"), process.stderr
     assert any(key in last for key in changes) or "by the config it should be" in last
 
 

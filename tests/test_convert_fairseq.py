@@ -22,7 +22,7 @@ from convert_helpers import (
 )
 
 from converters import fairseq
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 @pytest.mark.parametrize("name", RECORDED)

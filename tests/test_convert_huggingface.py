@@ -23,8 +23,8 @@ from torch.testing import assert_close
 
 from converters import huggingface
 from converters.common import rename
+from user_files import UserError
 from wav2vec2 import hubert_base, wav2vec2_model, wavlm_base
-from wav2vec2.utils.files import UserError
 
 transformers.utils.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # its WavLM

@@ -17,7 +17,7 @@ from dataset import (
     read_manifest,
     write_manifests,
 )
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 def spread_lengths(count: int, seed: int = 0) -> np.ndarray:

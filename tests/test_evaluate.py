@@ -12,8 +12,8 @@ from model_helpers import tiny_config
 from stage_helpers import run
 
 import evaluate
+from model_files import save_checkpoint
 from wav2vec2 import wav2vec2_model
-from wav2vec2.utils.checkpoint import save_checkpoint
 
 SPEAKERS = {"ann": 1.0, "bob": 1.03, "cid": 1.06, "dee": 1.09}
 RATES = {"ann": 8_000, "bob": 16_000, "cid": 22_050, "dee": 44_100}

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 
 from converters.huggingface import import_huggingface_model
+from model_files import save_checkpoint
 from wav2vec2 import wav2vec2_model
 from wav2vec2.model import normalize
-from wav2vec2.utils.checkpoint import save_checkpoint
 
 transformers.utils.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings(

@@ -10,8 +10,8 @@ from model_helpers import pruned, randomly_gated
 from torch.testing import assert_close
 
 from cli import run_script
-from wav2vec2.utils.checkpoint import save_checkpoint
-from wav2vec2.utils.files import UserError
+from model_files import save_checkpoint
+from user_files import UserError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

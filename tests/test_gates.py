@@ -105,7 +105,7 @@ def test_expected_size_is_the_true_count_with_gates_open_and_the_pruned_count_wi
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pruned_model_is_right_at_once_and_may_be_gated_and_pruned_again(family):
-    from wav2vec2.utils.checkpoint import build_model
+    from model_files import build_model
 
     waveforms = torch.randn(1, 8000)
     model = randomly_gated(family, 3, closed=0.3).eval()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from model_helpers import tiny_config
 
+from model_files import save_checkpoint
 from wav2vec2 import wav2vec2_model
-from wav2vec2.utils.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,9 +9,9 @@ import torch
 from model_helpers import tiny_config
 from stage_helpers import ENVIRONMENT, ROOT, flags, run, sentence_of
 
+from model_files import read_checkpoint, save_checkpoint
+from user_files import UserError, atomic_write
 from wav2vec2 import wav2vec2_model
-from wav2vec2.utils.checkpoint import read_checkpoint, save_checkpoint
-from wav2vec2.utils.files import UserError, atomic_write
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from stage_helpers import checkpoint, flags, sentence_of
 from callbacks import StopOnNonFinite
 from dataset import AudioError, make_loader, write_manifests
 from experiment import RunCheckpointIO
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 def test_a_run_that_diverges_stops_with_its_update_its_utterances_and_a_remedy(

@@ -68,7 +68,7 @@ def test_the_installed_package_works_where_there_is_torch_alone(wheel, tmp_path)
     code = """
 import importlib, pkgutil, sys
 import torch, wav2vec2
-from wav2vec2.utils.checkpoint import load_model, save_checkpoint
+from model_files import load_model, save_checkpoint
 for module in pkgutil.walk_packages(wav2vec2.__path__, "wav2vec2."):
     importlib.import_module(module.name)
 model = wav2vec2.hubert_base().eval()

@@ -6,9 +6,9 @@ from model_helpers import config_of, ungated
 from stage_helpers import call, checkpoint, flags, run
 
 from lightning import DistillLoss, DistillModule, distill_projections
+from model_files import load_model, save_checkpoint
 from wav2vec2 import wav2vec2_model
 from wav2vec2.cost import COUNTS
-from wav2vec2.utils.checkpoint import load_model, save_checkpoint
 
 
 @pytest.fixture(scope="module", params=COUNTS)

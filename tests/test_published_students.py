@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from model_files import load_model, save_checkpoint
+from user_files import UserError
 from wav2vec2 import wav2vec2_model
-from wav2vec2.utils.checkpoint import load_model, save_checkpoint
-from wav2vec2.utils.files import UserError
 
 from test_golden import PRUNED, recorded  # isort: skip
 

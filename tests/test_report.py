@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
+from model_files import save_checkpoint
 from reporting.run import read_scalars
 from wav2vec2 import wav2vec2_model
 from wav2vec2.config import NO_GATES
-from wav2vec2.utils.checkpoint import save_checkpoint
 
 UPDATES, WARMUP, TARGET = RECIPE["max"], RECIPE["sparsity_warmup"], 0.75
 STAGE_1 = {"pruning_units": "conv,head,interm", "reg_learning_rate": 0.1}

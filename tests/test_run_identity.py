@@ -8,8 +8,8 @@ import torch
 from stage_helpers import call, checkpoint, flags, sentence_of
 
 import provenance
+from model_files import read_checkpoint, save_checkpoint
 from wav2vec2 import wav2vec2_model
-from wav2vec2.utils.checkpoint import read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from convert_helpers import hf_config, recorded, refused, refused_in_little_memory, save_changed
 
 from converters import safe_pickle
-from wav2vec2.utils.files import UserError
+from user_files import UserError
 
 
 class Call:

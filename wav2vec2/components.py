@@ -282,7 +282,7 @@ class SelfAttention(nn.Module):
             position_bias: what ``position_bias`` of the first layer returned.
             attention_mask: (batch, 1, 1, frame) to add to the logits, or None where every utterance is whole.
         """
-        x = autocast(x)
+        x = in_autocast(x)
         q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         bias = self.attention_bias(x, position_bias, attention_mask)
         context = attend(q, k, v, bias, self.dropout if self.training else 0.0)
@@ -295,7 +295,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (x.size(-1) // self.head_dim, self.head_dim)).transpose(1, 2)
 
 
-def autocast(x: Tensor) -> Tensor:
+def in_autocast(x: Tensor) -> Tensor:
     """``x`` as autocast gives it to linear layers, once for several of them; the same without autocast."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -355,7 +355,7 @@ class WavLMSelfAttention(SelfAttention):
         distance = torch.arange(1 - frames, frames, device=place.device)
         buckets = relative_buckets(distance, self.num_buckets, self.max_distance)
         bias = self.rel_attn_embed(buckets[place - place.unsqueeze(1) + frames - 1]).permute(2, 0, 1)
-        return autocast(bias)
+        return in_autocast(bias)
 
     def attention_bias(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor | None) -> Tensor:
         query = x.unflatten(-1, (self.total_num_heads, -1))
@@ -366,7 +366,7 @@ class WavLMSelfAttention(SelfAttention):
             positions = positions.index_select(0, self.remaining_heads)
         gates = torch.sigmoid(self.gru_rel_pos_linear(query.transpose(1, 2)).unflatten(-1, (2, 4)).sum(-1))
         update, reset = gates.chunk(2, dim=-1)
-        bias = autocast(update * (reset * const - 1) + 2) * positions
+        bias = in_autocast(update * (reset * const - 1) + 2) * positions
         return bias if attention_mask is None else bias + attention_mask
 
 

@@ -28,7 +28,6 @@ MAX_WIDTH = 65_536
 would take minutes or all memory before it failed."""
 MAX_LAYERS = 256
 
-
 Check = Callable[[object], str | None]
 """Says in words what a value should be, or returns None where it is that."""
 

@@ -58,8 +58,7 @@ class HardConcrete(nn.Module):
         return torch.sigmoid(self.log_alpha - self.shift).sum()
 
     def sample(self, log_alpha: Tensor) -> Tensor:
-        """One random mask for ``log_alpha`` (n,), differentiable in it (Louizos et al. 2018, equations 10 and
-        11)."""
+        """A random mask for ``log_alpha`` (n,), differentiable in it (Louizos et al. 2018, eq. 10 and 11)."""
         u = torch.empty_like(log_alpha).uniform_(self.eps, 1 - self.eps)
         s = torch.sigmoid((torch.logit(u) + log_alpha) / self.temperature)
         return (s * (self.high - self.low) + self.low).clamp(0, 1)

@@ -256,7 +256,7 @@ def mutated(read, good):
     """Random changes to a file: each is one sentence, or it is read as it was."""
 
     def do(world):
-        from wav2vec2.utils.files import UserError
+        from user_files import UserError
 
         content, generator = good(world).read_bytes(), random.Random(SEED)
         path = world.tmp / "file.pth"

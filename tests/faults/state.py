@@ -223,7 +223,7 @@ def entry(**changes):
 def mutated(world):
     """Random changes to the bytes of a checkpoint: each is one sentence, or nothing has changed."""
     from experiment import read_training_checkpoint
-    from wav2vec2.utils.files import UserError
+    from user_files import UserError
 
     good = (world.stages / "ckpts" / "last.ckpt").read_bytes()
     expected, generator = world.content("last.ckpt")["state_dict"], random.Random(SEED)

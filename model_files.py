@@ -1,4 +1,4 @@
-"""The one place that knows what a checkpoint file looks like:
+"""The files of models, and the one place that reads what torch.save wrote. A checkpoint is
 ``{"config": dict, "state_dict": dict[, "distill_linear_projs": dict]}``, plain values and CPU tensors only.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..components import WeightNormConv1d
-from ..model import Wav2Vec2Model, wav2vec2_model
-from .files import UserError, atomic_write
+from user_files import UserError, atomic_write
+from wav2vec2.components import WeightNormConv1d
+from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 
 
 def read_file(path: str | Path) -> dict:
