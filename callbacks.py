@@ -46,7 +46,7 @@ class StopOnSignal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        # Only now, because Lightning's own handlers would stop the run without saving.
+        # Until now there was nothing to save.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def on_train_batch_end(

@@ -299,6 +299,7 @@ def _train(module: DistillModule, run: Run) -> int:
         check_val_every_n_epoch=None,
         val_check_interval=data.batches_an_epoch(devices_a_node(args)[1] * args.num_nodes),
     )
+    leave_signals_to_us(trainer)
     if (half := HALF.get(trainer.precision)) is not None:
         hold_in_half(module.teacher_model, half)
     if run.resumed is not None:
@@ -328,6 +329,17 @@ def _train(module: DistillModule, run: Run) -> int:
     finally:
         onednn.disable()
     return stopper.signal
+
+
+def leave_signals_to_us(trainer: pl.Trainer) -> None:
+    """Takes Lightning's own answer to SIGTERM away, for which it has no public switch.
+
+    It sends a message to the other ranks from within the signal handler, which mixes with what they are sending
+    each other at that moment; and before every batch it asks them, and waits for the GPU to hear the answer.
+    ``processes.quit_on_signals`` and ``StopOnSignal`` do in its place what is to be done.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def compile_models(module: DistillModule) -> None:

@@ -16,8 +16,9 @@ from cli import run_script
 
 out, rank = Path(os.environ["NOTES"]), os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
 (out / f"rank{rank}.pid").write_text(str(os.getpid()))
-batches, batches_an_epoch = [], []
+batches, batches_an_epoch, broadcasts = [], [], []
 crops, train = dataset.batches.BucketBatchSampler._crops, training.train
+broadcast = torch.distributed.broadcast
 
 
 def note_batch(self, utterances, epoch):
@@ -27,17 +28,24 @@ def note_batch(self, utterances, epoch):
     return crops(self, utterances, epoch)
 
 
+def note_broadcast(*args, **kwargs):
+    broadcasts.append(args)
+    return broadcast(*args, **kwargs)
+
+
 def note_end(module, run):
     train(module, run)
     weights = {
         key: value for key, value in module.state_dict().items() if not key.startswith("teacher_model.")
     }
     content = {"weights": weights, "batches": batches, "batches_an_epoch": (batches_an_epoch or [0])[0]}
+    content["broadcasts"] = len(broadcasts)
     torch.save(content, out / f"rank{rank}.pt")
 
 
 dataset.batches.BucketBatchSampler._crops = note_batch
 training.train = note_end
+torch.distributed.broadcast = note_broadcast
 try:
     run_script(distill.main)
 except SystemExit as exit:
