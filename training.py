@@ -334,8 +334,9 @@ def _train(module: DistillModule, run: Run) -> int:
 def leave_signals_to_us(trainer: pl.Trainer) -> None:
     """Takes Lightning's own answer to SIGTERM away, for which it has no public switch.
 
-    It sends a message to the other ranks from within the signal handler, which mixes with what they are sending
-    each other at that moment; and before every batch it asks them, and waits for the GPU to hear the answer.
+    It sends a message to the other ranks from within the signal handler, which mixes with what they are
+    sending each other at that moment; and before every batch it asks them, and waits for the GPU to hear the
+    answer.
     ``processes.quit_on_signals`` and ``StopOnSignal`` do in its place what is to be done.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None

@@ -4,11 +4,11 @@ import os
 # machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import soundfile  # noqa: E402
-from model_helpers import tiny_config  # noqa: E402
-from stage_helpers import run  # noqa: E402
+import numpy as np
+import pytest
+import soundfile
+from model_helpers import tiny_config
+from stage_helpers import run
 
 
 @pytest.fixture(scope="session")
