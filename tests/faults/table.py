@@ -192,7 +192,7 @@ class World:
         command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
         given = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT, **options}
         process = subprocess.run(command, text=True, timeout=seconds, **given)
-        return Outcome(process.returncode, process.stdout or "")
+        return Outcome(process.returncode, (process.stdout or "") + (process.stderr or ""))
 
     @property
     def warm(self) -> Warm:
