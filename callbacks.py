@@ -24,6 +24,7 @@ class StopOnSignal(pl.Callback):
 
     Attributes:
         signal: the number of the signal that ends the run, the same on all processes; 0 without one.
+        received: the number of the signal that this process got; 0 without one.
 
     Args:
         interval: updates between the questions of GPUs whether another process has got one, since each waits
@@ -33,16 +34,16 @@ class StopOnSignal(pl.Callback):
     def __init__(self, interval: int = 10) -> None:
         self.signal = 0
         self.interval = interval
-        self._received = 0
+        self.received = 0
         self._step = 0
         self._handlers: dict = {}
 
     def _on_signal(self, number: int, frame) -> None:
-        if self._received == signal.SIGINT == number:
+        if self.received == signal.SIGINT == number:
             # Whoever presses Ctrl-C twice does not want to wait for the end of the update.
             end_children()
             os._exit(128 + number)
-        self._received = number
+        self.received = number
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -55,7 +56,7 @@ class StopOnSignal(pl.Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        received = self._received
+        received = self.received
         if trainer.world_size > 1:
             if module.device.type == "cuda" and self._step % self.interval:
                 return

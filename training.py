@@ -211,30 +211,29 @@ def train(module: DistillModule, run: Run) -> None:
     Raises:
         UserError: a process of the run, a disk or the numbers fail.
     """
-    exp_dir = Path(run.args.exp_dir)
+    exp_dir, stopper = Path(run.args.exp_dir), StopOnSignal()
     with provenance.Diary(exp_dir, run.record, run.args) if is_first() else nullcontext() as diary:
         try:
-            signal_number = _train(module, run)
-        except OSError as error:
-            if error.filename is not None:
-                raise
-            if isinstance(error, (ConnectionError, FileNotFoundError)):
-                # A loader's process has died while it handed a batch over.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                raise UserError(LOST_WORKER) from error
-            raise UserError(
-                f"cannot write the logs in {exp_dir / 'logs'}: {error.strerror or error}"
-            ) from error
-        except RuntimeError as error:
-            if (words := _in_words(error, run.args)) is None:
+            _train(module, run, stopper)
+        except (OSError, RuntimeError) as error:
+            if (words := _lost_process(error, run.args)) is None:
+                if isinstance(error, OSError) and error.filename is None:
+                    raise UserError(
+                        f"cannot write the logs in {exp_dir / 'logs'}: {error.strerror or error}"
+                    ) from error
                 raise
             # torch would raise an error for each further worker that ends, wherever this process then is.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            raise UserError(words) from error
-        if signal_number and diary is not None:
-            diary.outcome = f"stopped by {signal.Signals(signal_number).name}"
-    if signal_number:
-        sys.exit(128 + signal_number)
+            if not stopper.received:
+                raise UserError(words) from error
+            # The other process got the signal too, and was not yet ready to stop together with this one.
+            stopper.signal = stopper.received
+            name = signal.Signals(stopper.signal).name
+            say(f"stopped by {name} before the update was over; run the same command again to go on")
+        if stopper.signal and diary is not None:
+            diary.outcome = f"stopped by {signal.Signals(stopper.signal).name}"
+    if stopper.signal:
+        sys.exit(128 + stopper.signal)
 
 
 LOST_WORKER = (
@@ -243,9 +242,14 @@ LOST_WORKER = (
 )
 
 
-def _in_words(error: RuntimeError, args: argparse.Namespace) -> str | None:
-    """What the failure of another process means; None where the error is something else."""
+def _lost_process(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
+    """What is to be said of another process that has ended or failed; None where the error is another one."""
     said = str(error)
+    if isinstance(error, (ConnectionError, FileNotFoundError)) and error.filename is None:
+        # A loader's process has died while it handed a batch over.
+        return LOST_WORKER
+    if isinstance(error, OSError):
+        return None
     if "DataLoader worker" in said:
         return LOST_WORKER
     if "clients joined" in said or "client socket has timed out" in said:
@@ -264,8 +268,8 @@ def _in_words(error: RuntimeError, args: argparse.Namespace) -> str | None:
     return None
 
 
-def _train(module: DistillModule, run: Run) -> int:
-    """As :func:`train`; returns the number of the signal that has stopped the run, or 0."""
+def _train(module: DistillModule, run: Run, stopper: StopOnSignal) -> None:
+    """As :func:`train`, until ``stopper`` has the number of a signal."""
     args, last = run.args, last_of(run.args.exp_dir)
     prepare_gpu(args.tf32)
     module.student_model.encoder.transformer.activation_checkpointing = args.activation_checkpointing
@@ -275,7 +279,7 @@ def _train(module: DistillModule, run: Run) -> int:
         args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, args.seed
     )
     devices, plugins = hardware(args), cluster(args)
-    stopper, progress, checkpoints = StopOnSignal(), Progress(args.log_interval), RunCheckpointIO()
+    progress, checkpoints = Progress(args.log_interval), RunCheckpointIO()
     saver = LastCheckpoint(last, args.save_interval, run.record, run.resumed)
     trainer = pl.Trainer(
         **devices,
@@ -328,7 +332,6 @@ def _train(module: DistillModule, run: Run) -> int:
         raise
     finally:
         onednn.disable()
-    return stopper.signal
 
 
 def leave_signals_to_us(trainer: pl.Trainer) -> None:
