@@ -4,7 +4,7 @@
 import argparse
 import json
 import os
-import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,9 +107,7 @@ def tensors_of(model: Wav2Vec2Model) -> dict[str, Tensor]:
 def copy_code(folder: Path) -> None:
     """Copies the code into ``folder``, where all of it lies side by side."""
     for file in CODE:
-        code = file.read_text(encoding="utf-8")
-        code = re.sub(r"^from \.+(?:utils\.)?(?=\w)", "from .", code, flags=re.MULTILINE)
-        (folder / file.name).write_text(code, encoding="utf-8")
+        shutil.copy(file, folder)
 
 
 def read_run(ckpt: Path) -> dict[str, dict]:
