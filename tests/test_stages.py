@@ -81,7 +81,7 @@ def test_two_ranks_end_with_equal_weights_and_see_every_utterance_once_an_epoch(
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_equal_to_the_bit(first["weights"], second["weights"])
     # Beside the gradients, an update asks the ranks for signals and for numbers that are not finite.
-    assert first["broadcasts"] < 10, "as many as updates: Lightning asks for SIGTERM before every batch"
+    assert not first["broadcasts"], "Lightning asks for SIGTERM before every batch"
     batches = first["batches_an_epoch"]
     assert batches == second["batches_an_epoch"] >= 2
     epochs = 10 // batches
