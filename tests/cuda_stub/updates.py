@@ -47,9 +47,6 @@ REAL = {
     "wavlm_large": wavlm_large,
 }
 DROPOUTS = ("encoder_projection_dropout", "encoder_attention_dropout", "encoder_dropout")
-UPDATES = 8
-MEASURED = range(4, UPDATES - 1)
-"""The updates that are counted: the first ones set things up, and the last one is logged."""
 
 stub = ctypes.CDLL(os.environ["LD_PRELOAD"])
 
@@ -175,13 +172,13 @@ class Batches(training.pl.LightningDataModule):
         super().__init__()
 
     def batches_an_epoch(self, world_size):
-        return UPDATES
+        return Counting.updates
 
     def has_validation(self):
         return False
 
     def train_dataloader(self):
-        batches = [torch.zeros(Batches.shape) for _ in range(UPDATES)]
+        batches = [torch.zeros(Batches.shape) for _ in range(Counting.updates)]
         return torch.utils.data.DataLoader(batches, batch_size=None, pin_memory=True)
 
 
@@ -189,9 +186,11 @@ class Counting(callbacks.Progress):
     """In place of the progress bar: the counters and the allocator's peak after each update."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        Counting.seen.append((counters(), time.process_time(), torch.cuda.max_memory_allocated()))
-        Counting.measuring = trainer.global_step in MEASURED
-        if trainer.global_step < UPDATES:
+        Counting.seen.append((counters(), cpu_seconds(), torch.cuda.max_memory_allocated()))
+        Counting.measuring = trainer.global_step in Counting.measured
+        for hook in Counting.hooks:
+            hook.remove()
+        if trainer.global_step < Counting.updates:
             return
         devices = {t.device.type for t in [*module.parameters(), *module.buffers()]}
         optimizer = trainer.optimizers[0]
@@ -200,9 +199,18 @@ class Counting(callbacks.Progress):
         Counting.state_dtypes = sorted({str(state.dtype) for state in states})
 
 
-def watch(module: DistillModule) -> dict[str, set[str]]:
-    """Records the dtypes that meet in the models."""
-    found = collections.defaultdict(set)
+def cpu_seconds() -> float:
+    """CPU time of the threads that launch kernels: this one, and autograd's."""
+    seconds = time.thread_time()
+    for thread in Path("/proc/self/task").iterdir():
+        if (thread / "comm").read_text().startswith("pt_autograd"):
+            seconds += int((thread / "schedstat").read_text().split()[0]) / 1e9
+    return seconds
+
+
+def watch(module: DistillModule) -> tuple[dict[str, set[str]], list]:
+    """Records the dtypes that meet in the models, until the hooks that it returns are removed."""
+    found, hooks = collections.defaultdict(set), []
 
     def output(name):
         def note(module, inputs, value):
@@ -212,15 +220,19 @@ def watch(module: DistillModule) -> dict[str, set[str]]:
 
     for name, model in (("teacher", module.teacher_model), ("student", module.student_model)):
         for block in model.feature_extractor.conv_layers:
-            block.register_forward_hook(output(f"{name} conv block"))
+            hooks.append(block.register_forward_hook(output(f"{name} conv block")))
         for layer in model.encoder.transformer.layers:
-            layer.register_forward_hook(output(f"{name} residual stream"))
+            hooks.append(layer.register_forward_hook(output(f"{name} residual stream")))
             if layer.attention is not None:
-                layer.attention.q_proj.register_forward_hook(output(f"{name} query"))
+                hooks.append(layer.attention.out_proj.register_forward_hook(output(f"{name} attention")))
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: found["gradient"].add(str(p.grad.dtype)))
-    return found
+            hooks.append(
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: found["gradient"].add(str(p.grad.dtype))
+                )
+            )
+    return found, hooks
 
 
 def models(family: str, real: bool):
@@ -253,7 +265,7 @@ def run(case: str, args: argparse.Namespace) -> dict:
         "--precision",
         precision,
         "--max_updates",
-        str(UPDATES),
+        str(args.updates),
         "--distill_layers",
         layers,
     ]
@@ -268,15 +280,19 @@ def run(case: str, args: argparse.Namespace) -> dict:
     arguments = training.module_arguments(flags, teacher, student)
     regulariser = {"reg_learning_rate": 0.02, "target_sparsity": 0.75, "sparsity_warmup_updates": 5000}
     module = DistillModule(**arguments, use_reg=stage == "1", **(regulariser if stage == "1" else {}))
-    found, Counting.seen, Convolution.widths = watch(module), [], set()
+    # Hooks would be compiled with what they watch.
+    found, Counting.hooks = ({}, []) if flags.compile else watch(module)
+    Counting.seen, Convolution.widths = [], set()
     Counting.costs = Costs() if args.costs else None
+    # The first updates set things up, and the last one is logged.
+    Counting.updates, Counting.measured = args.updates, range(args.updates // 2, args.updates - 1)
     Batches.shape = (args.utterances, int(args.seconds * 16_000))
     torch.cuda.reset_peak_memory_stats()
     record = {"stage": "stub", "flags": {}, "inputs": {}}
     with Counting.costs or contextlib.nullcontext():
         training.train(module, SimpleNamespace(args=flags, record=record, resumed=None, content=None))
-    updates = [Counting.seen[i] for i in (MEASURED.start - 1, MEASURED.stop - 1)]
-    n = MEASURED.stop - MEASURED.start
+    updates = [Counting.seen[i] for i in (Counting.measured[0] - 1, Counting.measured[-1])]
+    n = len(Counting.measured)
     counted = {name: (updates[1][0][name] - updates[0][0][name]) / n for name in COUNTERS}
     result = {
         "case": case,
@@ -319,6 +335,7 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each utterance")
     parser.add_argument("--exp_dir", default="exp/stub")
+    parser.add_argument("--updates", type=int, default=8, help="of which the second half is counted")
     parser.add_argument("--costs", type=int, default=0, help="count bytes and FLOP; print this many rows")
     parser.add_argument("--stacks", action="store_true", help="print where each synchronisation comes from")
     parser.add_argument("--flags", default=[], type=str.split, help="of distill.py, besides")
@@ -331,6 +348,7 @@ def main() -> None:
     training.pl.Trainer.save_checkpoint = lambda *_, **__: None
     callbacks.StopOnNonFinite._stop = lambda *_: None
     give_open_gates(args.share)
+    torch.set_num_threads(1)  # a second one would wait for work by spinning
     for case in args.cases:
         print(json.dumps(run(case, args)), flush=True)
 
