@@ -290,8 +290,8 @@ def main() -> None:
     if provenance.is_done(out, record, folder):
         print(f"prune.py: this stage is finished: {out}")
         return
+    distilled = read_distilled(args, record)
     with provenance.Diary(folder, record, args) as diary:
-        distilled = read_distilled(args, record)
         table = prune(distilled, args)
         save_checkpoint(out, distilled.student, verify=True, distill_linear_projs=distilled.projections)
         more = {} if distilled.made_with is None else {"distilled": distilled.made_with}

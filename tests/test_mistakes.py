@@ -149,6 +149,7 @@ def test_pruning_a_conv_layer_to_nothing_says_what_to_lower(fails, teacher, tmp_
 def test_stage_2_wants_stage_1s_file_and_its_teacher(fails, teacher, tmp_path):
     distilled = stage_1(teacher, tmp_path)
     assert "student_model" in fails("prune", "--distilled_ckpt", teacher, "--original_ckpt", teacher)
+    assert not (teacher.parent / "run.json").exists(), "a session that has done nothing"
     other = tmp_path / "other.pth"
     save_checkpoint(other, wav2vec2_model(**tiny_config(encoder_ff_interm_features=[48] * 3)))
     sentence = fails("prune", "--distilled_ckpt", distilled, "--original_ckpt", other)
