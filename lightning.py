@@ -231,20 +231,25 @@ class DistillModule(pl.LightningModule):
             parameter.requires_grad_(gradient is not None)
 
     def train(self, mode: bool = True) -> DistillModule:
-        super().train(mode)
-        self.teacher_model.eval()
+        self.training = mode
+        for child in self.children():
+            if child is not self.teacher_model:
+                child.train(mode)
         return self
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None, log_alpha: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What is compared: the student's projected layers and the teacher's, each (batch, layer, time,
         feature).
 
         Args:
             waveforms: (batch, time).
             lengths: (batch,) valid samples, or None where all are whole.
+            log_alpha: of the student's gates (gate,), where it is at hand.
         """
         top = max(self.distill_layers)
-        weights = self.student_model.narrow()
+        weights = self.student_model.narrow(log_alpha)
         if self.casts_together:
             weights = half_weights(self.student_model, weights)
         with torch.no_grad():
@@ -257,8 +262,12 @@ class DistillModule(pl.LightningModule):
             if self.distill_mode == "layer2layer"
             else [student[-1]] * len(self.distill_layers)
         )
-        pairs = zip(self.distill_linear_projs, sources, strict=True)
-        projected = torch.stack([projection(source) for projection, source in pairs], dim=1)
+        # Layers that share a projection go through it together.
+        together: dict[nn.Module, list[Tensor]] = {}
+        for projection, source in zip(self.distill_linear_projs, sources, strict=True):
+            together.setdefault(projection, []).append(source)
+        projected = [projection(torch.stack(layers, dim=1)) for projection, layers in together.items()]
+        projected = torch.cat(projected, dim=1)
         return projected, torch.stack([teacher[layer] for layer in self.distill_layers], dim=1)
 
     @property
@@ -269,11 +278,12 @@ class DistillModule(pl.LightningModule):
         return self.target_sparsity * self.global_step / self.sparsity_warmup_updates
 
     def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
-        loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))
+        log_alpha = self.student_model.log_alpha()
+        loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths, log_alpha))
         losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         if not self.use_reg:
             return {"loss": loss_distill, **losses}
-        sparsity = (1 - self.student_cost() / self.teacher_cost).to(loss_distill.dtype)
+        sparsity = (1 - self.student_cost(log_alpha) / self.teacher_cost).to(loss_distill.dtype)
         target = self.current_target_sparsity
         excess = sparsity - target
         loss_reg = self.lambda1 * excess + self.lambda2 * excess**2

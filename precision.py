@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.components import WeightNormConv1d
+from wav2vec2.components import SelfAttention, WeightNormConv1d
 from wav2vec2.gating import NarrowedWeights
 
 HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -30,10 +31,21 @@ def prepare_gpu(tf32: bool) -> None:
 def hold_in_half(model: Wav2Vec2Model, dtype: torch.dtype) -> None:
     """Keeps the weights of a frozen model as autocast would cast them, the same ones at every pass.
 
-    Norms and WavLM's position embedding, which autocast computes in float32, stay as they are.
+    Norms and WavLM's position embedding, which autocast computes in float32, stay as they are. Queries, keys
+    and values are projected by one matrix product, and their own weights are given up. The normalised weight
+    of the positional convolution is computed here, once.
     """
-    for module, name in _product_weights(model.modules()):
-        getattr(module, name).data = getattr(module, name).data.to(dtype)
+    positional = model.fold_weight_norm().encoder.transformer.pos_conv_embed.conv
+    positional.folded_weight = positional.folded_weight.to(dtype)
+    positional.bias.data = positional.bias.data.to(dtype)
+    for place, parts in _products(model.modules(), together=True):
+        tensor = torch.cat([getattr(*part).data for part in parts]).to(dtype)
+        if [place] == parts:
+            getattr(*place).data = tensor
+            continue
+        setattr(*place, tensor)
+        for module, name in parts:
+            setattr(module, name, None)
 
 
 def half_weights(model: Wav2Vec2Model, narrowed: NarrowedWeights | None) -> NarrowedWeights | None:
@@ -43,7 +55,8 @@ def half_weights(model: Wav2Vec2Model, narrowed: NarrowedWeights | None) -> Narr
         model: in training.
         narrowed: what its ``narrow()`` gave, or None.
     Returns:
-        The same with all weights of matrix products in half precision; ``narrowed`` without autocast.
+        The same with all weights of matrix products in half precision; ``narrowed`` without autocast. On a
+        GPU queries, keys and values are projected by one product.
     """
     kind = model.feature_extractor.dummy_weight.device.type
     if not torch.is_autocast_enabled(kind):
@@ -52,40 +65,74 @@ def half_weights(model: Wav2Vec2Model, narrowed: NarrowedWeights | None) -> Narr
     # A layer at a time, so that its gradients are ready, and sent to other processes, before those below.
     encoder = model.encoder
     for part in (model.feature_extractor, encoder.feature_projection, *encoder.transformer.layers):
-        places = list(_product_weights(part.modules()))
-        tensors = [weights.get(place, getattr(*place)) for place in places]
-        weights.update(zip(places, Cast.apply(dtype, *tensors), strict=True))
+        products = {
+            place: [weights.get(part, getattr(*part)) for part in parts]
+            for place, parts in _products(part.modules(), together=kind == "cuda")
+            if place not in weights or weights[place].dtype != dtype
+        }
+        tensors = itertools.chain.from_iterable(products.values())
+        joined = [len(parts) for parts in products.values()]
+        weights.update(zip(products, Cast.apply(dtype, joined, *tensors), strict=True))
     return weights
 
 
-def _product_weights(modules: Iterable[nn.Module]):
+Place = tuple[nn.Module, str]
+
+
+def _products(modules: Iterable[nn.Module], together: bool) -> Iterator[tuple[Place, list[Place]]]:
+    """The weights of matrix products: the place of each in a pass, and the parameters that it is made of.
+
+    These are one; or three, the projections of attention, if ``together``.
+    """
+    joined = set()
     for module in modules:
+        if together and isinstance(module, SelfAttention):
+            joined.update(module.projections)
+            for name in ("weight", "bias"):
+                yield (module, f"in_proj_{name}"), [(part, name) for part in module.projections]
         # The normalised weight of the positional convolution is made of its parameters in float32.
-        if isinstance(module, (nn.Linear, nn.Conv1d)) and not isinstance(module, WeightNormConv1d):
-            yield from ((module, name) for name, _ in module.named_parameters(recurse=False))
+        multiplies = isinstance(module, (nn.Linear, nn.Conv1d)) and not isinstance(module, WeightNormConv1d)
+        if multiplies and module not in joined:
+            for name, _ in module.named_parameters(recurse=False):
+                yield (module, name), [(module, name)]
 
 
 class Cast(torch.autograd.Function):
-    """Tensors in another precision by one kernel for all, and their gradients by another."""
+    """Tensors in another precision by one kernel for all, and their gradients by another.
+
+    Args:
+        dtype: the precision.
+        joined: for each result, how many of ``tensors`` it is made of, joined along their first dimension.
+    """
 
     @staticmethod
-    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, dtype: torch.dtype, joined: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        return tuple(_cast(tensors, [dtype] * len(tensors)))
+        ctx.joined, ctx.like = joined, [(tensor.dtype, len(tensor)) for tensor in tensors]
+        results, parts, rest = [], [], iter(tensors)
+        for count in joined:
+            group = list(itertools.islice(rest, count))
+            sizes = [len(tensor) for tensor in group]
+            results.append(group[0].new_empty((sum(sizes), *group[0].shape[1:]), dtype=dtype))
+            parts += results[-1].split(sizes)
+        if parts:
+            torch._foreach_copy_(parts, tensors)
+        return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        cast = _cast([gradients[i] for i in given], [ctx.dtypes[i] for i in given])
-        found = dict(zip(given, cast, strict=True))
-        return None, *(found.get(i) for i in range(len(gradients)))
-
-
-def _cast(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype]) -> list[Tensor]:
-    tensors = list(tensors)
-    result = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-    if result:
-        torch._foreach_copy_(result, tensors)
-    return result
+        found, given, like = [], [], iter(ctx.like)
+        for gradient, count in zip(gradients, ctx.joined, strict=True):
+            group = list(itertools.islice(like, count))
+            if gradient is None:
+                found += [None] * count
+                continue
+            parts = gradient.split([size for _, size in group])
+            given += parts
+            found += [
+                torch.empty_like(part, dtype=dtype) for part, (dtype, _) in zip(parts, group, strict=True)
+            ]
+        if given:
+            torch._foreach_copy_([tensor for tensor in found if tensor is not None], given)
+        return None, None, *found

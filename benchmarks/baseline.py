@@ -31,7 +31,7 @@ def make_plain(model: Wav2Vec2Model) -> Wav2Vec2Model:
 class PlainModel(Wav2Vec2Model):
     """A model that is plain in what distillation asks of it: ``extract_features``, ``get_num_params``."""
 
-    def narrow(self) -> None:
+    def narrow(self, log_alpha: Tensor | None = None) -> None:
         """Nothing: every unit is computed."""
 
     def extract_features(

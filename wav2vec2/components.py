@@ -100,13 +100,14 @@ class ConvLayerBlock(nn.Module):
 
     def forward(self, x: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(batch, channel, frame) and (batch,) valid frames or None -> the same of the output."""
-        x = self.conv(x)
-        if self.layer_norm is not None:
-            x = self.layer_norm(x)
         if length is not None:
             steps = torch.div(length - self.kernel_size, self.stride, rounding_mode="floor")
             length = (steps + 1).clamp(min=0)
-        return F.gelu(x), length
+        return self.finish(self.conv(x)), length
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Norm and GELU."""
+        return F.gelu(x if self.layer_norm is None else self.layer_norm(x))
 
 
 class FeatureExtractor(nn.Module):
@@ -253,11 +254,19 @@ class SelfAttention(nn.Module):
         self.v_proj = bert_linear(embed_dim, num_heads * head_dim)
         self.q_proj = bert_linear(embed_dim, num_heads * head_dim)
         self.out_proj = bert_linear(num_heads * head_dim, embed_dim)
+        # The weights of the three above in one, while somebody has put them there for one matrix product.
+        self.register_buffer("in_proj_weight", None, persistent=False)
+        self.register_buffer("in_proj_bias", None, persistent=False)
         gated = num_heads > 0
         self.hard_concrete_for_heads = (
             HardConcrete(num_heads, init_mean=0.01) if prune_heads and gated else None
         )
         self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and gated else None
+
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Of queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     @property
     def num_heads(self) -> int:
@@ -283,7 +292,12 @@ class SelfAttention(nn.Module):
             attention_mask: (batch, 1, 1, frame) to add to the logits, or None where every utterance is whole.
         """
         x = in_autocast(x)
-        q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.in_proj_weight is None:
+            projected = [project(x) for project in self.projections]
+        else:
+            joined = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            projected = joined.split([joined.size(-1) // 3] * 3, -1)
+        q, k, v = map(self._split_heads, projected)
         bias = self.attention_bias(x, position_bias, attention_mask)
         context = attend(q, k, v, bias, self.dropout if self.training else 0.0)
         return self.out_proj(context.transpose(1, 2).flatten(2))

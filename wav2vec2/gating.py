@@ -13,8 +13,9 @@ that read them. :class:`Layout` says how each tensor of a model follows its gate
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,45 +83,138 @@ class Slicing:
         inside: the units of the branch that this tensor is removed with, or None.
         scaled: the gate of the branch whose output the tensor makes: it carries this gate's mask. None for
             others.
+        layer: the number of its transformer layer, from 1; 0 for what comes before.
+        together: a module and a name that can take this tensor and its neighbours as one, or None.
     """
 
     module: nn.Module
     name: str
     axes: dict[int, Axis] = field(default_factory=dict)
+    layer: int = 0
     masked: int | None = None
     inside: Axis | None = None
     scaled: HardConcrete | None = None
+    together: tuple[nn.Module, str] | None = None
 
     @property
     def tensor(self) -> Tensor | None:
         return getattr(self.module, self.name)
 
+    def features(self, dim: int) -> int:
+        """The size of the dimension with every unit."""
+        return self.axes[dim].n if self.tensor is None else self.tensor.size(dim)
 
-@dataclass
-class Units:
-    """The units of an axis that are kept.
+    def reads_mask(self, dim: int) -> bool:
+        """Whether the mask of the units along ``dim`` is multiplied in."""
+        return dim == self.masked and self.axes[dim].gate is not None
+
+    def joins(self, layers: int) -> tuple:
+        """What the tensors of a stack have in common; ``layers`` as for :meth:`Layout.narrow`."""
+        if not layers or len(self.axes) != 1 or self.tensor is None or self.scaled is not None:
+            return (self,)
+        [dim], shape = self.axes, list(self.tensor.shape)
+        block = shape.pop(dim) // self.axes[dim].n if self.reads_mask(dim) else None
+        return (self.layer - 1) // layers, dim, block, *shape, self.tensor.dtype, type(self.module)
+
+
+class Stack:
+    """Tensors that are narrowed together: one, or several that are joined along the dimension that is gated.
 
     Args:
-        index: which, a LongTensor; None for all.
-        mask: their mask, (unit,), or None where there is no gate.
+        slicings: of the tensors.
+        opened: the units to keep.
+        first: where each gate's mask starts in the masks of all gates, one after the other.
     """
 
-    index: Tensor | None
-    mask: Tensor | None
+    def __init__(
+        self, slicings: Sequence[Slicing], opened: OpenUnits, first: Mapping[HardConcrete, int]
+    ) -> None:
+        self.slicings = slicings
+        self.cuts = [Cut.of(slicings, dim, opened, first) for dim in slicings[0].axes]
 
-    def narrow(self, tensor: Tensor, dim: int, n: int, masked: bool) -> Tensor:
-        """``tensor``, whose dimension ``dim`` has ``n`` units of one or several features, cut to these units
-        and, where ``masked``, multiplied by their mask."""
-        mask = self.mask if masked else None
-        if self.index is None and mask is None:
-            return tensor
-        features = tensor.size(dim) // n
-        tensor = tensor if features == 1 else tensor.unflatten(dim, (n, features))
+    def narrow(
+        self,
+        indices: Iterator[Tensor],
+        reads: Iterator[Tensor],
+        masks: Mapping[HardConcrete, Tensor],
+        half: torch.dtype | None,
+    ) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+        """What is left of the tensors, by module and name.
+
+        Args:
+            indices, reads: those of the cuts, in their order; of ``reads`` the masks themselves.
+            masks: of all gates.
+            half: the precision of what is joined and becomes part of a matrix product.
+        """
+        own = [(slicing.module, slicing.name) for slicing in self.slicings]
+        tensors = [slicing.tensor for slicing in self.slicings]
+        if len(tensors) == 1:
+            [tensor], [scaled] = tensors, (slicing.scaled for slicing in self.slicings)
+            if tensor is None:  # the channels that a norm is to pass on: the index itself
+                yield own[0], next(indices)
+                return
+            for cut in self.cuts:
+                tensor = cut.apply(tensor, indices, reads)
+            yield own[0], tensor if scaled is None else tensor * masks[scaled]
+            return
+        [cut] = self.cuts
+        joined = cut.apply(torch.cat(tensors, cut.dim), indices, reads)
+        if half is not None and isinstance(self.slicings[0].module, nn.Linear):
+            joined = joined.to(half)
+        left: dict[tuple[nn.Module, str], int] = {}
+        for slicing, place, size in zip(self.slicings, own, cut.left, strict=True):
+            left[slicing.together or place] = left.get(slicing.together or place, 0) + size
+        yield from zip(left, joined.split(list(left.values()), cut.dim), strict=True)
+
+
+@dataclass
+class Cut:
+    """What is left of the tensors of a stack along a dimension.
+
+    Args:
+        dim: the dimension.
+        block: neighbouring features that stay or go together: those of a unit, where its mask is read.
+        left: how many features of each tensor.
+        index: which blocks of the joined tensor, a LongTensor; None for all.
+        read: where the masks of these blocks are in the masks of all gates; None without.
+    """
+
+    dim: int
+    block: int
+    left: list[int]
+    index: Tensor | None
+    read: Tensor | None
+
+    @classmethod
+    def of(
+        cls, slicings: Sequence[Slicing], dim: int, opened: OpenUnits, first: Mapping[HardConcrete, int]
+    ) -> Cut:
+        index, left, read, start = [], [], [], 0
+        first_axis = slicings[0].axes[dim]
+        block = slicings[0].features(dim) // first_axis.n if slicings[0].reads_mask(dim) else 1
+        for slicing in slicings:
+            axis = slicing.axes[dim]
+            units = torch.arange(axis.n) if opened[axis] is None else opened[axis]
+            if slicing.reads_mask(dim):
+                read.append(first[axis.gate] + units)
+            blocks = slicing.features(dim) // block
+            if (each := blocks // axis.n) > 1:
+                units = (each * units.unsqueeze(1) + torch.arange(each)).flatten()
+            index.append(start + units)
+            left.append(len(units) * block)
+            start += blocks
+        narrows = any(opened[slicing.axes[dim]] is not None for slicing in slicings)
+        return cls(dim, block, left, torch.cat(index) if narrows else None, torch.cat(read) if read else None)
+
+    def apply(self, joined: Tensor, indices: Iterator[Tensor], masks: Iterator[Tensor]) -> Tensor:
+        """What is left of ``joined``; the next of ``indices`` and of ``masks`` are its own, if it has any."""
+        dim, block = self.dim, self.block
+        joined = joined if block == 1 else joined.unflatten(dim, (joined.size(dim) // block, block))
         if self.index is not None:
-            tensor = tensor.index_select(dim, self.index)
-        if mask is not None:
-            tensor = tensor * mask.view(-1, *[1] * (tensor.dim() - dim - 1))
-        return tensor if features == 1 else tensor.flatten(dim, dim + 1)
+            joined = joined.index_select(dim, next(indices))
+        if self.read is not None:
+            joined = joined * next(masks).view(-1, *[1] * (joined.dim() - dim - 1))
+        return joined if block == 1 else joined.flatten(dim, dim + 1)
 
 
 class Layout:
@@ -139,8 +233,9 @@ class Layout:
     def __init__(self, model: nn.Module, pruning: bool) -> None:
         self.slicings: list[Slicing] = []
         self.heads: dict[SelfAttention, Axis | None] = {}
-        channels = None
+        self._layer, channels = 0, None
         for module in model.modules():
+            self._layer += isinstance(module, EncoderLayer)
             if isinstance(module, FeatureExtractor):
                 channels = self._add_extractor(module, pruning)
             elif isinstance(module, FeatureProjection):
@@ -157,7 +252,7 @@ class Layout:
 
     def _add(self, module: nn.Module, name: str, axes: dict[int, Axis | None], **how) -> None:
         axes = {dim: axis for dim, axis in axes.items() if axis is not None}
-        self.slicings.append(Slicing(module, name, axes, **how))
+        self.slicings.append(Slicing(module, name, axes, self._layer, **how))
 
     def _add_extractor(self, extractor: FeatureExtractor, pruning: bool) -> Axis | None:
         inputs = None
@@ -189,9 +284,10 @@ class Layout:
             # Pruning removes a closed branch as a whole, but for the one that stays, without a head.
             emptied = stays or not pruning
             heads = Axis(attention.num_heads, gate, branch, emptied, unit_features=attention.head_dim)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            self._add(projection, "weight", {0: heads}, inside=heads)
-            self._add(projection, "bias", {0: heads}, inside=heads)
+        for name in ("weight", "bias"):
+            for projection in attention.projections:
+                together = attention, f"in_proj_{name}"
+                self._add(projection, name, {0: heads}, inside=heads, together=together)
         self._add_output(attention.out_proj, heads)
         if isinstance(attention, WavLMSelfAttention):
             self._add(attention, "remaining_heads", {0: heads})
@@ -215,45 +311,73 @@ class Layout:
         self._add(output, "weight", {1: inputs}, masked=masked, inside=inputs, scaled=branch)
         self._add(output, "bias", {}, inside=inputs, scaled=branch)
 
-    def narrow(self, units: Mapping[Axis, Units], masks: Mapping[HardConcrete, Tensor]) -> NarrowedWeights:
-        """The tensors of the model that the gates change, by module and name."""
-        result = {}
+    def narrow(
+        self,
+        opened: OpenUnits,
+        masks: Mapping[HardConcrete, Tensor],
+        layers: int = 0,
+        half: torch.dtype | None = None,
+    ) -> NarrowedWeights:
+        """The tensors of the model that the gates change, by module and name.
+
+        Args:
+            opened: the units to keep.
+            masks: of the gates.
+            layers: tensors of one shape in so many layers are narrowed together, which takes a GPU fewer
+                kernels; 0 for each tensor alone.
+            half: the precision of what is joined and becomes part of a matrix product; None leaves it.
+        """
+        groups: dict[tuple, list[Slicing]] = {}
         for slicing in self.slicings:
-            narrowed = original = slicing.tensor
-            for dim, axis in slicing.axes.items():
-                if original is None:
-                    narrowed = units[axis].index
-                else:
-                    narrowed = units[axis].narrow(narrowed, dim, axis.n, masked=dim == slicing.masked)
-            if slicing.scaled is not None:
-                narrowed = narrowed * masks[slicing.scaled]
-            if narrowed is not original:
-                result[slicing.module, slicing.name] = narrowed
+            narrows = any(opened[axis] is not None for axis in slicing.axes.values())
+            if narrows or slicing.scaled is not None or any(map(slicing.reads_mask, slicing.axes)):
+                groups.setdefault(slicing.joins(layers), []).append(slicing)
+        starts = itertools.accumulate((len(mask) for mask in masks.values()), initial=0)
+        first = dict(zip(masks, starts, strict=False))
+        stacks = [Stack(slicings, opened, first) for slicings in groups.values()]
+        cuts = [cut for stack in stacks for cut in stack.cuts]
+        indices = [cut.index for cut in cuts if cut.index is not None]
+        reads = [cut.read for cut in cuts if cut.read is not None]
+        if masks:
+            joint = torch.cat(list(masks.values()))
+            lengths = [len(read) for read in reads]
+            [*indices, read] = _on_device([*indices, torch.cat([*reads, torch.arange(0)])], joint.device)
+            reads = joint.index_select(0, read).split(lengths)
+        result, indices, reads = {}, iter(indices), iter(reads)
+        for stack in stacks:
+            result.update(stack.narrow(indices, reads, masks, half))
         return result
 
 
-def draw(gates: Sequence[HardConcrete]) -> dict[HardConcrete, Tensor]:
-    """The masks of ``gates``; those in training mode are sampled together, in a handful of kernels."""
-    masks = {gate: gate() for gate in gates if not gate.training}
-    groups: dict[tuple, list[HardConcrete]] = {}
-    for gate in gates:
-        if gate.training:
-            groups.setdefault((gate.temperature, gate.low, gate.eps, gate.log_alpha.device), []).append(gate)
-    for group in groups.values():
-        sample = group[0].sample(torch.cat([gate.log_alpha for gate in group]))
-        masks |= zip(group, sample.split([gate.n_in for gate in group]), strict=True)
-    return masks
+def _on_device(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """``indices`` on ``device``, by one transfer that nothing waits for."""
+    if device.type == "cpu":
+        return indices
+    joined = torch.cat(list(indices)).pin_memory().to(device, non_blocking=True)
+    return joined.split([len(index) for index in indices])
 
 
-def all_units(axes: Iterable[Axis], masks: Mapping[HardConcrete, Tensor]) -> dict[Axis, Units]:
-    """Every unit of every axis, under its mask."""
-    return {axis: Units(None, masks.get(axis.gate)) for axis in axes}
+def joint_log_alpha(gates: Sequence[HardConcrete]) -> Tensor:
+    """``log_alpha`` of ``gates``, one after the other."""
+    return torch.cat([gate.log_alpha for gate in gates])
 
 
-def open_units(
-    axes: Sequence[Axis], masks: Mapping[HardConcrete, Tensor], multiple: int = 1
-) -> dict[Axis, Units]:
-    """The open units of every axis, found with one transfer to the host and one back.
+def draw(gates: Sequence[HardConcrete], log_alpha: Tensor) -> dict[HardConcrete, Tensor]:
+    """The masks of ``gates``: in training mode sampled together, in a handful of kernels, from their joint
+    ``log_alpha`` (gate,)."""
+    if not any(gate.training for gate in gates):
+        return {gate: gate() for gate in gates}
+    # A model builds all its gates with the same temperature and stretch.
+    samples = gates[0].sample(log_alpha).split([gate.n_in for gate in gates])
+    return {gate: sample if gate.training else gate() for gate, sample in zip(gates, samples, strict=True)}
+
+
+OpenUnits = Mapping[Axis, Tensor | None]
+"""The units of every axis that are kept, a LongTensor on the CPU; None for all."""
+
+
+def open_units(axes: Sequence[Axis], masks: Mapping[HardConcrete, Tensor], multiple: int = 1) -> OpenUnits:
+    """The open units of every axis, found with one transfer to the host.
 
     Args:
         axes: all axes of the model.
@@ -261,12 +385,12 @@ def open_units(
         multiple: numbers of features are rounded up to a multiple of this with closed units, which their
             zeros mask.
     """
+    result: dict[Axis, Tensor | None] = dict.fromkeys(axes)
     if not masks:
-        return all_units(axes, masks)
+        return result
     joint = torch.cat([mask.detach() for mask in masks.values()])
     sizes = [gate.n_in for gate in masks]
     is_open = dict(zip(masks, (joint > 0).cpu().split(sizes), strict=True))
-    selected: dict[Axis, Tensor] = {}
     for axis in axes:
         opened = torch.ones(axis.n, dtype=torch.bool) if axis.gate is None else is_open[axis.gate]
         if axis.emptied and axis.branch is not None and not is_open[axis.branch].item():
@@ -275,18 +399,10 @@ def open_units(
         step = max(1, features // axis.unit_features)
         width = min(axis.n, step * -(-max(axis.least, int(opened.sum())) // step))
         if width < axis.n and not axis.whole:
-            selected[axis] = torch.argsort(opened, descending=True, stable=True)[:width].sort().values
-    indices: Iterator[Tensor] = iter(())
-    if selected:
-        joined = torch.cat(list(selected.values()))
-        if joint.is_cuda:
-            joined = joined.pin_memory().to(joint.device, non_blocking=True)
-        indices = iter(joined.split([len(index) for index in selected.values()]))
-    units = all_units(axes, masks)
-    for axis in selected:
-        index, mask = next(indices), masks.get(axis.gate)
-        units[axis] = Units(index, None if mask is None else mask.index_select(0, index))
-    return units
+            if missing := width - int(opened.sum()):
+                opened = opened.index_fill(0, (~opened).nonzero()[:missing, 0], True)
+            result[axis] = opened.nonzero()[:, 0]
+    return result
 
 
 class WeightSwap:
@@ -443,29 +559,30 @@ class Count(nn.Module):
                 count *= axis.n if axis.gate is None else 1
             left, right = (*(place[gate] for gate in term.gates), one, one)[:2]
             polynomial[left, right] = polynomial.get((left, right), 0) + count
-        pairs = list(polynomial)
+        matrix = torch.zeros(one + 1, one + 1, dtype=torch.long, device="cpu")
+        for (left, right), count in polynomial.items():
+            matrix[left, right] = count
+        owner = [i for gate, i in place.items() for _ in range(gate.n_in)]
         # Whole numbers, which a model's .half() leaves alone; on the CPU also where it is built on "meta".
-        for name, values in (
-            ("coefficients", list(polynomial.values())),
-            ("left", [left for left, _ in pairs]),
-            ("right", [right for _, right in pairs]),
-            ("owner", [i for gate, i in place.items() for _ in range(gate.n_in)]),
-        ):
-            tensor = torch.tensor(values, dtype=torch.long, device="cpu")
-            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("coefficients", matrix, persistent=False)
+        self.register_buffer("owner", torch.tensor(owner, dtype=torch.long, device="cpu"), persistent=False)
 
-    def forward(self) -> Tensor:
+    def forward(self, log_alpha: Tensor | None = None) -> Tensor:
         """The expected count under the gates, a float64 scalar, differentiable in every ``log_alpha``, in a
-        handful of kernels: sum of c_k w_i(k) w_j(k) over the gates' expected widths w, and 1."""
+        handful of kernels: sum of c_ij w_i w_j over the gates' expected widths w, and 1.
+
+        Args:
+            log_alpha: of all gates (gate,), from :func:`joint_log_alpha`, where it is at hand.
+        """
         gates = self._layout.gates
         if not gates:
             return self.coefficients.sum().double()
-        log_alpha = torch.cat([gate.log_alpha for gate in gates]).double()
+        log_alpha = (joint_log_alpha(gates) if log_alpha is None else log_alpha).double()
         # A model builds all its gates with the same temperature and stretch.
         probability = torch.sigmoid(log_alpha - gates[0].shift)
         width = log_alpha.new_zeros(len(gates)).index_add(0, self.owner, probability)
         width = torch.cat([width, width.new_ones(1)])
-        return (self.coefficients * width[self.left] * width[self.right]).sum()
+        return (self.coefficients * torch.outer(width, width)).sum()
 
     def whole(self) -> int:
         """The count with every gate open."""

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from . import components as parts
 from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
 from .cost import count_parameters, parameter_count
-from .gating import Layout, NarrowedWeights, WeightSwap, all_units, draw, open_units, prune
+from .gating import (
+    Layout,
+    NarrowedWeights,
+    WeightSwap,
+    draw,
+    joint_log_alpha,
+    open_units,
+    prune,
+)
 from .hardconcrete import HardConcrete
 
 
@@ -29,6 +37,8 @@ class Wav2Vec2Model(nn.Module):
         skip_closed_gates: compute with the open units alone, or with all of them under their masks, which is
             the same mathematics.
         width_multiple: widths under gates are rounded up to a multiple of this, which matrix units like.
+        layers_together: on a GPU, so many layers are narrowed by the same kernels, and have their gradients
+            ready at the same time.
     """
 
     def __init__(self, config: Wav2Vec2Config) -> None:
@@ -46,6 +56,7 @@ class Wav2Vec2Model(nn.Module):
         self.aux = None if aux is None else nn.Linear(config.encoder_embed_dim, aux)
         self.skip_closed_gates = True
         self.width_multiple = 8
+        self.layers_together = 12
         self._follow_gates()
         self._weights = WeightSwap()
         # A backward pass that an error ended may have left narrowed weights in place.
@@ -60,21 +71,30 @@ class Wav2Vec2Model(nn.Module):
         """All gates, in the order of the modules."""
         return [module for module in self.modules() if isinstance(module, HardConcrete)]
 
-    def narrow(self) -> NarrowedWeights | None:
+    def log_alpha(self) -> Tensor | None:
+        """``log_alpha`` of all gates, (gate,); None for a model without gates."""
+        return None if self._layout is None else joint_log_alpha(self._layout.gates)
+
+    def narrow(self, log_alpha: Tensor | None = None) -> NarrowedWeights | None:
         """Draws every gate, and narrows the weights to what is open; None for a model without gates.
 
         Finding what is open waits until a GPU has done all that it was given before, so a training step calls
         this first, and gives the result to :meth:`extract_features`.
+
+        Args:
+            log_alpha: of all gates, where :meth:`log_alpha` has been called for this pass already.
         """
         if self._layout is None:
             return None
         self._weights.restore()
-        axes, masks = self._layout.axes, draw(self._layout.gates)
-        if self.skip_closed_gates:
-            units = open_units(axes, masks, self.width_multiple)
-        else:
-            units = all_units(axes, masks)
-        return self._layout.narrow(units, masks)
+        log_alpha = self.log_alpha() if log_alpha is None else log_alpha
+        axes, masks = self._layout.axes, draw(self._layout.gates, log_alpha)
+        opened = (
+            open_units(axes, masks, self.width_multiple) if self.skip_closed_gates else dict.fromkeys(axes)
+        )
+        kind = self.feature_extractor.dummy_weight.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self._layout.narrow(opened, masks, self.layers_together if kind == "cuda" else 0, half)
 
     def extract_features(
         self,
