@@ -34,7 +34,8 @@ set -euo pipefail
 # machine; 4 GPUs x 160 s is the batch of the paper, so fewer GPUs want more seconds_per_batch, or accum_grad
 : "${nodes:=${SLURM_JOB_NUM_NODES:-1}}" "${gpus:=4}" "${seconds_per_batch:=160}" "${accum_grad:=1}"
 : "${precision:=16}" "${num_workers:=12}" "${clip_norm:=10}" "${save_interval:=1000}" "${log_interval:=50}"
-: "${activation_checkpointing:=0}" "${tf32:=0}" # 1: less memory for more work; faster products for --precision 32
+# 1: less memory for more work; faster products for --precision 32; torch.compile
+: "${activation_checkpointing:=0}" "${tf32:=0}" "${compile:=0}"
 : "${python:=python}" "${allow_changed:=}"
 
 # The folder is named by what matters, which the stages check too.
@@ -78,6 +79,7 @@ run() {
 switches=()
 [ "$activation_checkpointing" = 0 ] || switches+=(--activation_checkpointing)
 [ "$tf32" = 0 ] || switches+=(--tf32)
+[ "$compile" = 0 ] || switches+=(--compile)
 
 train() {
     run "$1" ${launch[@]+"${launch[@]}"} "$python" "$here/$1" "${@:2}" --allow_changed "$allow_changed" \

@@ -74,7 +74,9 @@ def add_arguments(
         default=600,
         help="seconds that processes of a run wait for each other",
     )
-    run.add_argument("--compile", action="store_true", help="torch.compile for models without gates")
+    run.add_argument(
+        "--compile", action="store_true", help="torch.compile, for fewer and larger kernels on a GPU"
+    )
     run.add_argument("--precision", choices=PRECISIONS, default="32", help="16 and bf16 are mixed precision")
     run.add_argument(
         "--tf32", action="store_true", help="on a GPU, products of float32 numbers of which 10 bits count"
@@ -279,6 +281,9 @@ def _train(module: DistillModule, run: Run, stopper: StopOnSignal) -> None:
         args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, args.seed
     )
     devices, plugins = hardware(args), cluster(args)
+    if devices_a_node(args)[1] * args.num_nodes > 1:
+        # The gradients of a quarter of a Base model are sent while those of the layers below are computed.
+        module.student_model.layers_together = 3
     progress, checkpoints = Progress(args.log_interval), RunCheckpointIO()
     saver = LastCheckpoint(last, args.save_interval, run.record, run.resumed)
     trainer = pl.Trainer(
@@ -347,18 +352,24 @@ def leave_signals_to_us(trainer: pl.Trainer) -> None:
 
 
 def compile_models(module: DistillModule) -> None:
-    """Compiles the layers of the models without gates, the teacher and the student of stage 3, in place.
+    """Compiles in place what is not a convolution: transformer layers, norms of conv blocks, and the losses.
 
-    A gated student's widths change with every update, and it would be compiled again and again. Layers are
-    compiled one by one because they share one graph; on a GPU the conv blocks too, whose norm and GELU become
-    one kernel. Names in the state dict stay.
+    Layers are compiled one by one, as they share a few graphs. Widths are variables in these, for a gated
+    student's change with every update, and a pruned one's from layer to layer. Convolutions are left out: a
+    graph with one is good for a single length. Names in the state dict stay.
     """
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)
+    config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
+    module.distill_loss.compile(dynamic=True)
+    if module.use_reg:
+        module.student_cost.compile()
     for model in (module.teacher_model, module.student_model):
-        if not model.gates():
-            blocks = model.feature_extractor.conv_layers if torch.cuda.is_available() else []
-            for layer in (*blocks, *model.encoder.transformer.layers):
-                layer.compile(dynamic=True)
+        for block in model.feature_extractor.conv_layers:
+            if block.layer_norm is not None:
+                block.finish = torch.compile(block.finish, dynamic=True)
+        for layer in model.encoder.transformer.layers:
+            layer.compile(dynamic=True)
 
 
 def devices_a_node(args: argparse.Namespace) -> tuple[str, int]:

@@ -1,14 +1,16 @@
-"""Weights cast and joined for mixed precision, against the plain computation."""
+"""Weights cast and joined for mixed precision, and the compiled step, against the plain computation."""
 
 import copy
 
 import pytest
 import torch
-from model_helpers import FAMILIES, randomly_gated, ungated
+from model_helpers import FAMILIES, config_of, randomly_gated, ungated
 from torch.testing import assert_close
 
+import training
 from lightning import DistillLoss, DistillModule, distill_projections
 from precision import Cast, hold_in_half
+from wav2vec2 import wav2vec2_model
 from wav2vec2.gating import draw, open_units
 
 
@@ -104,3 +106,29 @@ def distillation(family, student):
         target_sparsity=0.5,
         sparsity_warmup_updates=2,
     )
+
+
+def test_a_compiled_update_is_the_plain_one_at_every_width(monkeypatch):
+    torch._dynamo.reset()
+    config = config_of("hubert_base")
+    module = distillation("hubert_base", wav2vec2_model(**config))
+    plain = copy.deepcopy(module)
+    training.compile_models(module)
+    graphs = []
+    for share, length in [(1.0, 4000), (0.5, 4400), (0.1, 5000), (0.8, 6300), (0.3, 5200), (0.6, 7000)]:
+        torch.manual_seed(int(100 * share))
+        for gate, other in zip(module.student_model.gates(), plain.student_model.gates(), strict=True):
+            gate.log_alpha.data = torch.where(torch.rand(gate.n_in) < share, 4.0, -6.0)
+            other.log_alpha.data.copy_(gate.log_alpha)
+        losses, waveforms = [], torch.randn(2, length)
+        for each in (module, plain):
+            torch.manual_seed(1)
+            each.zero_grad()
+            losses.append(each._losses(waveforms, None)["loss"])
+            losses[-1].backward()
+        assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+        for (name, p), q in zip(module.named_parameters(), plain.parameters(), strict=True):
+            if q.grad is not None:
+                assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-4, msg=name)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[-2], f"it goes on compiling: {graphs}"
