@@ -1,8 +1,6 @@
 """Bucketed batches of crops: which samples of which utterances make a batch, and how they are read."""
 
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from user_files import UserError
 
 from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
+from .workers import leave_signals_to_training, start_method
 
 # 2 to 15.6 s: the original DPHuBERT's smallest and largest sample sizes, kept so that results are comparable.
 # A batch is cropped to its shortest member, so a shorter utterance would leave next to nothing of the others;
@@ -290,24 +289,6 @@ def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
         ) from error
 
 
-def _leave_signals_to_training(worker: int) -> None:
-    """A signal that asks training to save and stop reaches all its processes: the readers have to go on.
-
-    A SIGTERM of training's own is how Python ends what is left of them, so it has to be told from others'.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for_parent_alone, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_for_parent_alone(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
 def make_loader(
     tsv_dir: str | Path,
     name: str,
@@ -369,7 +350,8 @@ def make_loader(
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_training,
+        worker_init_fn=leave_signals_to_training,
+        multiprocessing_context=start_method() if num_workers else None,
         pin_memory=for_gpu,
         # Every iterator draws a seed: from the global generator, that would shift what training draws.
         generator=torch.Generator().manual_seed(seed),

@@ -1,6 +1,8 @@
 """Manifests, bucketed batches, crops and the loader, on real files."""
 
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from stage_helpers import ENVIRONMENT, ROOT
 
 from dataset import (
     AudioDataset,
@@ -391,3 +394,29 @@ def test_a_worker_s_error_arrives_as_the_same_one_sentence(tmp_path):
         messages.append(str(error.value))
     assert messages[0] == messages[1]
     assert messages[0].count("\n") == 0 and messages[0].startswith(str(tmp_path))
+
+
+def test_a_reader_that_stands_still_at_its_start_is_started_again(corpus, tmp_path):
+    """Its hook stands for a lock of Python's own, which a thread may hold while another one forks."""
+    script = f"""
+import os, pathlib, time
+first = pathlib.Path({str(tmp_path / "first")!r})
+def stand_still():
+    try:
+        first.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    time.sleep(600)
+os.register_at_fork(after_in_child=stand_still)
+from dataset import workers
+from dataset.batches import make_loader
+workers.SECONDS = 0.5
+loader = make_loader({str(corpus)!r}, "train", 12.5, 2, shuffle=False)
+print(sum(len(waveforms) for waveforms, _ in loader))
+"""
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    loader = make_loader(corpus, "train", 12.5, 0, shuffle=False)
+    assert int(process.stdout) == sum(len(waveforms) for waveforms, _ in loader)
+    assert (tmp_path / "first").exists(), "one was to stand still"
