@@ -218,6 +218,11 @@ def train(module: DistillModule, run: Run) -> None:
         try:
             _train(module, run, stopper)
         except (OSError, RuntimeError) as error:
+            if run.args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"--compile: torch cannot compile here ({reason}): run without it, or install that compiler"
+                ) from error
             if (words := _lost_process(error, run.args)) is None:
                 if isinstance(error, OSError) and error.filename is None:
                     raise UserError(

@@ -157,6 +157,19 @@ def test_stage_2_wants_stage_1s_file_and_its_teacher(fails, teacher, tmp_path):
     assert not (tmp_path / "pruned_hubert_base.pth").exists()
 
 
+def test_compiling_without_a_compiler_is_one_sentence(manifests, teacher, tmp_path):
+    command = [sys.executable, ROOT / "distill.py", *flags(manifests, teacher, tmp_path / "exp"), "--compile"]
+    environment = {
+        **ENVIRONMENT,
+        "CXX": "/no/such/compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2, process.stderr
+    assert "--compile: torch cannot compile here" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+
+
 def test_out_names_another_file_and_an_existing_one_is_replaced_whole(teacher, tmp_path):
     distilled = stage_1(teacher, tmp_path)
     out = tmp_path / "new" / "small.pth"
