@@ -25,10 +25,12 @@ if hasattr(os, "fork"):
     _report: tuple[int, int] | None = None
 
     def _arrive() -> None:
+        global _report
         if _report is not None:
             os.write(_report[1], b"1")
             for end in _report:
                 os.close(end)
+            _report = None
 
     os.register_at_fork(after_in_child=_arrive)
 
