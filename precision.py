@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.components import SelfAttention, WeightNormConv1d
-from wav2vec2.gating import NarrowedWeights
+from wav2vec2.gating import NarrowedWeights, Place
 
 HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 """Of matrix products, by the name of Lightning's mixed precision."""
@@ -66,17 +66,14 @@ def half_weights(model: Wav2Vec2Model, narrowed: NarrowedWeights | None) -> Narr
     encoder = model.encoder
     for part in (model.feature_extractor, encoder.feature_projection, *encoder.transformer.layers):
         products = {
-            place: [weights.get(part, getattr(*part)) for part in parts]
-            for place, parts in _products(part.modules(), together=kind == "cuda")
+            place: [weights.get(own, getattr(*own)) for own in made_of]
+            for place, made_of in _products(part.modules(), together=kind == "cuda")
             if place not in weights or weights[place].dtype != dtype
         }
         tensors = itertools.chain.from_iterable(products.values())
         joined = [len(parts) for parts in products.values()]
         weights.update(zip(products, Cast.apply(dtype, joined, *tensors), strict=True))
     return weights
-
-
-Place = tuple[nn.Module, str]
 
 
 def _products(modules: Iterable[nn.Module], together: bool) -> Iterator[tuple[Place, list[Place]]]:

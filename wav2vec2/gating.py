@@ -36,7 +36,10 @@ from .hardconcrete import HardConcrete
 CONV_MULTIPLE = 64
 """cuDNN searches a way to compute for every new shape of a convolution, so that their widths must be few."""
 
-NarrowedWeights = dict[tuple[nn.Module, str], Tensor]
+Place = tuple[nn.Module, str]
+"""Of a tensor: its module, and its name there."""
+
+NarrowedWeights = dict[Place, Tensor]
 """The tensors of a model that its gates change, by module and name."""
 
 
@@ -94,7 +97,7 @@ class Slicing:
     masked: int | None = None
     inside: Axis | None = None
     scaled: HardConcrete | None = None
-    together: tuple[nn.Module, str] | None = None
+    together: Place | None = None
 
     @property
     def tensor(self) -> Tensor | None:
@@ -138,7 +141,7 @@ class Stack:
         reads: Iterator[Tensor],
         masks: Mapping[HardConcrete, Tensor],
         half: torch.dtype | None,
-    ) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+    ) -> Iterator[tuple[Place, Tensor]]:
         """What is left of the tensors, by module and name.
 
         Args:
@@ -161,7 +164,7 @@ class Stack:
         joined = cut.apply(torch.cat(tensors, cut.dim), indices, reads)
         if half is not None and isinstance(self.slicings[0].module, nn.Linear):
             joined = joined.to(half)
-        left: dict[tuple[nn.Module, str], int] = {}
+        left: dict[Place, int] = {}
         for slicing, place, size in zip(self.slicings, own, cut.left, strict=True):
             left[slicing.together or place] = left.get(slicing.together or place, 0) + size
         yield from zip(left, joined.split(list(left.values()), cut.dim), strict=True)
