@@ -221,7 +221,7 @@ def train(module: DistillModule, run: Run) -> None:
             if run.args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 reason = str(error).splitlines()[0]
                 raise UserError(
-                    f"--compile: torch cannot compile here ({reason}): run without it, or install that compiler"
+                    f"--compile: torch cannot compile here ({reason}): run without it, or install it"
                 ) from error
             if (words := _lost_process(error, run.args)) is None:
                 if isinstance(error, OSError) and error.filename is None:
