@@ -1,7 +1,7 @@
 """Converts a HuBERT model of Hugging Face's transformers: --model NAME --out FILE."""
 
-from cli import run_script
 from converters.huggingface import main
+from utils.cli import run_script
 
 if __name__ == "__main__":
     run_script(lambda: main("hubert", model="facebook/hubert-base-ls960"))

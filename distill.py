@@ -3,21 +3,21 @@
 section 3.1)."""
 
 if __name__ == "__main__":
-    import processes
+    from utils import processes
 
     processes.quit_on_signals()
 
 import argparse
 
-from cli import natural, needs_extra, path, positive, run_script, share
-from model_files import load_model
-from user_files import UserError
+from utils.checkpoint import load_model
+from utils.cli import natural, needs_extra, path, positive, run_script, share
+from utils.files import UserError
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 
 with needs_extra("train"):
-    import training
     from lightning import DistillModule
+    from training import trainer
 
 
 def gates(pruning_units: str) -> dict[str, bool]:
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    training.add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
+    trainer.add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument(
         "--student_ckpt",
@@ -72,22 +72,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     new_gates = gates(args.pruning_units)
-    with training.run_of("distill", args) as run:
+    with trainer.run_of("distill", args) as run:
         if run.finished:
             return
-        training.seed(args.seed)
+        trainer.seed(args.seed)
         teacher = load_model(args.teacher_ckpt)
         student = load_model(args.student_ckpt, **new_gates)
         student.skip_closed_gates = not args.no_skip
         module = DistillModule(
-            **training.module_arguments(args, teacher, student),
+            **trainer.module_arguments(args, teacher, student),
             use_reg=True,
             reg_learning_rate=args.reg_learning_rate,
             target_sparsity=args.target_sparsity,
             sparsity_warmup_updates=args.sparsity_warmup_updates,
             sparsity_of=args.sparsity_of,
         )
-        training.train(module, run)
+        trainer.train(module, run)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import provenance
-from cli import natural, needs_extra, number, positive, run_script
-from model_files import load_model
-from user_files import UserError, atomic_write
+from utils import run_record
+from utils.checkpoint import load_model
+from utils.cli import natural, needs_extra, number, positive, run_script
+from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 
@@ -478,7 +478,7 @@ def main() -> None:
     for flag, out in (("json", args.json), ("picture", args.picture)):
         for inputs in (*({"models": name} for name in args.models), *({"hf": name} for name in args.hf)):
             if out is not None:
-                provenance.refuse_overwriting(out, inputs, flag)
+                run_record.refuse_overwriting(out, inputs, flag)
     waveforms = load_audio(examples.paths)
 
     rows: list[dict] = []

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import needs_extra, path, run_script, writes
-from model_files import load_model, on_cpu, to_builtin
-from user_files import UserError
+from utils.checkpoint import load_model, on_cpu, to_builtin
+from utils.cli import needs_extra, path, run_script, writes
+from utils.files import UserError
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates

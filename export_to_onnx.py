@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import provenance
-from cli import needs_extra, run_script, writes
-from model_files import load_model
-from user_files import UserError, atomic_write
+from utils import run_record
+from utils.checkpoint import load_model
+from utils.cli import needs_extra, run_script, writes
+from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 
 with needs_extra("export"):
@@ -243,7 +243,7 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out)
     inputs = {"ckpt": args.ckpt, "audio": args.audio}
-    provenance.refuse_overwriting(out, {name: path for name, path in inputs.items() if path is not None})
+    run_record.refuse_overwriting(out, {name: path for name, path in inputs.items() if path is not None})
     model = load_model(args.ckpt)
     if model.gates():
         raise UserError(f"--ckpt {args.ckpt}: its model still has gates; run prune.py on it first")

@@ -4,7 +4,7 @@ import math as _math
 
 import torch as _torch
 
-from model_files import load_model as _load_model
+from utils.checkpoint import load_model as _load_model
 from wav2vec2 import (
     hubert_base,
     hubert_large,

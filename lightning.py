@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from precision import half_weights
-from user_files import UserError
+from training.half_precision import half_weights
+from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 
@@ -154,7 +154,7 @@ class DistillModule(pl.LightningModule):
         seed: of dropout and the gates' samples.
 
     Attributes:
-        casts_together: in mixed precision the student's weights are cast by few kernels (precision.py).
+        casts_together: in mixed precision the student's weights are cast by few kernels (half_precision.py).
     """
 
     def __init__(

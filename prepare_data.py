@@ -15,8 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from cli import needs_extra, run_script
-from user_files import UserError
+from utils.cli import needs_extra, run_script
+from utils.files import UserError
 
 with needs_extra("train"):
     import soundfile

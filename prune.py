@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-import provenance
-from cli import path, positive_int, run_script, share, shortened
-from model_files import (
+from utils import run_record
+from utils.checkpoint import (
     build_model,
     read_checkpoint,
     read_file,
     save_checkpoint,
 )
-from user_files import UserError
+from utils.cli import path, positive_int, run_script, share, shortened
+from utils.files import UserError
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
         help="open or close the gates, in the order that training found, until what is left is just within "
         "this target, in what stage 1's --sparsity_of counted; by default, what the gates close is cut",
     )
-    provenance.add_argument(parser)
+    run_record.add_argument(parser)
     return parser.parse_args()
 
 
@@ -102,7 +102,7 @@ def read_trained(path: str | Path) -> dict:
             value = shortened(content["hyper_parameters"][name])
             raise UserError(f"{path}: its {name} is {value}, which it cannot be; make or copy it again")
     if "run" in content:
-        provenance.check_record(content["run"], path)
+        run_record.check_record(content["run"], path)
     return content
 
 
@@ -173,9 +173,9 @@ def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
     student = gated_tensors(state_dict, distilled_ckpt)
     made_with = checkpoint.get("run")
     if made_with is not None:
-        then = provenance.excerpt(made_with, original_ckpt="student_ckpt")
+        then = run_record.excerpt(made_with, original_ckpt="student_ckpt")
         remedy = "Give --original_ckpt what stage 1 had as --student_ckpt"
-        provenance.refuse(provenance.differences(then, record), distilled_ckpt, args.allow_changed, remedy)
+        run_record.refuse(run_record.differences(then, record), distilled_ckpt, args.allow_changed, remedy)
     model = gated_student(student, distilled_ckpt, original_ckpt)
     hyper_parameters = checkpoint["hyper_parameters"]
     sparsity_of = hyper_parameters.get("sparsity_of", "params")
@@ -283,19 +283,19 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out or Path(args.distilled_ckpt).with_name("pruned_hubert_base.pth"))
     files = {"distilled_ckpt": args.distilled_ckpt, "original_ckpt": args.original_ckpt}
-    provenance.refuse_overwriting(out, files)
-    inputs = {name: provenance.file_input(file) for name, file in files.items()}
-    record = provenance.make_record("prune", args, inputs)
-    folder = provenance.folder_of(args.distilled_ckpt)
-    if provenance.is_done(out, record, folder):
+    run_record.refuse_overwriting(out, files)
+    inputs = {name: run_record.file_input(file) for name, file in files.items()}
+    record = run_record.make_record("prune", args, inputs)
+    folder = run_record.folder_of(args.distilled_ckpt)
+    if run_record.is_done(out, record, folder):
         print(f"prune.py: this stage is finished: {out}")
         return
     distilled = read_distilled(args, record)
-    with provenance.Diary(folder, record, args) as diary:
+    with run_record.Diary(folder, record, args) as diary:
         table = prune(distilled, args)
         save_checkpoint(out, distilled.student, verify=True, distill_linear_projs=distilled.projections)
         more = {} if distilled.made_with is None else {"distilled": distilled.made_with}
-        diary.note(output=provenance.file_input(out), **more)
+        diary.note(output=run_record.file_input(out), **more)
     print(f"{table}\nwrote {out}")
 
 

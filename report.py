@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from cli import needs_extra, positive_int, run_script
-from model_files import load_model
-from user_files import UserError, atomic_write
+from utils.checkpoint import load_model
+from utils.cli import needs_extra, positive_int, run_script
+from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 

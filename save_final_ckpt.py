@@ -4,11 +4,11 @@
 import argparse
 from pathlib import Path
 
-import provenance
-from cli import path, run_script
-from model_files import build_model, read_checkpoint, save_checkpoint
 from prune import part, read_trained
-from user_files import UserError
+from utils import run_record
+from utils.checkpoint import build_model, read_checkpoint, save_checkpoint
+from utils.cli import path, run_script
+from utils.files import UserError
 from wav2vec2.cost import count_parameters
 
 
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=path, help="default: pruned_hubert_base.pth beside --ckpt_after_final_distill"
     )
-    provenance.add_argument(parser)
+    run_record.add_argument(parser)
     return parser.parse_args()
 
 
@@ -33,11 +33,11 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out or Path(args.ckpt_after_final_distill).with_name("pruned_hubert_base.pth"))
     files = {"config_path": args.config_path, "ckpt_after_final_distill": args.ckpt_after_final_distill}
-    provenance.refuse_overwriting(out, files)
-    inputs = {name: provenance.file_input(file) for name, file in files.items()}
-    record = provenance.make_record("save_final_ckpt", args, inputs)
-    folder = provenance.folder_of(args.ckpt_after_final_distill)
-    if provenance.is_done(out, record, folder):
+    run_record.refuse_overwriting(out, files)
+    inputs = {name: run_record.file_input(file) for name, file in files.items()}
+    record = run_record.make_record("save_final_ckpt", args, inputs)
+    folder = run_record.folder_of(args.ckpt_after_final_distill)
+    if run_record.is_done(out, record, folder):
         print(f"save_final_ckpt.py: this stage is finished: {out}")
         return
     config = read_checkpoint(args.config_path)["config"]
@@ -46,17 +46,17 @@ def main() -> None:
     if not student:
         raise UserError(f"{args.ckpt_after_final_distill}: holds no student_model; give stage 3's last.ckpt")
     if (made_with := checkpoint.get("run")) is not None:
-        then = provenance.excerpt(made_with, config_path="student_ckpt")
+        then = run_record.excerpt(made_with, config_path="student_ckpt")
         remedy = "Give --config_path what stage 3 had as --student_ckpt"
-        found = provenance.differences(then, record)
-        provenance.refuse(found, args.ckpt_after_final_distill, args.allow_changed, remedy)
+        found = run_record.differences(then, record)
+        run_record.refuse(found, args.ckpt_after_final_distill, args.allow_changed, remedy)
     source = f"{args.ckpt_after_final_distill} with the config of --config_path {args.config_path}"
     model = build_model(config, student, source).eval()
     if model.gates():
         raise UserError(f"{args.config_path}: its config has gates; give stage 2's file")
-    with provenance.Diary(folder, record, args) as diary:
+    with run_record.Diary(folder, record, args) as diary:
         save_checkpoint(out, model, verify=True)
-        diary.note(output=provenance.file_input(out))
+        diary.note(output=run_record.file_input(out))
     print(f"wrote {out}: {count_parameters(model):,} parameters")
 
 

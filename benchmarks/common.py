@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import positive, positive_int, share
-from model_files import load_model
-from user_files import UserError
+from utils.checkpoint import load_model
+from utils.cli import positive, positive_int, share
+from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wav2vec2_model, wavlm_base
 from wav2vec2.config import PRUNING_UNITS
 

@@ -23,10 +23,10 @@ import soundfile
 import torch
 from common import SAMPLE_RATE, add_arguments, choose_device, describe, print_machine, print_table, write_json
 
-from cli import natural, positive, positive_int, run_script
 from dataset import AudioDataset, make_loader, read_manifest
 from prepare_data import prepare
-from user_files import UserError
+from utils.cli import natural, positive, positive_int, run_script
+from utils.files import UserError
 
 
 def parse_args() -> argparse.Namespace:

@@ -35,10 +35,10 @@ from common import (
 )
 from torch import Tensor, nn
 
-import onednn
-from cli import natural, positive, positive_int, run_script, share
 from export_to_onnx import export, relative_error, samples_of
-from model_files import save_checkpoint
+from training import onednn
+from utils.checkpoint import save_checkpoint
+from utils.cli import natural, positive, positive_int, run_script, share
 from wav2vec2 import Wav2Vec2Model
 
 Run = Callable[[Tensor], Tensor]

@@ -46,12 +46,12 @@ from torch import Tensor
 from train_step import Step, Variant, figures, ratios, take_turns
 
 import distill
-import training
-from cli import run_script
 from dataset import write_manifests
-from experiment import last_of, previous_of
-from model_files import save_checkpoint
-from precision import prepare_gpu
+from training import trainer
+from training.half_precision import prepare_gpu
+from training.resume import last_of, previous_of
+from utils.checkpoint import save_checkpoint
+from utils.cli import run_script
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base, wavlm_large
 from wav2vec2.config import NO_DROPOUT
 from wav2vec2.cost import multiply_accumulates
@@ -406,7 +406,7 @@ def all_devices(checks: Checks, folder: Path, flags: list[str]) -> None:
 
 def rank() -> None:
     """One process of a run on all GPUs, which notes a hash of its weights at the end."""
-    train = training.train
+    train = trainer.train
 
     def train_and_note(module, run) -> None:
         train(module, run)
@@ -417,7 +417,7 @@ def rank() -> None:
         path = Path(os.environ["GPU_CHECK_HASHES"]) / f"rank{os.environ['RANK']}"
         path.write_text(digest.hexdigest())
 
-    training.train = train_and_note
+    trainer.train = train_and_note
     distill.main()
 
 

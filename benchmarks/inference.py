@@ -31,8 +31,8 @@ from common import (
     write_json,
 )
 
-import onednn
-from cli import natural, positive, positive_int, run_script
+from training import onednn
+from utils.cli import natural, positive, positive_int, run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, multiply_accumulates
 

@@ -120,7 +120,7 @@ def make(name: str, folder: Path) -> None:
 def measure(name: str, source: str, folder: Path) -> None:
     """Converts once and prints a line of JSON."""
     from converters import fairseq, huggingface
-    from model_files import load_model, save_checkpoint
+    from utils.checkpoint import load_model, save_checkpoint
 
     family, _ = MODELS[name]
     if source == "transformers":

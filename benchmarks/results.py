@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from common import describe, gated_copy, print_machine, print_table, write_json
 
-from cli import natural, path, positive, positive_int, run_script, share
 from lightning import distill_projections, parse_distill_layers
-from model_files import load_model, save_checkpoint
 from prune import shift_gates
 from reporting import measure
 from reporting.run import Run, Student
-from user_files import UserError
+from utils.checkpoint import load_model, save_checkpoint
+from utils.cli import natural, path, positive, positive_int, run_script, share
+from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.cost import parameter_count
 

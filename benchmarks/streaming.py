@@ -17,10 +17,10 @@ import torch
 from common import SAMPLE_RATE, describe, print_machine, print_table, write_json
 from torch import Tensor
 
-from cli import not_negative, positive, positive_int, run_script
 from export_to_onnx import samples_of
-from model_files import load_model
-from user_files import UserError
+from utils.checkpoint import load_model
+from utils.cli import not_negative, positive, positive_int, run_script
+from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 
 

@@ -43,12 +43,12 @@ from common import (
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import onednn
-from cli import natural, positive, positive_int, run_script
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
-from precision import hold_in_half, prepare_gpu
-from training import compile_models
-from user_files import UserError
+from training import onednn
+from training.half_precision import hold_in_half, prepare_gpu
+from training.trainer import compile_models
+from utils.cli import natural, positive, positive_int, run_script
+from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import multiply_accumulates
 

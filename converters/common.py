@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import provenance
-from cli import shortened
-from model_files import build_model, save_checkpoint
-from user_files import UserError
+from utils import run_record
+from utils.checkpoint import build_model, save_checkpoint
+from utils.cli import shortened
+from utils.files import UserError
 from wav2vec2.model import Wav2Vec2Model, base_config
 
 FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0", "wavlm": "WavLM"}
@@ -247,7 +247,7 @@ def convert(
     """
     name = Path(source).name if suffix == ".hf.pth" else Path(source).stem
     out = out or f"pretrained/{name or Path(source).resolve().name}{suffix}"
-    provenance.refuse_overwriting(out, {flag: source})
+    run_record.refuse_overwriting(out, {flag: source})
     model, remark = load(source)
     save_checkpoint(out, model)
     waveform = "normalised" if model.normalize_waveform else "not normalised"

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from cli import shortened
-from user_files import UserError
+from utils.cli import shortened
+from utils.files import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 from . import safe_pickle

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import missing_package, shortened
-from user_files import UserError
+from utils.cli import missing_package, shortened
+from utils.files import UserError
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from user_files import UserError
+from utils.files import UserError
 
 from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
 from .workers import leave_signals_to_training, start_method

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from user_files import UserError, atomic_write
+from utils.files import UserError, atomic_write
 
 SAMPLE_RATE = 16_000
 

@@ -8,7 +8,7 @@ import signal
 import threading
 from multiprocessing import connection
 
-from user_files import UserError
+from utils.files import UserError
 
 SECONDS, ATTEMPTS = 10.0, 5
 """For how long a new process may be silent, and how often another one is started in its place."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from dataset import SAMPLE_RATE, read_manifest
 from dataset.batches import MAX_SAMPLES, MIN_SAMPLES
 from dataset.manifest import format_complaint
-from user_files import UserError
+from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, multiply_accumulates
 

@@ -7,8 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import soundfile
-from model_helpers import tiny_config
-from stage_helpers import run
+
+from tests.helpers.models import tiny_config
+from tests.helpers.stages import run
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ def teacher(tmp_path_factory):
     """A tiny HuBERT with dropout, saved as a checkpoint."""
     import torch
 
-    from model_files import save_checkpoint
+    from utils.checkpoint import save_checkpoint
     from wav2vec2 import wav2vec2_model
 
     torch.manual_seed(0)

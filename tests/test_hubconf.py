@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import tiny_config
 
-from model_files import save_checkpoint
+from tests.helpers.models import tiny_config
+from utils.checkpoint import save_checkpoint
 from wav2vec2 import wav2vec2_model
 
 ROOT = Path(__file__).parent.parent

@@ -6,11 +6,11 @@ import sys
 import pytest
 import soundfile
 import torch
-from model_helpers import tiny_config
-from stage_helpers import ENVIRONMENT, ROOT, flags, run, sentence_of
 
-from model_files import read_checkpoint, save_checkpoint
-from user_files import UserError, atomic_write
+from tests.helpers.models import tiny_config
+from tests.helpers.stages import ENVIRONMENT, ROOT, flags, run, sentence_of
+from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.files import UserError, atomic_write
 from wav2vec2 import wav2vec2_model
 
 
@@ -91,7 +91,7 @@ def test_missing_and_unexpected_tensors_and_keys_are_named(fails, manifests, tea
 
 
 def test_more_gpus_than_there_are_is_an_error_and_none_is_a_warning(monkeypatch, capsys):
-    import training
+    from training import trainer
 
     class Flags:
         gpus, num_nodes = 4, 1
@@ -99,14 +99,14 @@ def test_more_gpus_than_there_are_is_an_error_and_none_is_a_warning(monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--gpus 4: this machine has 2"):
-        training.hardware(Flags)
+        trainer.hardware(Flags)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert training.hardware(Flags)["accelerator"] == "cpu"
+    assert trainer.hardware(Flags)["accelerator"] == "cpu"
     assert "warning: no GPU is found" in capsys.readouterr().err
 
 
 def test_tasks_that_slurm_has_bound_to_a_gpu_each_take_the_one_they_see(monkeypatch):
-    import training
+    from training import trainer
 
     class Flags:
         gpus, num_nodes, dist_timeout = 4, 1, 600
@@ -117,14 +117,14 @@ def test_tasks_that_slurm_has_bound_to_a_gpu_each_take_the_one_they_see(monkeypa
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
-    assert training.devices_a_node(Flags) == ("gpu", 4)
-    assert training.hardware(Flags)["devices"] == 1
-    [environment] = training.cluster(Flags)
+    assert trainer.devices_a_node(Flags) == ("gpu", 4)
+    assert trainer.hardware(Flags)["devices"] == 1
+    [environment] = trainer.cluster(Flags)
     assert (environment.local_rank(), environment.global_rank(), environment.world_size()) == (0, 3, 4)
     environment.validate_settings(num_devices=1, num_nodes=1)
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     with pytest.raises(UserError, match="SLURM has started 2 tasks a node; give srun --ntasks-per-node=4"):
-        training.devices_a_node(Flags)
+        trainer.devices_a_node(Flags)
 
 
 def stage_1(teacher, tmp_path, log_alpha=3.0):

@@ -13,7 +13,7 @@ import soundfile
 
 import prepare_data
 from dataset import read_manifest
-from user_files import UserError
+from utils.files import UserError
 
 SCRIPT = Path(prepare_data.__file__)
 

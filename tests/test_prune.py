@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from model_helpers import config_of, ungated
-from stage_helpers import call, checkpoint, flags, run
 
 from lightning import DistillLoss, DistillModule, distill_projections
-from model_files import load_model, save_checkpoint
+from tests.helpers.models import config_of, ungated
+from tests.helpers.stages import call, checkpoint, flags, run
+from utils.checkpoint import load_model, save_checkpoint
 from wav2vec2 import wav2vec2_model
 from wav2vec2.cost import COUNTS
 

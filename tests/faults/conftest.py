@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from faults.table import World
+from tests.faults.table import World
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from stage_helpers import ENVIRONMENT
 
-from faults.table import Case, Outcome, finished, refused
+from tests.faults.table import Case, Outcome, finished, refused
+from tests.helpers.stages import ENVIRONMENT
 
 COUNT = 8
 SAMPLES = 40_000
@@ -129,7 +129,7 @@ def million_lines(world) -> Outcome:
     import subprocess
     import sys
 
-    from stage_helpers import ROOT
+    from tests.helpers.stages import ROOT
 
     command = [sys.executable, "-c", code, str(world.tmp / "tsv")]
     options = {"env": {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}

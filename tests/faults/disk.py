@@ -6,9 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from stage_helpers import ROOT
-
-from faults.table import Case, finished, refused
+from tests.faults.table import Case, finished, refused
+from tests.helpers.stages import ROOT
 
 FAIRSEQ = ROOT / "tests" / "golden" / "fairseq_hubert_base.pt"
 FORBIDDEN = Path("/sys/no")
@@ -148,7 +147,7 @@ def over_its_input(script, flag, arguments):
 
 
 def over_a_file_of_its_folder(world):
-    from convert_helpers import hf_model
+    from tests.helpers.convert import hf_model
 
     folder = world.tmp / "hf"
     hf_model("hubert").save_pretrained(folder)

@@ -9,9 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from stage_helpers import ENVIRONMENT, RECIPE, ROOT
-
-from faults.table import MOMENTS, SEED, Case, Fork, Outcome, finished, same_checkpoint, wait_until
+from tests.faults.table import MOMENTS, SEED, Case, Fork, Outcome, finished, same_checkpoint, wait_until
+from tests.helpers.stages import ENVIRONMENT, RECIPE, ROOT
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WAYS = {
@@ -149,10 +148,10 @@ def killed_recipe(number: int, seed: int):
 
 
 def same_model(first: Path, second: Path) -> None:
-    import provenance
+    from utils import run_record
 
     for name in ("ckpts/pruned_hubert_base.pth", "final/ckpts/pruned_hubert_base.pth"):
-        assert provenance.fingerprint(first / name) == provenance.fingerprint(second / name), name
+        assert run_record.fingerprint(first / name) == run_record.fingerprint(second / name), name
 
 
 CASES = [

@@ -2,7 +2,7 @@
 
 import torch
 
-from faults.table import Case, finished, refused
+from tests.faults.table import Case, finished, refused
 
 
 def flag(name, value, stage="distill"):

@@ -15,9 +15,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from stage_helpers import ROOT
 
-from faults.table import MUTATIONS, SEED, Case, Outcome, finished, refused
+from tests.faults.table import MUTATIONS, SEED, Case, Outcome, finished, refused
+from tests.helpers.stages import ROOT
 
 SECONDS = 10
 MEGABYTES = 400
@@ -174,7 +174,7 @@ def folder(change=lambda config: None, text=None, options=None, **files):
     """Converts a folder of Hugging Face's format whose files are changed."""
 
     def do(world):
-        from convert_helpers import hf_model
+        from tests.helpers.convert import hf_model
 
         hf = world.tmp / "hf"
         hf_model("hubert").save_pretrained(hf)
@@ -201,7 +201,7 @@ def index(name):
     """The index of the weights names a file outside the folder."""
 
     def do(world):
-        from convert_helpers import hf_model
+        from tests.helpers.convert import hf_model
 
         hf = world.tmp / "hf"
         hf_model("hubert").save_pretrained(hf)
@@ -217,7 +217,7 @@ def fairseq(plant):
     """Converts a checkpoint of fairseq's layout that has something planted."""
 
     def do(world):
-        from convert_helpers import save_changed
+        from tests.helpers.convert import save_changed
 
         path, mark = world.tmp / "evil.pt", world.tmp / "ran"
         save_changed(path, "fairseq_hubert_base", lambda content: plant(content, mark))
@@ -256,7 +256,7 @@ def mutated(read, good):
     """Random changes to a file: each is one sentence, or it is read as it was."""
 
     def do(world):
-        from user_files import UserError
+        from utils.files import UserError
 
         content, generator = good(world).read_bytes(), random.Random(SEED)
         path = world.tmp / "file.pth"
@@ -290,7 +290,7 @@ def read_fairseq(path):
 
 
 def read_run_json(path):
-    from provenance import read_run
+    from utils.run_record import read_run
 
     path.rename(path.with_name("run.json"))
     read_run(path.parent)

@@ -6,9 +6,9 @@ import random
 import shutil
 
 import torch
-from stage_helpers import checkpoint
 
-from faults.table import MUTATIONS, SEED, Case, Outcome, finished, refused, same_checkpoint
+from tests.faults.table import MUTATIONS, SEED, Case, Outcome, finished, refused, same_checkpoint
+from tests.helpers.stages import checkpoint
 
 CHECKPOINT = "/ckpts/last.ckpt"
 OTHER_GROUPS = "its optimiser has other groups of parameters than these models"
@@ -222,8 +222,8 @@ def entry(**changes):
 
 def mutated(world):
     """Random changes to the bytes of a checkpoint: each is one sentence, or nothing has changed."""
-    from experiment import read_training_checkpoint
-    from user_files import UserError
+    from training.resume import read_training_checkpoint
+    from utils.files import UserError
 
     good = (world.stages / "ckpts" / "last.ckpt").read_bytes()
     expected, generator = world.content("last.ckpt")["state_dict"], random.Random(SEED)
@@ -248,7 +248,7 @@ def mutated(world):
 
 def with_other_devices(world):
     """Begun on two processes, gone on with on one that accumulates two batches instead."""
-    from faults.kills import unbroken
+    from tests.faults.kills import unbroken
 
     exp = world.tmp / "exp"
     shutil.copytree(unbroken(world, "distill", "two ranks")[1], exp)

@@ -19,7 +19,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from stage_helpers import ENVIRONMENT, ROOT, assert_equal_to_the_bit, flags
+
+from tests.helpers.stages import ENVIRONMENT, ROOT, assert_equal_to_the_bit, flags
 
 MOMENTS = int(os.environ.get("FAULT_MOMENTS", "20"))
 MUTATIONS = int(os.environ.get("FAULT_MUTATIONS", "3000"))
@@ -87,7 +88,7 @@ def file_size_limit(size: int | None) -> Iterator[None]:
 
 
 class Fork:
-    """A script that runs in a fork of :mod:`faults.warm`, the leader of a process group of its own."""
+    """A script that runs in a fork of :mod:`tests.faults.warm`, the leader of a process group of its own."""
 
     def __init__(self, warm: "Warm", pid: int, log: Path) -> None:
         self.warm, self.pid, self.log = warm, pid, log
@@ -101,12 +102,14 @@ class Fork:
 
 
 class Warm:
-    """The process of :mod:`faults.warm`."""
+    """The process of :mod:`tests.faults.warm`."""
 
     def __init__(self) -> None:
-        environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen([sys.executable, "-m", "faults.warm"], env=environment, **pipes)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.warm"], env=environment, **pipes
+        )
         self._ended: dict[int, int] = {}
 
     def start(self, script: str, arguments: list, log: Path, **environment) -> Fork:

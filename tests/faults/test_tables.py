@@ -9,7 +9,7 @@ GROUPS = ("kills", "disk", "state", "data", "numbers", "security", "types")
 
 def lines():
     for group in GROUPS:
-        for case in importlib.import_module(f"faults.{group}").CASES:
+        for case in importlib.import_module(f"tests.faults.{group}").CASES:
             marks = [pytest.mark.slow] if case.slow else []
             yield pytest.param(case, id=f"{group}: {case.name}", marks=marks)
 

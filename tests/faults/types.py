@@ -2,7 +2,7 @@
 
 import torch
 
-from faults.table import Case, finished, refused
+from tests.faults.table import Case, finished, refused
 
 KEY = "encoder.transformer.layer_norm.weight"
 NO_TENSOR = " in its state dict is no tensor of floating-point numbers"

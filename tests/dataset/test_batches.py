@@ -1,0 +1,422 @@
+"""Manifests, bucketed batches, crops and the loader, on real files."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from dataset import (
+    AudioDataset,
+    AudioError,
+    BucketBatchSampler,
+    make_loader,
+    read_manifest,
+    write_manifests,
+)
+from tests.helpers.stages import ENVIRONMENT, ROOT
+from utils.files import UserError
+
+
+def spread_lengths(count: int, seed: int = 0) -> np.ndarray:
+    """Lengths that LibriSpeech might have, some below and some above the range that is used."""
+    return np.random.default_rng(seed).integers(20_000, 270_000, count)
+
+
+def epoch_of(batches: BucketBatchSampler, epoch: int) -> list[list[tuple[int, int, int]]]:
+    first = epoch * batches.batches_an_epoch
+    return [batches[first + place] for place in range(batches.batches_an_epoch)]
+
+
+def utterances_of(batches: BucketBatchSampler) -> list[int]:
+    return [index for batch in batches for index, _, _ in batch]
+
+
+def test_a_thousand_batches_for_a_gpu_have_a_hundred_shapes_and_lose_a_hundredth_of_the_audio():
+    # LibriSpeech has a mean of 12.3 s: three quarters of its utterances last 12 to 16.5 s.
+    generator = np.random.default_rng(0)
+    seconds = np.append(generator.uniform(1.4, 11, 15_600), generator.normal(14.4, 1.3, 44_400).clip(1.3, 35))
+    lengths = (seconds * 16_000).astype(np.int64)
+    samples, shapes = [], []
+    for multiple in (1, 3_200):
+        batches = BucketBatchSampler(lengths, 160, crop_multiple=multiple)
+        first = [batches[number] for number in range(1_000)]
+        shapes.append({(len(batch), batch[0][2]) for batch in first})
+        samples.append(sum(length for batch in first for _, _, length in batch))
+    assert len(shapes[0]) > 900 and len(shapes[1]) < 100
+    assert all(length % 3_200 == 0 for _, length in shapes[1])
+    assert 0.98 * samples[0] < samples[1] < samples[0]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with ``train.tsv``: 24 FLAC files, in which sample i of any file is i, modulo 30,000."""
+    folder = tmp_path_factory.mktemp("corpus")
+    utterances = []
+    for number, length in enumerate(np.random.default_rng(1).integers(32_000, 48_000, 24).tolist()):
+        samples = (np.arange(length) % 30_000).astype(np.int16)
+        soundfile.write(folder / f"u {number:02}.flac", samples, 16_000)
+        utterances.append((f"u {number:02}.flac", length))
+    write_manifests(folder, str(folder), {"train": utterances, "valid": []})
+    return folder
+
+
+def loader_of(corpus: Path, num_workers: int = 0, **arguments):
+    return make_loader(corpus, "train", 12.5, num_workers, **{"shuffle": True, **arguments})
+
+
+# Manifests
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path):
+    utterances = [("a b/ü\u2028\r\x85.flac", 32_000), ("z.flac", 2**40)]
+    write_manifests(tmp_path / "new", str(tmp_path), {"mine": utterances})
+    assert (tmp_path / "new/mine.tsv").read_bytes().startswith(f"{tmp_path}\na b/".encode())
+    manifest = read_manifest(tmp_path / "new", "mine")
+    assert manifest.root == str(tmp_path)
+    assert list(zip(manifest.paths, manifest.lengths.tolist(), strict=True)) == utterances
+    assert manifest.lengths.dtype == np.int64
+
+
+def test_a_missing_manifest_is_an_error_that_names_those_there(corpus):
+    with pytest.raises(UserError, match=r"train960\.tsv .* has train\.tsv, valid\.tsv\).*prepare_data\.py"):
+        read_manifest(corpus, "train960")
+
+
+@pytest.mark.parametrize(
+    "line", ["a.flac", "a.flac\t", "a.flac\t-1", "a.flac\t1.5", "\t32000", "a\tb\t32000", ""]
+)
+def test_a_malformed_line_is_an_error_that_names_file_and_line(tmp_path, line):
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\nok.flac\t32000\n{line}\nok2.flac\t32000\n")
+    with pytest.raises(UserError, match=r"train\.tsv, line 3:"):
+        read_manifest(tmp_path, "train")
+
+
+def test_a_root_folder_that_is_gone_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}/gone\na.flac\t32000\n")
+    with pytest.raises(UserError, match=r"train\.tsv, line 1: there is no folder .*gone"):
+        read_manifest(tmp_path, "train")
+
+
+@pytest.mark.parametrize("text", ["", "{root}\n", "{root}"])
+def test_a_manifest_of_no_utterance_is_an_empty_validation_set_but_no_training_set(tmp_path, text):
+    (tmp_path / "few.tsv").write_text(text.format(root=tmp_path))
+    assert len(make_loader(tmp_path, "few", 87.5, 0, shuffle=False)) == 0
+    assert list(make_loader(tmp_path, "few", 87.5, 0, shuffle=False)) == []
+    with pytest.raises(
+        UserError, match=r"few\.tsv has 0 utterances, but none of 32000 to 250000 samples \(2 to"
+    ):
+        make_loader(tmp_path, "few", 87.5, 0, shuffle=True)
+
+
+# Batches
+
+
+def test_only_utterances_of_32000_to_250000_samples_are_used():
+    batches = BucketBatchSampler([31_999, 32_000, 250_000, 250_001], 87.5)
+    assert sorted(utterances_of(batches)) == [1, 2]
+    assert batches.num_utterances == 2
+
+
+def test_batches_run_from_short_to_long_and_are_filled_but_not_above_the_limit():
+    lengths = spread_lengths(3000)
+    batches = list(BucketBatchSampler(lengths, 87.5, shuffle=False))
+    sums = [sum(int(lengths[index]) for index, _, _ in batch) for batch in batches]
+    assert max(sums) <= 1_400_000
+    bucket = (250_000 - 32_000) / 1000
+    for batch, following, total in zip(batches, batches[1:], sums, strict=False):
+        assert total + lengths[following[0][0]] > 1_400_000
+        assert lengths[following[0][0]] > max(lengths[index] for index, _, _ in batch) - bucket
+    for batch in batches:
+        shortest = min(lengths[index] for index, _, _ in batch)
+        assert {length for _, _, length in batch} == {shortest}
+
+
+def test_within_a_bucket_utterances_keep_their_order():
+    lengths = [40_000 + 7 * index % 3 for index in range(9)] + [240_000]
+    (batch, _) = BucketBatchSampler(lengths, 30, shuffle=False)
+    assert [index for index, _, _ in batch] == list(range(9))
+    exact = next(iter(BucketBatchSampler(lengths, 30, shuffle=False, num_buckets=10**6)))
+    assert [lengths[index] for index, _, _ in exact] == sorted(lengths[:9])
+
+
+def test_an_utterance_longer_than_a_batch_is_a_batch_of_its_own():
+    batches = list(BucketBatchSampler([100_000, 32_000, 33_000, 200_000], 5, shuffle=False))
+    assert [[index for index, _, _ in batch] for batch in batches] == [[1, 2], [0], [3]]
+    assert list(BucketBatchSampler([40_000, 50_000], 1, shuffle=False)) == [
+        [(0, 0, 40_000)],
+        [(1, 0, 50_000)],
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_utterance_is_seen_once_an_epoch_over_all_ranks(world_size, shuffle):
+    lengths = spread_lengths(501)
+    ranks = [
+        BucketBatchSampler(lengths, 87.5, shuffle=shuffle, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    seen = sorted(index for rank in ranks for index in utterances_of(rank))
+    assert seen == np.flatnonzero((lengths >= 32_000) & (lengths <= 250_000)).tolist()
+    assert {len(list(rank)) for rank in ranks} == {len(ranks[0])}
+
+
+def test_batches_are_given_twice_only_where_there_are_too_few_utterances_to_share():
+    ranks = [BucketBatchSampler([40_000] * 5, 2.5, rank=rank, world_size=4) for rank in range(4)]
+    seen = [index for rank in ranks for index in utterances_of(rank)]
+    assert [len(rank) for rank in ranks] == [2, 2, 2, 2]
+    assert set(seen) == set(range(5)) and len(seen) == 8
+    enough = [BucketBatchSampler([40_000] * 8, 87.5, rank=rank, world_size=4) for rank in range(4)]
+    assert sorted(index for rank in enough for index in utterances_of(rank)) == list(range(8))
+
+
+def test_only_as_many_batches_are_halved_as_the_ranks_need():
+    lengths = spread_lengths(3000)
+    whole = [tuple(index for index, _, _ in b) for b in BucketBatchSampler(lengths, 87.5, shuffle=False)]
+    world_size = 8
+    missing = -len(whole) % world_size
+    assert missing > 1
+    shared = [
+        tuple(index for index, _, _ in batch)
+        for rank in range(world_size)
+        for batch in BucketBatchSampler(lengths, 87.5, shuffle=False, rank=rank, world_size=world_size)
+    ]
+    assert len(shared) == len(whole) + missing
+    cut = set(whole) - set(shared)
+    assert len(cut) == missing
+    # A batch may be cut again only once it is the largest, so what was cut had the most utterances.
+    assert min(len(batch) for batch in cut) >= max(len(batch) for batch in set(whole) & set(shared))
+
+
+def test_epochs_and_seeds_change_the_order_of_batches_but_not_their_make_up():
+    def epoch(number: int, seed: int = 2022) -> list[tuple[int, ...]]:
+        batches = BucketBatchSampler(lengths, 87.5, seed=seed)
+        return [tuple(index for index, _, _ in batch) for batch in epoch_of(batches, number)]
+
+    lengths = spread_lengths(1000)
+    first = epoch(0)
+    in_order = [tuple(i for i, _, _ in batch) for batch in BucketBatchSampler(lengths, 87.5, shuffle=False)]
+    assert epoch(0) == first
+    for other in (epoch(1), epoch(0, seed=1), in_order):
+        assert other != first
+        assert sorted(other) == sorted(first)
+        # About one batch of an order stays where it was by chance.
+        assert sum(a == b for a, b in zip(first, other, strict=True)) < 6
+
+
+def test_a_crop_starts_where_seed_epoch_and_utterance_say_whatever_the_number_of_ranks():
+    def crops(world_size: int, epoch: int = 3, seed: int = 2022) -> dict[int, tuple[int, int]]:
+        result = {}
+        for rank in range(world_size):
+            batches = BucketBatchSampler(lengths, 87.5, rank=rank, world_size=world_size, seed=seed)
+            crops = [crop for batch in epoch_of(batches, epoch) for crop in batch]
+            result.update({index: (start, length) for index, start, length in crops})
+        return result
+
+    # Ten batches, so that none is halved for two or five ranks: a halved one has another length to crop to.
+    lengths = np.random.default_rng(0).integers(240_000, 250_000, 48)
+    assert len(BucketBatchSampler(lengths, 87.5)) == 10
+    one = crops(1)
+    assert crops(2) == one
+    assert crops(5) == one
+    for other in (crops(1, epoch=4), crops(1, seed=1)):
+        moved = [index for index in one if other[index] != one[index]]
+        assert len(moved) > 30
+
+
+def test_crop_starts_are_uniform_up_to_and_including_the_last_possible_one():
+    # Pairs of 32,000 and 32,003 samples: the longer one has starts 0, 1, 2 and 3.
+    batches = BucketBatchSampler([32_000, 32_003], 87.5)
+    counts = np.zeros(4)
+    for epoch in range(4000):
+        ((_, shortest, length), (_, start, _)) = batches[epoch]
+        assert (shortest, length) == (0, 32_000)
+        counts[start] += 1
+    # Five standard deviations of a binomial with n = 4000 and p = 1/4.
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(750)
+
+
+def test_crops_of_neighbouring_utterances_and_epochs_are_unrelated():
+    count, epochs = 1000, 8
+    batches = BucketBatchSampler([32_000] + [248_000] * count, 1e6)
+    starts = np.zeros((epochs, count))
+    for epoch in range(epochs):
+        starts[epoch] = [start for index, start, _ in batches[epoch] if index > 0]
+    limit = 5 / np.sqrt(count * (epochs - 1))
+    assert abs(np.corrcoef(starts[:, 1:].ravel(), starts[:, :-1].ravel())[0, 1]) < limit
+    assert abs(np.corrcoef(starts[1:].ravel(), starts[:-1].ravel())[0, 1]) < limit
+    assert abs(starts.mean() / 216_000 - 0.5) < 5 / np.sqrt(12 * starts.size)
+
+
+def test_validation_has_the_same_crops_in_the_same_order_at_every_epoch():
+    batches = BucketBatchSampler(spread_lengths(300), 87.5, shuffle=False)
+    first = list(batches)
+    assert epoch_of(batches, 7) == first
+    assert any(start > 0 for batch in first for _, start, _ in batch)
+
+
+def test_a_batch_of_a_run_follows_from_its_number_alone():
+    lengths = spread_lengths(300)
+
+    def batches(run=None):
+        return BucketBatchSampler(lengths, 87.5, rank=1, world_size=2, run=run)
+
+    an_epoch = batches().batches_an_epoch
+    assert len(batches()) == len(list(batches())) == an_epoch > 5
+    total = 2 * an_epoch + 5
+    whole = list(batches(range(total)))
+    assert whole[:an_epoch] == list(batches())
+    assert whole[an_epoch : 2 * an_epoch] == epoch_of(batches(), 1) != whole[:an_epoch]
+    backwards = batches()
+    assert [backwards[number] for number in reversed(range(total))] == whole[::-1]
+    for start in (0, 3, an_epoch, an_epoch + 1, total):
+        rest = batches(range(start, total))
+        assert list(rest) == list(rest) == whole[start:]
+        assert len(rest) == total
+
+
+def test_batching_librispeech_takes_a_time_that_grows_with_its_size_alone():
+    def seconds(count: int) -> float:
+        lengths = np.random.default_rng(0).integers(20_000, 270_000, count)
+        begin = time.process_time()
+        batches = BucketBatchSampler(lengths, 87.5, world_size=32)
+        assert batches[5 * batches.batches_an_epoch]
+        return time.process_time() - begin
+
+    seconds(1000)
+    few, all_of_it = min(seconds(28_124) for _ in range(3)), seconds(281_241)
+    assert all_of_it < 10 * 5 * few
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_batch_of_no_seconds_is_an_error(seconds):
+    with pytest.raises(UserError, match="seconds_per_batch is"):
+        BucketBatchSampler([40_000], seconds)
+
+
+# Reading
+
+
+def test_a_crop_has_the_samples_of_its_place(corpus):
+    dataset = AudioDataset(corpus, "train")
+    crop = dataset[5, 1234, 32_000]
+    assert crop.dtype == torch.float32 and crop.shape == (32_000,)
+    torch.testing.assert_close(
+        crop * 32_768, ((torch.arange(32_000) + 1234) % 30_000).float(), rtol=0, atol=0
+    )
+    last = int(dataset.lengths[5]) - 32_000
+    assert dataset[5, last, 32_000][-1] * 32_768 == (dataset.lengths[5] - 1) % 30_000
+
+
+def test_a_loader_gives_waveforms_and_lengths_of_the_sampler_s_crops(corpus):
+    loader = loader_of(corpus)
+    assert len(loader) == len(loader.batch_sampler) > 4
+    for crops, (waveforms, lengths) in zip(list(loader.batch_sampler), loader, strict=True):
+        assert waveforms.shape == (len(crops), crops[0][2])
+        assert lengths.dtype == torch.long and lengths.tolist() == [crops[0][2]] * len(crops)
+        assert (waveforms[:, 0] * 32_768).tolist() == [start % 30_000 for _, start, _ in crops]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_a_run_resumed_over_the_end_of_an_epoch_gives_the_rest_of_it(corpus, num_workers):
+    total = 2 * len(loader_of(corpus)) + 2
+    whole = [waveforms for waveforms, _ in loader_of(corpus, run=range(total))]
+    assert len(whole) == total
+    rest = [waveforms for waveforms, _ in loader_of(corpus, num_workers, run=range(3, total))]
+    assert len(rest) == total - 3
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_leaves_the_global_random_states_alone(corpus, num_workers):
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    first = [waveforms for waveforms, _ in loader_of(corpus, num_workers)]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+    torch.manual_seed(2), np.random.seed(2), random.seed(2)
+    again = [waveforms for waveforms, _ in loader_of(corpus, num_workers)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def broken(folder: Path, how: str) -> None:
+    """Makes a manifest of one file, and then spoils the file."""
+    samples = (np.random.default_rng(0).standard_normal(40_000) / 10).astype(np.float32)
+    file = folder / "one.flac"
+    soundfile.write(file, samples, 16_000)
+    write_manifests(folder, str(folder), {"train": [("one.flac", 40_000)]})
+    match how:
+        case "missing":
+            file.unlink()
+        case "no audio":
+            file.write_bytes(b"what")
+        case "cut":
+            file.write_bytes(file.read_bytes()[:20_000])
+        case "longer":
+            soundfile.write(file, np.tile(samples, 2), 16_000)
+        case "rate":
+            soundfile.write(file, samples, 8_000)
+        case "stereo":
+            soundfile.write(file, np.stack([samples, samples], axis=1), 16_000)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("missing", "no such file"),
+        ("no audio", "Format not recognised"),
+        ("cut", "lost sync|breaks off"),
+        ("longer", "80000 samples where its manifest says 40000"),
+        ("rate", r"not 16 kHz \(8000 Hz\)"),
+        ("stereo", r"not mono \(2 channels\)"),
+    ],
+)
+def test_a_file_that_changed_is_an_error_that_names_it(tmp_path, how, reason):
+    broken(tmp_path, how)
+    with pytest.raises(AudioError, match=f"{tmp_path}/one.flac.*({reason})"):
+        next(iter(make_loader(tmp_path, "train", 87.5, 0, shuffle=True)))
+
+
+def test_a_worker_s_error_arrives_as_the_same_one_sentence(tmp_path):
+    broken(tmp_path, "longer")
+    messages = []
+    for num_workers in (0, 1):
+        with pytest.raises(UserError) as error:
+            next(iter(make_loader(tmp_path, "train", 87.5, num_workers, shuffle=True)))
+        assert type(error.value) is AudioError
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert messages[0].count("\n") == 0 and messages[0].startswith(str(tmp_path))
+
+
+def test_a_reader_that_stands_still_at_its_start_is_started_again(corpus, tmp_path):
+    """Its hook stands for a lock of Python's own, which a thread may hold while another one forks."""
+    script = f"""
+import os, pathlib, time
+first = pathlib.Path({str(tmp_path / "first")!r})
+def stand_still():
+    try:
+        first.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    time.sleep(600)
+os.register_at_fork(after_in_child=stand_still)
+from dataset import workers
+from dataset.batches import make_loader
+workers.SECONDS = 0.5
+loader = make_loader({str(corpus)!r}, "train", 12.5, 2, shuffle=False)
+print(sum(len(waveforms) for waveforms, _ in loader))
+"""
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    loader = make_loader(corpus, "train", 12.5, 0, shuffle=False)
+    assert int(process.stdout) == sum(len(waveforms) for waveforms, _ in loader)
+    assert (tmp_path / "first").exists(), "one was to stand still"

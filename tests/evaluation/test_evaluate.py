@@ -1,0 +1,283 @@
+"""evaluate.py: labelled recordings in, an honest accuracy out."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+import evaluate
+from tests.helpers.models import tiny_config
+from tests.helpers.stages import run
+from utils.checkpoint import save_checkpoint
+from wav2vec2 import wav2vec2_model
+
+SPEAKERS = {"ann": 1.0, "bob": 1.03, "cid": 1.06, "dee": 1.09}
+RATES = {"ann": 8_000, "bob": 16_000, "cid": 22_050, "dee": 44_100}
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Hums and hisses of four voices at four sampling rates, and the manifests of three tasks.
+
+    ``sound`` is easy, ``voice`` has the speaker as its label, and ``coin`` has labels by the toss of a coin.
+    """
+    root = tmp_path_factory.mktemp("recordings")
+    random = np.random.default_rng(0)
+    rows = {"sound": [], "voice": [], "coin": []}
+    for label in ("hum", "hiss"):
+        (root / label).mkdir()
+        for speaker, factor in SPEAKERS.items():
+            for number in range(12):
+                time = np.arange(int(8_000 * random.uniform(0.2, 0.4))) / 8_000
+                hum = np.sin(2 * np.pi * 150 * factor * random.uniform(0.85, 1.15) * time)
+                noise = random.standard_normal(len(time))
+                samples = 0.1 * hum + 0.001 * noise if label == "hum" else 0.1 * noise
+                # What the lowest rate can hold: else the rate would give away the speaker.
+                rate = RATES[speaker]
+                samples = soxr.resample(samples, 8_000, rate)
+                path = f"{label}/{speaker}_{number}.{'flac' if number % 2 else 'wav'}"
+                # Two channels now and then, of which the mean is taken.
+                soundfile.write(root / path, np.stack([samples] * 2, 1) if number == 0 else samples, rate)
+                rows["sound"].append(f"{path}\t{label}\t{speaker}")
+                rows["voice"].append(f"{path}\t{speaker}\t{speaker}")
+                rows["coin"].append(f"{path}\t{'heads' if random.random() < 0.5 else 'tails'}\t{speaker}")
+    for task, lines in rows.items():
+        (root / f"{task}.tsv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A tiny model of another width and number of layers than the teacher's, with layer norms."""
+    torch.manual_seed(1)
+    config = tiny_config(extractor_mode="layer_norm", normalize_waveform=True)
+    per_layer = {
+        key: value[:2] for key, value in config.items() if isinstance(value, list) and len(value) == 3
+    }
+    path = tmp_path_factory.mktemp("other") / "other.pth"
+    save_checkpoint(path, wav2vec2_model(**{**config, **per_layer, "encoder_num_layers": 2}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sound(recordings, teacher, other, tmp_path_factory):
+    """The results of the easy task, as JSON, with the process and the picture."""
+    out = tmp_path_factory.mktemp("out")
+    process = run(
+        *("evaluate.py", "--data", recordings, "--task", "sound", "--models", teacher, other),
+        *("--json", out / "made" / "sound.json", "--picture", out / "sound.png"),
+    )
+    return json.loads((out / "made" / "sound.json").read_text()), process, out / "sound.png"
+
+
+def test_what_differs_audibly_is_told_apart_on_voices_not_trained_on(sound, teacher, other):
+    result, _, _ = sound
+    assert result["speakers_kept_apart"]
+    assert result["folds"] == len(SPEAKERS)
+    assert [row["name"] for row in result["models"]] == ["log-mel", str(teacher), str(other)]
+    for row in result["models"]:
+        low, high = row["interval"]
+        assert row["accuracy"] >= (0.98 if row["name"] == "log-mel" else 0.85)
+        assert 0 <= low <= row["accuracy"] <= high <= 1
+
+
+def test_the_table_the_picture_and_the_json_tell_of_every_model(sound, teacher, other):
+    result, process, picture = sound
+    assert result["recordings"] == 96
+    assert result["labels"] == {"hiss": 48, "hum": 48}
+    assert (result["speakers"], result["chance"]) == (4, 0.5)
+    mel, first, second = result["models"]
+    assert (mel["parameters"], mel["layers"], mel["dimension"]) == (None, 1, 80)
+    assert (first["layers"], first["dimension"]) == (4, 32)
+    assert second["layers"] == 3
+    assert first["parameters"] == sum(
+        tensor.numel() for tensor in torch.load(teacher, weights_only=True)["state_dict"].values()
+    )
+    for row in result["models"]:
+        assert sum(row["layer_weights"]) == pytest.approx(1, abs=1e-5)
+        assert len(row["layer_weights"]) == row["layers"]
+        assert np.mean(row["fold_accuracies"]) == pytest.approx(row["accuracy"])
+    assert set(second["differences"]) == {"log-mel", str(teacher)}
+    assert second["differences"]["log-mel"]["mean"] == pytest.approx(second["accuracy"] - mel["accuracy"])
+    lines = process.stdout.splitlines()
+    assert "96 recordings, 2 labels, 4 speakers; 4 folds with speakers kept apart" in lines[0]
+    for row in result["models"]:
+        assert any(row["name"] in line and f"{100 * row['accuracy']:.1f}%" in line for line in lines)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs the script in this process, which has imported everything already."""
+
+    def evaluate_here(*args):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, args)])
+        evaluate.run_script(evaluate.main)
+
+    return evaluate_here
+
+
+@pytest.fixture
+def mistake(here, capsys):
+    """Runs the script in this process; returns its one sentence about the mistake in the flags."""
+
+    def evaluate_wrong(*args):
+        with pytest.raises(SystemExit) as exit:
+            here(*args)
+        assert exit.value.code == 2
+        (error,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+        return error
+
+    return evaluate_wrong
+
+
+def test_labels_by_the_toss_of_a_coin_are_guessed_no_better_than_that(here, recordings, teacher, tmp_path):
+    out = tmp_path / "coin.json"
+    here("--data", recordings, "--task", "coin", "--models", teacher, "--json", out)
+    for row in json.loads(out.read_text())["models"]:
+        assert 0.25 < row["accuracy"] < 0.75
+
+
+def test_a_speaker_to_be_recognised_is_judged_on_other_recordings(here, recordings, tmp_path, capsys):
+    out = tmp_path / "voice.json"
+    here("--data", recordings, "--task", "voice", "--folds", "5", "--json", out)
+    result = json.loads(out.read_text())
+    assert (result["folds"], result["speakers_kept_apart"]) == (5, False)
+    assert result["bootstrap"]["over"] == "recordings"
+    assert "5 folds over recordings" in capsys.readouterr().out
+
+
+def test_folders_are_labels_and_a_folder_of_transformers_is_a_model(here, recordings, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for label in ("hum", "hiss"):
+        shutil.copytree(recordings / label, tmp_path / "data" / label)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    small |= {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    transformers.HubertModel(transformers.HubertConfig(**small)).save_pretrained(tmp_path / "hf")
+    out = tmp_path / "out.json"
+    here("--data", tmp_path / "data", "--hf", tmp_path / "hf", "--json", out)
+    result = json.loads(out.read_text())
+    assert (result["speakers"], result["labels"]) == (None, {"hiss": 48, "hum": 48})
+    assert result["models"][1]["layers"] == 3
+    assert result["models"][1]["accuracy"] >= 0.85
+
+
+def test_folds_keep_speakers_apart_and_judge_every_recording_once():
+    random = np.random.default_rng(0)
+    speakers = np.array([f"speaker {i % 7}" for i in range(140)])
+    labels = random.permutation(np.array([f"label {i % 4}" for i in range(140)]))
+    folds, apart = evaluate.make_folds(labels, speakers, 5, seed=0)
+    assert (len(folds), apart) == (5, True)
+    for train, judged in folds:
+        assert not set(speakers[train]) & set(speakers[judged])
+        assert sorted([*train, *judged]) == list(range(140))
+    assert sorted(np.concatenate([judged for _, judged in folds])) == list(range(140))
+    assert len(evaluate.make_folds(labels, speakers, 10, seed=0)[0]) == 7
+
+    folds, apart = evaluate.make_folds(speakers, speakers, 5, seed=0)
+    assert (len(folds), apart) == (5, False)
+    assert all(set(speakers[judged]) == set(speakers) for _, judged in folds)
+    assert not evaluate.make_folds(labels, None, 5, seed=0)[1]
+
+
+def test_a_recordings_features_do_not_depend_on_what_is_read_with_it(teacher):
+    generator = torch.Generator().manual_seed(0)
+    waveforms = [0.1 * torch.randn(400 + 320 * n, generator=generator) for n in (9, 4, 9, 6, 4, 9)]
+    lengths = [len(waveform) for waveform in waveforms]
+    assert list(evaluate.make_batches(lengths, 1)) == [[1, 4], [3], [0, 2, 5]]
+    assert list(evaluate.make_batches(lengths, 2 * 3_280 / 16_000)) == [[1, 4], [3], [0, 2], [5]]
+    model, cpu = evaluate.load_model(teacher), torch.device("cpu")
+    together = evaluate.model_features(model, waveforms, 30, cpu, "model")
+    alone = [evaluate.model_features(model, [waveform], 30, cpu, "model")[0] for waveform in waveforms]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        states, _ = model.extract_features(waveforms[3][None])
+    np.testing.assert_allclose(together[3], torch.stack([s[0].mean(0) for s in states]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_weights_of_the_layers_find_the_one_that_knows():
+    random = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    features = random.standard_normal((120, 4, 6)).astype(np.float32)
+    features[np.arange(120), 2, labels] += 100
+    features[:, 2] *= 1e-3
+    folds, _ = evaluate.make_folds(labels, None, 4, seed=0)
+    correct, weights = evaluate.judge(features, labels, folds, c=1.0)
+    assert correct.all()
+    assert (weights.argmax(1) == 2).all()
+    assert weights.min(0)[2] > 0.5
+
+
+def test_the_interval_is_wider_over_speakers_who_differ_than_over_recordings():
+    """Half of ten speakers are always recognised: the mean varies as that of ten tosses, not of 1,000."""
+    speakers = np.repeat(np.arange(10), 100)
+    correct = (speakers % 2).astype(float)
+    low, high = evaluate.interval(correct, speakers, seed=0)
+    assert (low, high) == (pytest.approx(0.2, abs=0.01), pytest.approx(0.8, abs=0.01))
+    low, high = evaluate.interval(correct, np.arange(1000), seed=0)
+    assert (low, high) == (pytest.approx(0.469, abs=0.005), pytest.approx(0.531, abs=0.005))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "words"),
+    [
+        ("only one label", ["a.wav\tyes", "b.wav\tyes"], ["'yes'", "two labels"]),
+        ("no recording", [""], ["no recording"]),
+        ("not two columns", ["a.wav\tyes", "b.wav no"], ["line 2", "path<TAB>label"]),
+        ("speakers of some", ["a.wav\tyes\tann", "b.wav\tno"], ["line 2", "speaker"]),
+        ("twice the same", ["a.wav\tyes", "b.wav\tno", "a.wav\tno"], ["line 3", "a.wav", "line 1"]),
+        ("too few", ["a.wav\tyes", "b.wav\tno", "c.wav\tno"], ["'yes'", "one recording only"]),
+        (
+            "one speaker of a label",
+            ["a.wav\tyes\tann", "b.wav\tno\tbob", "c.wav\tno\tcid"],
+            ["'yes'", "one speaker only"],
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be_judged_is_one_sentence(name, lines, words, tmp_path):
+    (tmp_path / "task.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(evaluate.UserError) as error:
+        examples = evaluate.read_examples(tmp_path, None)
+        evaluate.make_folds(examples.labels, examples.speakers, 10, 0)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_read_is_named_together_and_nothing_is_written(recordings, tmp_path):
+    shutil.copytree(recordings / "hum", tmp_path / "hum")
+    shutil.copytree(recordings / "hiss", tmp_path / "hiss")
+    (tmp_path / "hum" / "text.wav").write_text("no audio\n")
+    soundfile.write(tmp_path / "hiss" / "short.wav", np.zeros(100), 16_000)
+    process = run("evaluate.py", "--data", tmp_path, "--json", tmp_path / "out.json", check=False)
+    message = process.stderr.splitlines()[-1]
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+    assert message.startswith("evaluate.py: error: these recordings cannot be used")
+    assert "text.wav" in message
+    assert "short.wav (shorter than 25 ms)" in message
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_mistake_in_flags_is_one_sentence(mistake, recordings, teacher, tmp_path):
+    assert "coin, sound, voice" in mistake("--data", recordings)
+    assert "there is no" in mistake("--data", recordings, "--task", "colour")
+    assert "nowhere" in mistake("--data", tmp_path / "nowhere")
+    assert "neither a manifest" in mistake("--data", tmp_path)
+    assert "missing.pth" in mistake("--data", recordings, "--task", "sound", "--models", "missing.pth")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "'bert'" in mistake("--data", recordings, "--task", "sound", "--hf", tmp_path)
+    assert ".png" in mistake("--data", recordings, "--models", teacher, "--picture", "weights.txt")
+    assert "--folds" in mistake("--data", recordings, "--task", "sound", "--folds", "1")
+
+
+def test_a_checkpoint_of_another_sort_is_named(mistake, recordings, tmp_path):
+    torch.save({"model": {}, "args": None}, tmp_path / "fairseq.pt")
+    message = mistake("--data", recordings, "--task", "sound", "--models", tmp_path / "fairseq.pt")
+    assert "fairseq.pt" in message
+    assert "convert" in message

@@ -1,0 +1,222 @@
+"""What several test files share: converters run as a user runs them, and models and files to convert."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from converters import fairseq, safe_pickle
+from tests.helpers.stages import ENVIRONMENT, ROOT
+from wav2vec2 import wav2vec2_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+CLASSES = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2", "wavlm": "WavLM"}
+"""The converters' families, and what the names of transformers' classes begin with."""
+
+BASE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 12,
+    "num_codevectors_per_group": 8,
+    "codevector_dim": 16,
+    "proj_codevector_dim": 16,
+}
+LARGE = BASE | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+
+RECORDED = {
+    "fairseq_hubert_base": "convert_hubert_from_fairseq.py",
+    "fairseq_hubert_large": "convert_hubert_from_fairseq.py",
+    "fairseq_wav2vec2_base": "convert_wav2vec2_from_fairseq.py",
+    "fairseq_wav2vec2_base_namespace": "convert_wav2vec2_from_fairseq.py",
+    "fairseq_wav2vec2_large": "convert_wav2vec2_from_fairseq.py",
+    "unilm_wavlm_base": "convert_wavlm_from_unilm.py",
+    "unilm_wavlm_large": "convert_wavlm_from_unilm.py",
+}
+"""Checkpoints that were recorded from fairseq and unilm, and the script that takes them."""
+
+
+def run_here(script, *flags):
+    """Runs a script in this process; returns its exit status and what it printed."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", [script, *map(str, flags)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            status = error.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def _convert(script, source, out):
+    return run_here(script, "--model" if "from_hf" in script else "--ckpt", source, "--out", out)
+
+
+def converted(script, source, folder):
+    """Runs a converter that must succeed with one line; returns the file that it wrote."""
+    out = folder / "new" / "folder" / "out.pth"
+    status, printed, errors = _convert(script, source, out)
+    assert (status, errors) == (0, "") and printed.count("\n") == 1
+    return out
+
+
+def refused(script, source, folder):
+    """Runs a converter that must refuse in one sentence and write no file; returns the sentence."""
+    status, printed, errors = _convert(script, source, folder / "new" / "folder" / "out.pth")
+    assert (status, printed) == (2, "") and not (folder / "new").exists()
+    assert errors.startswith(f"{script}: error: ") and errors.count("\n") == 1 and 50 < len(errors) < 900
+    return errors
+
+
+def refused_in_little_memory(script, sources, folder, megabytes=100):
+    """Has a process refuse each of ``sources``, which may need at most ``megabytes`` more than its imports.
+
+    Returns:
+        The sentences.
+    """
+    flag, out = "--model" if "from_hf" in script else "--ckpt", str(folder / "out.pth")
+    code = f"""
+import resource, runpy, sys
+import torch, converters.huggingface, converters.fairseq
+if "from_hf" in {script!r}:
+    converters.huggingface.import_transformers()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for source in {[str(source) for source in sources]}:
+    sys.argv = [{script!r}, {flag!r}, source, "--out", {out!r}]
+    try:
+        runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+    except SystemExit as error:
+        print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    command, environment = [sys.executable, "-c", code], ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    needed = dict(zip(sources, (line.split() for line in process.stdout.splitlines()), strict=True))
+    assert {status for status, _ in needed.values()} == {"2"}, process.stderr
+    assert all(int(kilobytes) < 1024 * megabytes for _, kilobytes in needed.values()), needed
+    assert not (folder / "out.pth").exists()
+    sentences = process.stderr.splitlines()
+    assert len(sentences) == len(sources), process.stderr
+    return sentences
+
+
+def run_with_torch_alone(folder, *command, site=None):
+    """Runs Python where no third-party package but torch and what torch depends on can be imported.
+
+    Args:
+        folder: gets links to those packages.
+        command: the arguments of Python: a script and its flags, or ``-c`` and code.
+        site: a folder with further packages.
+    """
+    links = folder / "torch-alone"
+    links.mkdir(exist_ok=True)
+    wanted, known = ["torch"], set()
+    while wanted:
+        name = wanted.pop()
+        if name in known:
+            continue
+        known.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (links / top).is_symlink():
+                (links / top).symlink_to(distribution.locate_file(top))
+        for requirement in distribution.requires or []:
+            if "extra ==" not in requirement:
+                wanted.append(re.match(r"[\w.-]+", requirement)[0])
+    path = os.pathsep.join(map(str, filter(None, (site, links))))
+    environment = ENVIRONMENT | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore:Failed to initialize NumPy"}
+    return subprocess.run(
+        [sys.executable, "-S", *map(str, command)],  # -S leaves out the environment's own packages
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def load(path):
+    """The model of a checkpoint, by the snippet of the README."""
+    ckpt = torch.load(path, weights_only=True)
+    model = wav2vec2_model(**ckpt["config"])
+    model.load_state_dict(ckpt["state_dict"], strict=False)
+    return model.eval()
+
+
+def hf_config(family, norm="base", **changes):
+    import transformers
+
+    options = (LARGE if norm == "large" else BASE) | changes
+    if family == "wavlm":
+        options = {"num_buckets": 32, "max_bucket_distance": 80} | options
+    return getattr(transformers, f"{CLASSES[family]}Config")(**options)
+
+
+def hf_model(family, norm="base", head="Model", **changes):
+    """A tiny model of transformers with random weights, norms and biases too."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, CLASSES[family] + head)(hf_config(family, norm, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def recorded(name):
+    """The content of a recorded checkpoint, to be changed and saved again."""
+    return safe_pickle.load(GOLDEN / f"{name}.pt")
+
+
+def save_changed(path, name, change=lambda content: None, **how):
+    """Saves a recorded checkpoint after ``change``; ``how`` is for ``torch.save``."""
+    content = recorded(name)
+    content.pop("task_state", None)
+    if isinstance(content.get("args"), safe_pickle.StandIn):
+        content["args"] = argparse.Namespace(**fairseq.plain_values(content["args"]))
+    change(content)
+    torch.save(content, path, **how)
+    return path
+
+
+def compressed_checkpoint(path, content):
+    """Saves ``content`` as torch does, and compresses the archive: zeros shrink to a thousandth."""
+    torch.save(content, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    return path
+
+
+def assert_layers_equal(path, name):
+    """Every layer of the converted file computes what was recorded for the checkpoint ``name``."""
+    expected = torch.load(GOLDEN / f"{name}.expected.pt", weights_only=True)
+    with torch.no_grad():
+        states, _ = load(path).extract_features(expected["waveforms"])
+    outputs = list(expected["layer_outputs"])
+    assert len(outputs) == (4 if name.startswith("unilm") else 3)
+    for ours, theirs in zip(states[1:], outputs[-3:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

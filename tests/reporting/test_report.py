@@ -1,0 +1,357 @@
+"""report.py on runs that real processes made: its numbers against independent ones, and its page."""
+
+import base64
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+
+from reporting.run import read_scalars
+from tests.helpers.models import LARGE, config_of, tiny_config
+from tests.helpers.stages import ENVIRONMENT, RECIPE, ROOT, call, flags, run, sentence_of, start
+from utils.checkpoint import save_checkpoint
+from wav2vec2 import wav2vec2_model
+from wav2vec2.config import NO_GATES
+
+UPDATES, WARMUP, TARGET = RECIPE["max"], RECIPE["sparsity_warmup"], 0.75
+STAGE_1 = {"pruning_units": "conv,head,interm", "reg_learning_rate": 0.1}
+
+
+def read(out):
+    """The numbers and the page in the folder that a report was written to."""
+    return json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole_run(manifests, teacher, tmp_path_factory):
+    """All four stages on a HuBERT, and the report that run.sh ends with: the folders, and what it printed."""
+    root = tmp_path_factory.mktemp("whole")
+    final = root / "final"
+    folders = {"tsv_dir": manifests, "teacher_ckpt": teacher, "root_dir": root, "final_dir": final}
+    environment = ENVIRONMENT | {name: str(value) for name, value in (RECIPE | folders).items()}
+    command = ["bash", str(ROOT / "run.sh")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return root, final, process.stdout
+
+
+@pytest.fixture(scope="module")
+def report(whole_run):
+    return *read(whole_run[1] / "report"), whole_run[2]
+
+
+def load(path):
+    checkpoint = torch.load(path, weights_only=True)
+    model = wav2vec2_model(**checkpoint["config"])
+    model.load_state_dict(checkpoint["state_dict"], strict=False)
+    return model.eval(), checkpoint["state_dict"]
+
+
+def numel(state_dict):
+    return sum(tensor.numel() for tensor in state_dict.values())
+
+
+def rows_of(state_dict, name, features=1):
+    """The output width of a linear layer or convolution in each layer that has it."""
+    found = {
+        int(match[1]): tensor.shape[0] // features
+        for key, tensor in state_dict.items()
+        if (match := re.search(rf"\.(\d+)\.{name}\.weight$", key))
+    }
+    return [found.get(layer, 0) for layer in range(max(found) + 1)]
+
+
+def check_page(page):
+    """The page is whole in itself: it refers to nothing outside, and its pictures are well-formed."""
+    addresses, ids, pictures = [], set(), []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            given = dict(attributes)
+            addresses.extend(given[name] for name in ("src", "href", "srcset") if name in given)
+            ids.add(given.get("id"))
+            if tag == "img":
+                assert given["alt"]
+                pictures.append(given["src"])
+
+    Parser().feed(page)
+    assert not re.search(r"url\(|@import|<script|<link|<iframe", page)
+    for address in addresses:
+        assert address.startswith("data:image/svg+xml;base64,") or address[1:] in ids, address[:80]
+    for picture in pictures:
+        tree = ElementTree.fromstring(base64.b64decode(picture.partition(",")[2]))
+        for element in tree.iter():
+            for name, value in element.attrib.items():
+                assert not name.endswith("href") or value.startswith("#"), value
+    assert page.count("<figcaption>") == len(pictures)
+    return len(pictures)
+
+
+def test_sizes_costs_and_widths_are_those_of_the_files(report, whole_run, teacher):
+    content, page, printed = report
+    student = whole_run[1] / "ckpts" / "pruned_hubert_base.pth"
+    assert content["student"]["path"] == str(student) and "stage 4" in content["student"]["stage"]
+    for name, path in (("teacher", teacher), ("student", student)):
+        model, state_dict = load(path)
+        sizes, widths = content["sizes"][name], content["widths"][name]
+        assert sizes["parameters"] == numel(state_dict)
+        assert sizes["file_bytes"] == path.stat().st_size
+        assert f"{numel(state_dict):,}" in page and f"{numel(state_dict):,}" in printed
+        for seconds in (1, 10):
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+                model.extract_features(torch.zeros(1, seconds * 16_000))
+            macs = counter.get_total_flops() / 2 / seconds
+            assert sizes["macs_per_second"][str(seconds)] == pytest.approx(macs)
+        assert widths["conv_channels"] == rows_of(state_dict, "conv")
+        heads = rows_of(state_dict, "attention.q_proj", features=8)
+        assert widths["heads"] == heads + [0] * (3 - len(heads))
+        features = rows_of(state_dict, "feed_forward.intermediate_dense")
+        assert widths["feed_forward"] == features + [0] * (3 - len(features))
+    sizes = [numel(load(path)[1]) for path in (student, teacher)]
+    assert content["sparsity"]["reached"] == pytest.approx(1 - sizes[0] / sizes[1])
+    assert content["sparsity"]["target"] == pytest.approx(TARGET)
+    assert content["sparsity"]["expected"] is None
+
+
+def test_the_curves_are_what_training_printed(report, whole_run):
+    content, _, _ = report
+    stage1, stage3 = content["training"]["distill"], content["training"]["final_distill"]
+    lines = re.findall(
+        r"update (\d+)/12: loss (\S+), sparsity (\S+), target (\S+), audio", whole_run[2].replace("\r", "\n")
+    )
+    assert [int(update) for update, *_ in lines] == list(range(1, UPDATES + 1))
+    assert stage1["train_loss"]["step"] == list(range(UPDATES))
+    for column, name in ((1, "train_loss"), (2, "sparsity_expected"), (3, "sparsity_target")):
+        printed = [float(line[column]) for line in lines]
+        assert stage1[name]["value"] == pytest.approx(printed, abs=1e-4)
+    targets = [TARGET * min(1, update / WARMUP) for update in range(UPDATES)]
+    assert stage1["sparsity_target"]["value"] == pytest.approx(targets)
+    assert stage1["lambda1"]["value"][0] == stage1["lambda2"]["value"][0] == 0
+    assert stage1["lambda2"]["value"][-1] > 0
+    assert "sparsity_expected" not in stage3
+    assert stage3["valid_loss_distill"]["step"][0] == 0 and len(stage3["train_loss"]["value"]) == 4
+
+
+def test_distances_are_those_computed_from_the_audio(report, whole_run, teacher, manifests):
+    content, _, _ = report
+    root, final, _ = whole_run
+    with open(manifests / "valid.tsv") as file:
+        folder, *rows = csv.reader(file, delimiter="\t")
+    waveforms = [soundfile.read(f"{folder[0]}/{path}", dtype="float32")[0] for path, _ in rows]
+    assert content["distance"]["utterances"] == len(waveforms) == 4
+    assert content["distance"]["audio_seconds"] == pytest.approx(sum(map(len, waveforms)) / 16_000)
+
+    def hidden_states(path):
+        model, _ = load(path)
+        with torch.no_grad():
+            lists = [model.extract_features(torch.from_numpy(wave)[None])[0] for wave in waveforms]
+        return [np.concatenate([states[layer][0].numpy() for states in lists]) for layer in range(4)]
+
+    def check(entry, student, wanted):
+        cosine = (student * wanted).sum(1) / np.linalg.norm(student, axis=1) / np.linalg.norm(wanted, axis=1)
+        error = np.linalg.norm(student - wanted) / np.linalg.norm(wanted)
+        assert entry["cosine"] == pytest.approx(cosine.mean(), abs=1e-5)
+        assert entry["relative_error"] == pytest.approx(error, rel=1e-4)
+
+    wanted = hidden_states(teacher)
+    files = [folder / "ckpts" / "pruned_hubert_base.pth" for folder in (root, final)]
+    assert [student["stage"] for student in content["distance"]["students"]] == [
+        "after stage 2",
+        "after stage 4",
+    ]
+    for student, path in zip(content["distance"]["students"], files, strict=True):
+        states = hidden_states(path)
+        assert [entry["layer"] for entry in student["hidden_states"]] == [0, 1, 2, 3]
+        for entry in student["hidden_states"]:
+            check(entry, states[entry["layer"]], wanted[entry["layer"]])
+
+    tensors = torch.load(final / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
+    after_stage_3 = {key.removeprefix("distill_linear_projs."): value for key, value in tensors.items()}
+    after_stage_2 = torch.load(files[0], weights_only=True)["distill_linear_projs"]
+    sources = zip(content["distance"]["students"], files, (after_stage_2, after_stage_3), strict=True)
+    for student, path, tensors in sources:
+        states = hidden_states(path)
+        assert [entry["layer"] for entry in student["projected"]] == [0, 1, 3]
+        for place, entry in enumerate(student["projected"]):
+            weight, bias = (tensors[f"{place}.{name}"].numpy() for name in ("weight", "bias"))
+            layer = entry["layer"]
+            check(entry, states[layer] @ weight.T + bias, wanted[layer])
+
+
+def test_speeds_are_given_for_both_lengths_and_agree_with_themselves(report):
+    content, _, printed = report
+    rows = content["speed"]["rows"]
+    cores = len(os.sched_getaffinity(0))
+    threads = sorted({1, cores})
+    assert [(row["audio_seconds"], row["threads"]) for row in rows] == [
+        (seconds, number) for seconds in (1, 10) for number in threads
+    ]
+    for row in rows:
+        for name in ("teacher", "student"):
+            factor = row[name]["seconds"] / row["audio_seconds"]
+            assert row[name]["real_time_factor"] == pytest.approx(factor) and factor > 0
+        assert row["times_faster"] == pytest.approx(row["teacher"]["seconds"] / row["student"]["seconds"])
+    assert "real-time factor, 10 s, 1 thread" in printed
+
+
+def test_the_page_is_complete_in_itself(report):
+    _, page, printed = report
+    assert check_page(page) == 3 + 5 + 2
+    assert "report.html" in printed.splitlines()[-1]
+
+
+def test_a_run_in_stage_3_with_what_its_stages_have_recorded(
+    whole_run, report, teacher, manifests, tmp_path, monkeypatch
+):
+    root, final = tmp_path / "exp", tmp_path / "exp" / "final"
+    shutil.copytree(whole_run[0], root)
+    for folder in (root, final):
+        (folder / "run.json").unlink(missing_ok=True)
+    (final / "ckpts" / "pruned_hubert_base.pth").unlink()
+    session = {
+        "started": "2026-01-02T03:04:05+00:00",
+        "ended": "2026-01-02T05:34:05+00:00",
+        "seconds": 9000.0,
+        "outcome": "finished",
+        "machine": {"host": "node7", "system": "Linux", "cores": 52, "gpus": ["NVIDIA A100"] * 4},
+        "versions": {"python": "3.12.1", "torch": "2.9.0"},
+        "flags": {"learning_rate": 0.0321, "tsv_dir": str(manifests), "target_sparsity": 0.6},
+    }
+    entry = {
+        "stage": "distill",
+        "flags": {"learning_rate": 0.0321},
+        "inputs": {"teacher_ckpt": {"path": "t.pth", "sha256": "0123456789abcdef" * 4}},
+        "sessions": [session],
+    }
+    (root / "run.json").write_text(json.dumps({"distill": entry}))
+    more = ["--final_dir", final, "--out", tmp_path / "out", "--utterances", 3, "--repeats", 1]
+    call(monkeypatch, "report", "--teacher_ckpt", teacher, "--root_dir", root, *more)
+    content, page = read(tmp_path / "out")
+    assert content["student"]["path"] == str(final / "ckpts" / "last.ckpt")
+    assert content["student"]["stage"] == "in stage 3, after update 4 of 4"
+    assert content["sizes"]["student"]["parameters"] == report[0]["sizes"]["student"]["parameters"]
+    assert content["widths"] == report[0]["widths"]
+    assert content["stages"]["distill"] == entry
+    assert content["stages"]["prune"] is content["stages"]["save_final_ckpt"] is None
+    assert content["sparsity"]["target"] == 0.6
+    assert content["distance"]["utterances"] == 3 and content["distance"]["out_of"] == 4
+    for words in (
+        "0.0321",
+        "node7",
+        "NVIDIA A100",
+        "torch 2.9.0",
+        "2 h 30 min",
+        "2026-01-02 03:04",
+        "0123456789ab",
+    ):
+        assert words in page
+    assert page.count("not recorded") == 3
+
+
+def test_stage_1_of_a_large_model_can_be_reported_on_while_it_trains(manifests, tmp_path):
+    torch.manual_seed(0)
+    teacher, root = tmp_path / "large.pth", tmp_path / "exp"
+    save_checkpoint(teacher, wav2vec2_model(**tiny_config(**LARGE)))
+    last = root / "ckpts" / "last.ckpt"
+    arguments = flags(manifests, teacher, root, max_updates=100_000, **STAGE_1)
+    process = start("distill.py", *arguments, start_new_session=True)
+    try:
+        waiting_since = time.monotonic()
+        while not last.exists() and process.poll() is None and time.monotonic() - waiting_since < 120:
+            time.sleep(0.1)
+        # Held, not ended, so that its checkpoint stays the one that the report has read.
+        os.killpg(process.pid, signal.SIGSTOP)
+        more = ["--final_dir", root / "later", "--tsv_dir", manifests, "--out", tmp_path / "out"]
+        run("report.py", "--teacher_ckpt", teacher, "--root_dir", root, *more)
+        checkpoint = torch.load(last, weights_only=True)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    content, page = read(tmp_path / "out")
+    assert content["student"]["path"] == str(last)
+    assert f"stage 1, after update {checkpoint['global_step']} of 100,000" in content["student"]["stage"]
+    assert content["sizes"]["student"]["file_bytes"] is None and "not written yet" in page
+
+    def open_units(name):
+        log_alpha = checkpoint["state_dict"][f"student_model.{name}.log_alpha"].double()
+        expected = torch.sigmoid(log_alpha - 2 / 3 * math.log(0.1 / 1.1)).sum().item()
+        return len(log_alpha) - round(len(log_alpha) - expected)
+
+    layers = "encoder.transformer.layers"
+    kept = {
+        "conv_channels": [open_units(f"feature_extractor.conv_layers.{i}.hard_concrete") for i in range(7)],
+        "heads": [open_units(f"{layers}.{i}.attention.hard_concrete_for_heads") for i in range(3)],
+        "feed_forward": [
+            open_units(f"{layers}.{i}.feed_forward.hard_concrete_for_intermediate") for i in range(3)
+        ],
+    }
+    assert content["widths"]["student"] == kept
+    assert sum(kept["feed_forward"]) < 3 * 64
+    assert 0 < content["sparsity"]["expected"] < 1
+    assert content["training"]["final_distill"] == {}
+    assert len(content["distance"]["students"][0]["hidden_states"]) == 4
+    assert check_page(page) == 3 + 4 + 2
+
+
+def test_a_wavlm_run_without_a_validation_set(manifests, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    teacher, root, data = tmp_path / "wavlm.pth", tmp_path / "exp", tmp_path / "data"
+    save_checkpoint(teacher, wav2vec2_model(**config_of("wavlm_base", **NO_GATES)))
+    data.mkdir()
+    shutil.copy(manifests / "train100.tsv", data)
+    run("distill.py", *flags(data, teacher, root, **STAGE_1))
+    distilled = root / "ckpts" / "last.ckpt"
+    call(monkeypatch, "prune", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
+    call(monkeypatch, "report", "--teacher_ckpt", teacher, "--root_dir", root, "--repeats", 1)
+    content, page = read(root / "report")
+    pruned = torch.load(root / "ckpts" / "pruned_hubert_base.pth", weights_only=True)
+    assert content["student"]["stage"] == "after stage 2"
+    heads = [len(remaining) for remaining in pruned["config"]["encoder_remaining_heads"]]
+    used = pruned["config"]["encoder_use_attention"]
+    assert content["widths"]["student"]["heads"] == [n * use for n, use in zip(heads, used, strict=True)]
+    assert content["sizes"]["student"]["parameters"] == numel(pruned["state_dict"])
+    assert content["distance"] is None and "valid_loss" not in content["training"]["distill"]
+    assert "Not measured: no" in page and "No validation loss was logged" in page
+    assert check_page(page) == 3 + 4
+
+
+def test_of_a_resumed_run_the_later_values_count(tmp_path):
+    for values in ([(0, 1.0), (10, 2.0), (20, 3.0)], [(11, 5.0), (21, float("nan"))]):
+        with SummaryWriter(tmp_path) as writer:
+            for step, value in values:
+                writer.add_scalar("train_loss", value, step)
+    assert read_scalars(tmp_path) == {"train_loss": {"step": [0, 10, 11, 21], "value": [1.0, 2.0, 5.0, None]}}
+
+
+def damaged(folder):
+    (folder / "run.json").write_text('{"distill": ')
+
+
+@pytest.mark.parametrize(
+    ("prepare", "more", "words"),
+    [
+        (lambda folder: None, [], "has no ckpts/last.ckpt and no ckpts/pruned_hubert_base.pth; wait until"),
+        (damaged, [], "run.json is damaged"),
+        (lambda folder: None, ["--root_dir", "nowhere"], "--root_dir nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence(prepare, more, words, teacher, tmp_path, monkeypatch, capsys):
+    prepare(tmp_path)
+    flags = ["--teacher_ckpt", teacher, "--root_dir", tmp_path, *more]
+    assert words in sentence_of(monkeypatch, capsys, "report", *flags)
+    assert not list(tmp_path.rglob("report.*"))

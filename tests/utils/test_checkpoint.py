@@ -1,0 +1,182 @@
+"""What is read: damaged, hostile and mistaken checkpoint files are refused in one sentence."""
+
+import io
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from tests.helpers.models import tiny_config
+from tests.helpers.stages import ENVIRONMENT, ROOT
+from utils.checkpoint import load_model, read_checkpoint, read_file, save_checkpoint
+from utils.files import UserError
+from wav2vec2 import wav2vec2_model
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A checkpoint's bytes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("good") / "good.pth"
+    save_checkpoint(path, wav2vec2_model(**tiny_config()))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Writes bytes to a file, which reading must refuse; returns the sentence."""
+
+    def refuse(content, read=read_checkpoint):
+        path = tmp_path / "file.pth"
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            read(path)
+        sentence = str(error.value)
+        assert sentence.startswith(str(path)) and "\n" not in sentence
+        assert "weights_only" not in sentence
+        return sentence
+
+    return refuse
+
+
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def rezipped(content, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
+    """The same container written anew, its parts changed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return buffer.getvalue()
+
+
+def test_every_flipped_bit_of_a_tensor_is_noticed(good, refused):
+    with zipfile.ZipFile(io.BytesIO(good)) as container:
+        members = [
+            member for member in container.infolist() if "/data/" in member.filename and member.file_size
+        ]
+    generator = random.Random(0)
+    for _ in range(40):
+        member = generator.choice(members)
+        damaged = bytearray(good)
+        # The header of a part is 30 bytes, its name and padding; the data ends before the next header.
+        start = member.header_offset + 30 + len(member.filename)
+        start += int.from_bytes(good[member.header_offset + 28 : member.header_offset + 30], "little")
+        damaged[start + generator.randrange(member.file_size)] ^= 1 << generator.randrange(8)
+        assert "checksum" in refused(bytes(damaged))
+
+
+def test_randomly_changed_files_are_one_sentence_or_read_as_they_were(good, tmp_path):
+    generator = random.Random(1)
+    path = tmp_path / "changed.pth"
+    expected = {key: value.clone() for key, value in _state(good, tmp_path).items()}
+    accepted = 0
+    for _ in range(300):
+        changed = bytearray(good)
+        for _ in range(generator.choice([1, 1, 3, 20])):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        if generator.random() < 0.2:
+            del changed[generator.randrange(len(changed)) :]
+        path.write_bytes(changed)
+        try:
+            state = load_model(path).state_dict()
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            accepted += 1
+            assert all(torch.equal(state[key], value) for key, value in expected.items())
+    assert accepted < 30
+
+
+def _state(content, tmp_path):
+    path = tmp_path / "good.pth"
+    path.write_bytes(content)
+    return load_model(path).state_dict()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}", b"text", pickle.dumps({"a": 1})])
+def test_what_is_no_container_is_named(content, refused):
+    assert "not a checkpoint, or a damaged one" in refused(content, read_file)
+
+
+@pytest.mark.parametrize("size", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_named(good, size, refused):
+    assert "damaged" in refused(good[: int(size * len(good))])
+
+
+def test_a_pickle_that_would_run_something_is_refused(refused, tmp_path):
+    class Run:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    sentence = refused(saved({"config": {}, "state_dict": {}, "extra": Run()}))
+    assert "something other than plain values and tensors" in sentence
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused_by_the_tensors_name(good, value, refused, tmp_path):
+    path = tmp_path / "good.pth"
+    path.write_bytes(good)
+    content = torch.load(path, weights_only=True)
+    key = "encoder.transformer.layers.1.feed_forward.output_dense.weight"
+    content["state_dict"][key][3, 4] = value
+    sentence = refused(saved(content))
+    assert f"the tensor {key} has a value that is not finite" in sentence
+
+
+def test_a_small_file_never_takes_much_memory(good, refused, tmp_path):
+    zeros = saved({"config": {}, "state_dict": {"x": torch.zeros(200_000_000, dtype=torch.uint8)}})
+    deflated = rezipped(zeros, compression=zipfile.ZIP_DEFLATED)
+    assert len(deflated) < 2_000_000
+    assert "its parts are compressed" in refused(deflated)
+    huge = {"config": {}, "state_dict": {"x": torch.zeros(1).expand(10**6, 10**6)}}
+    assert "the tensor x is not a plain one" in refused(saved(huge))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_num_layers": 20_000, "encoder_use_attention": [True] * 20_000},
+        {"extractor_conv_layer_config": [(16, 3, 2)] * 10**6},
+        {"encoder_embed_dim": 10**12},
+        {"encoder_embed_dim": 65_536, "encoder_ff_interm_features": [65_536] * 3},
+    ],
+    ids=["layers", "conv layers", "features", "everything"],
+)
+def test_a_config_that_asks_for_too_much_is_refused_at_once(good, changes, tmp_path):
+    path = tmp_path / "good.pth"
+    path.write_bytes(good)
+    content = torch.load(path, weights_only=True)
+    content["config"] |= changes
+    torch.save(content, path)
+    command = "import sys, hubconf; hubconf.compressed(sys.argv[1])"
+    process = subprocess.run(
+        [sys.executable, "-c", command, str(path)],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (60, 60)),
+    )
+    last = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1 and last.startswith("utils.files.UserError"), process.stderr
+    assert any(key in last for key in changes) or "by the config it should be" in last
+
+
+def test_a_folder_and_an_empty_path_are_named(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        read_file(tmp_path)
+    with pytest.raises(UserError, match="path of a checkpoint is empty"):
+        read_file("")

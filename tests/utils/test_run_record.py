@@ -1,0 +1,198 @@
+"""A run goes on as the run that it was: flags and inputs are recorded, compared and listed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.helpers.stages import call, checkpoint, flags, sentence_of
+from utils import run_record
+from utils.checkpoint import read_checkpoint, save_checkpoint
+from wav2vec2 import wav2vec2_model
+
+
+@pytest.fixture(scope="module")
+def other_teacher(teacher, tmp_path_factory):
+    """The teacher's config with other weights."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("other") / "other.pth"
+    save_checkpoint(path, wav2vec2_model(**read_checkpoint(teacher)["config"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stages(manifests, teacher, tmp_path_factory):
+    """The flags of all four stages, run in a folder of which tests may have a copy."""
+    exp = tmp_path_factory.mktemp("exp")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for script, arguments in commands(manifests, teacher, exp).items():
+            call(monkeypatch, script, *arguments)
+    return exp
+
+
+def commands(manifests, teacher, exp, **changes):
+    arguments = flags(manifests, teacher, exp, num_workers=0, max_updates=4, save_interval=2, **changes)
+    final = flags(manifests, teacher, exp / "final", num_workers=0, max_updates=4, save_interval=2, **changes)
+    place = final.index("--sparsity_warmup_updates")
+    del final[place : place + 2]
+    pruned = exp / "ckpts" / "pruned_hubert_base.pth"
+    final[final.index("--student_ckpt") + 1] = str(pruned)
+    last = exp / "ckpts" / "last.ckpt"
+    return {
+        "distill": arguments,
+        "prune": ["--distilled_ckpt", last, "--original_ckpt", teacher],
+        "final_distill": final,
+        "save_final_ckpt": [
+            *("--config_path", pruned),
+            *("--ckpt_after_final_distill", exp / "final" / "ckpts" / "last.ckpt"),
+        ],
+    }
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    return lambda script, *args: sentence_of(monkeypatch, capsys, script, *args)
+
+
+CHANGES = {
+    "distill_layers": ("0.1,2", "distill_layers was 0.1,3 and is 0.1,2"),
+    "cos_type": ("log_sig", "cos_type was raw and is log_sig"),
+    "l2_weight": (0.5, "l2_weight was 0.0 and is 0.5"),
+    "target_sparsity": (0.5, "target_sparsity was 0.75 and is 0.5"),
+    "sparsity_warmup_updates": (3, "sparsity_warmup_updates was 4 and is 3"),
+    "precision": ("bf16", "precision was 32 and is bf16"),
+    "seconds_per_batch": (6, "seconds_per_batch was 8.0 and is 6.0"),
+    "seed": (7, "seed was 2022 and is 7"),
+    "accum_grad": (2, "batches_an_update was 1 and is 2"),
+    "max_updates": (8, "max_updates was 4 and is 8"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_flag_is_an_error_that_says_what_it_was_and_how_to_go_on(
+    name, fails, stages, manifests, teacher
+):
+    value, words = CHANGES[name]
+    sentence = fails("distill", *commands(manifests, teacher, stages)["distill"], f"--{name}", value)
+    assert words in sentence and f"{stages}/ckpts/last.ckpt" in sentence
+    assert f"--allow_changed {words.split()[0]}" in sentence
+
+
+def test_each_difference_is_listed_and_each_must_be_allowed(
+    fails, monkeypatch, capsys, stages, manifests, teacher, other_teacher, tmp_path
+):
+    exp = tmp_path / "exp"
+    shutil.copytree(stages, exp)
+    arguments = commands(manifests, teacher, exp)["distill"]
+    arguments += ["--teacher_ckpt", other_teacher, "--clip_norm", 5, "--max_updates", 6]
+    sentence = fails("distill", *arguments)
+    assert f"teacher_ckpt was {teacher} (sha256 " in sentence and f"and is {other_teacher} (sha" in sentence
+    assert "clip_norm was 10.0 and is 5.0" in sentence and "max_updates was 4 and is 6" in sentence
+    assert "--allow_changed clip_norm,max_updates,teacher_ckpt" in sentence
+    assert "max_updates was" not in fails("distill", *arguments, "--allow_changed", "clip_norm,max_updates")
+    call(monkeypatch, "distill", *arguments, "--allow_changed", "clip_norm,max_updates,teacher_ckpt")
+    assert "--allow_changed teacher_ckpt: teacher_ckpt was" in capsys.readouterr().err
+    assert checkpoint(exp)["global_step"] == 6
+    assert checkpoint(exp)["run"]["inputs"]["teacher_ckpt"]["path"] == str(other_teacher)
+
+
+def test_another_manifest_is_noticed_by_its_content_and_not_by_its_folder(
+    fails, monkeypatch, capsys, stages, manifests, teacher, tmp_path
+):
+    moved = tmp_path / "moved"
+    shutil.copytree(manifests, moved)
+    call(monkeypatch, "distill", *commands(moved, teacher, stages)["distill"])
+    assert "is finished" in capsys.readouterr().err
+    lines = (moved / "train100.tsv").read_text().splitlines()
+    (moved / "train100.tsv").write_text("\n".join(lines[:-1]) + "\n")
+    sentence = fails("distill", *commands(moved, teacher, stages)["distill"])
+    assert f"train_subset was {manifests}/train100.tsv (sha256 " in sentence
+
+
+def test_what_changes_no_batch_and_no_mathematics_may_change(monkeypatch, capsys, stages, manifests, teacher):
+    arguments = commands(manifests, teacher, stages, log_interval=7)["distill"]
+    call(monkeypatch, "distill", *arguments, "--num_workers", 3, "--save_interval", 1, "--no_skip")
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_copied_run_is_finished_wherever_and_whenever_it_lies(
+    monkeypatch, capsys, stages, manifests, teacher, tmp_path
+):
+    exp = tmp_path / "copy"
+    shutil.copytree(stages, exp, copy_function=shutil.copyfile)
+    before = {path: path.read_bytes() for path in exp.rglob("*.*") if path.suffix in (".ckpt", ".pth")}
+    assert len(before) == 6
+    for script, arguments in commands(manifests, teacher, exp).items():
+        call(monkeypatch, script, *arguments)
+        output = capsys.readouterr()
+        assert "is finished" in output.out + output.err, script
+    assert before == {path: path.read_bytes() for path in before}
+    # Whatever is missing is made again, from the stage on.
+    models = [path for path in before if path.suffix == ".pth"]
+    fingerprints = [run_record.fingerprint(path) for path in models]
+    for path in (*models, *(exp / "final" / "ckpts").glob("*.ckpt")):
+        path.unlink()
+    for script, arguments in commands(manifests, teacher, exp).items():
+        call(monkeypatch, script, *arguments)
+    assert fingerprints == [run_record.fingerprint(path) for path in models]
+
+
+def test_stage_2_refuses_another_student_than_stage_1s(
+    fails, stages, manifests, teacher, other_teacher, tmp_path
+):
+    arguments = commands(manifests, teacher, stages)["prune"]
+    arguments += ["--original_ckpt", other_teacher, "--out", tmp_path / "new.pth"]
+    sentence = fails("prune", *arguments)
+    assert f"original_ckpt was {teacher} (sha256 " in sentence and str(other_teacher) in sentence
+    assert not (tmp_path / "new.pth").exists()
+
+
+def test_stage_3_refuses_another_teacher_and_other_layers_than_stage_1s(
+    fails, stages, manifests, teacher, other_teacher, tmp_path
+):
+    arguments = commands(manifests, teacher, stages)["final_distill"]
+    arguments += ["--exp_dir", tmp_path / "new", "--teacher_ckpt", other_teacher, "--distill_layers", "0.1,2"]
+    sentence = fails("final_distill", *arguments)
+    assert "distill_layers was 0.1,3 and is 0.1,2" in sentence
+    assert f"teacher_ckpt was {teacher}" in sentence and str(other_teacher) in sentence
+
+
+def test_stage_3_refuses_stage_1s_folder(fails, stages, manifests, teacher):
+    arguments = [*commands(manifests, teacher, stages)["final_distill"], "--exp_dir", stages]
+    assert "is a checkpoint of distill.py, not of final_distill.py" in fails("final_distill", *arguments)
+
+
+def test_stage_4_refuses_another_config_than_stage_3s(fails, stages, manifests, teacher, tmp_path):
+    pruned = torch.load(stages / "ckpts" / "pruned_hubert_base.pth", weights_only=True)
+    torch.save({**pruned, "other": 1}, tmp_path / "other.pth")
+    arguments = commands(manifests, teacher, stages)["save_final_ckpt"]
+    sentence = fails("save_final_ckpt", *arguments, "--config_path", tmp_path / "other.pth")
+    assert f"config_path was {stages}/ckpts/pruned_hubert_base.pth (sha256 " in sentence
+
+
+def test_run_json_says_what_was_done_with_what_where_and_when(stages, teacher):
+    first, second = (json.loads((folder / "run.json").read_text()) for folder in (stages, stages / "final"))
+    assert first.keys() == {"distill", "prune"} and second.keys() == {"final_distill", "save_final_ckpt"}
+    stage_1 = first["distill"]
+    assert stage_1["flags"]["target_sparsity"] == 0.75 and stage_1["flags"]["batches_an_update"] == 1
+    assert stage_1["inputs"].keys() == {"teacher_ckpt", "student_ckpt", "train_subset"}
+    assert len(stage_1["inputs"]["teacher_ckpt"]["sha256"]) == 64
+    session = stage_1["sessions"][0]
+    assert session["outcome"] == "finished" and 0 < session["seconds"] < 300
+    assert session["started"] <= session["ended"] and session["flags"]["exp_dir"] == str(stages)
+    assert session["versions"]["torch"] == torch.__version__ and session["machine"]["cores"] >= 1
+    assert checkpoint(stages)["run"] == {key: stage_1[key] for key in ("stage", "flags", "inputs")}
+    assert first["prune"]["inputs"]["original_ckpt"] == stage_1["inputs"]["student_ckpt"]
+    assert second["final_distill"]["inputs"]["student_ckpt"] == first["prune"]["output"]
+
+
+@pytest.mark.parametrize("script, flag", [("prune", "--original_ckpt"), ("save_final_ckpt", "--config_path")])
+def test_out_may_not_be_an_input(script, flag, fails, stages, manifests, teacher, tmp_path):
+    arguments = commands(manifests, teacher, stages)[script]
+    path = arguments[arguments.index(flag) + 1]
+    before = path.read_bytes()
+    (tmp_path / "link.pth").symlink_to(path)
+    for out in (path, tmp_path / "link.pth"):
+        assert f"--out {out} is {flag}" in fails(script, *arguments, "--out", out)
+    assert path.read_bytes() == before

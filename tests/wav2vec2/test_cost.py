@@ -1,0 +1,102 @@
+"""What a model costs: by polynomial, by counting what was cut, and by torch's own counter of FLOP."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from prune import shift_gates
+from tests.helpers.models import FAMILIES, config_of, pruned, randomly_gated, ungated
+from wav2vec2 import PruningError, wav2vec2_model
+from wav2vec2.cost import COUNTS, count_parameters, mac_count, multiply_accumulates
+
+SECONDS = 0.7
+
+
+def measured_macs(model, seconds):
+    """By torch's counter, on the CPU, of the ungated ``model``."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model.eval()(torch.zeros(1, int(16_000 * seconds)))
+    return counter.get_total_flops() / 2
+
+
+def true_cost(model, kind):
+    return count_parameters(model) if kind == "params" else measured_macs(model, 10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [ungated, pruned])
+def test_macs_are_those_of_torchs_counter(family, kind):
+    model = kind(family)
+    assert mac_count(model, SECONDS).whole() == measured_macs(model, SECONDS)
+    assert multiply_accumulates(model, SECONDS) == pytest.approx(measured_macs(model, SECONDS) / SECONDS)
+
+
+def test_macs_of_an_output_layer_count():
+    model = wav2vec2_model(**config_of("hubert_base", aux_num_out=7))
+    model.eval().prune()
+    assert mac_count(model, SECONDS).whole() == measured_macs(model, SECONDS)
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_pruning_leaves_is_known_before(family, seed, kind):
+    from wav2vec2.gating import Layout, evaluation_masks
+
+    model = randomly_gated(family, seed).eval()
+    if seed == 3:
+        for layer in model.encoder.transformer.layers:
+            layer.attention.hard_concrete_for_heads.log_alpha.data.fill_(-40.0)
+    expected = COUNTS[kind](model).cut(evaluation_masks(Layout(model, pruning=True)))
+    model.prune()
+    assert true_cost(model, kind) == expected
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_expected_cost_is_the_true_one_where_gates_are_decided(family, kind):
+    torch.manual_seed(0)
+    model = wav2vec2_model(**config_of(family)).eval()
+    for gate in model.gates():
+        gate.log_alpha.data.fill_(40.0)
+    count = COUNTS[kind](model)
+    assert count().item() == pytest.approx(count.whole(), abs=1e-3)
+    for gate in model.gates():
+        gate.log_alpha.data = torch.where(torch.rand(gate.n_in) < 0.5, -40.0, 40.0)
+        gate.log_alpha.data[0] = 40.0
+    expected = count().item()
+    count().backward()
+    assert all(gate.log_alpha.grad is not None for gate in model.gates())
+    model.prune()
+    assert true_cost(model, kind) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind, round_to", [("params", 1), ("params", 8), ("macs", 1), ("macs", 8)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shifted_gates_leave_the_most_that_the_budget_allows(family, kind, round_to):
+    model = randomly_gated(family, 5, closed=0.5).eval()
+    before = [gate.log_alpha.clone() for gate in model.gates()]
+    count = COUNTS[kind](model)
+    budget = 0.45 * count.whole()
+    shift = shift_gates(model, count, budget, round_to)
+    for gate, log_alpha in zip(model.gates(), before, strict=True):
+        assert torch.equal(gate.log_alpha, log_alpha + shift)
+    larger = copy.deepcopy(model)
+    for gate in larger.gates():
+        gate.log_alpha.data += 1e-4
+    model.prune(round_to)
+    larger.prune(round_to)
+    assert true_cost(model, kind) <= budget < true_cost(larger, kind)
+    if round_to == 8:
+        assert all(channels % 8 == 0 for channels, *_ in model.config["extractor_conv_layer_config"])
+
+
+def test_a_budget_below_what_must_stay_is_refused_and_changes_nothing():
+    model = randomly_gated("hubert_base", 5).eval()
+    before = [gate.log_alpha.clone() for gate in model.gates()]
+    with pytest.raises(PruningError, match="above the budget"):
+        shift_gates(model, COUNTS["params"](model), 100)
+    assert all(map(torch.equal, before, (gate.log_alpha for gate in model.gates())))

@@ -1,0 +1,252 @@
+"""Gates: what they draw, what they cost, and that computing with the open units alone changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.helpers.models import ALL_GATES, FAMILIES, config_of, randomly_gated
+from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
+from wav2vec2.cost import count_parameters
+
+
+def outputs_and_gradients(model, skip, multiple, waveforms, lengths):
+    model = copy.deepcopy(model)
+    model.skip_closed_gates, model.width_multiple = skip, multiple
+    torch.manual_seed(7)
+    states, _ = model.extract_features(waveforms, lengths)
+    loss = sum((state * torch.sin(torch.arange(state.numel()).view_as(state))).mean() for state in states)
+    loss.backward()
+    return states, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_units_alone_give_the_masked_outputs_and_gradients(family, seed, multiple):
+    model = randomly_gated(family, seed)
+    waveforms = torch.randn(2, 4000)
+    lengths = torch.tensor([4000, 3100]) if seed else None
+    masked, expected = outputs_and_gradients(model, False, 1, waveforms, lengths)
+    skipped, actual = outputs_and_gradients(model, True, multiple, waveforms, lengths)
+    assert_close(skipped, masked, rtol=1e-5, atol=1e-5)
+    unused = {name for name, gradient in expected.items() if gradient is None}
+    assert unused <= {"encoder.transformer.layer_norm.weight", "encoder.transformer.layer_norm.bias"}
+    for name, gradient in expected.items():
+        if gradient is not None:
+            assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_units_alone_are_what_is_computed_with(family):
+    model = randomly_gated(family, 0)
+    model.width_multiple = 1
+    waveforms, work = torch.randn(1, 4000), []
+    for skip in (True, False):
+        model.skip_closed_gates = skip
+        torch.manual_seed(1)
+        with FlopCounterMode(display=False) as counter:
+            model.extract_features(waveforms)
+        work.append(counter.get_total_flops())
+    assert work[0] < 0.7 * work[1]
+
+
+def test_a_closed_head_leaves_the_next_update_free_to_open_it():
+    torch.manual_seed(0)
+    model = wav2vec2_model(**config_of("hubert_base"))
+    gate = model.encoder.transformer.layers[1].attention.hard_concrete_for_heads
+    gate.log_alpha.data.fill_(-9.0)
+    model.get_num_params().backward()
+    assert (gate.log_alpha.grad > 0).all()
+
+
+def test_the_evaluation_mask_follows_the_gates():
+    model = wav2vec2_model(**config_of("hubert_base"))
+    gate = model.gates()[0]
+    model.eval()
+    before = gate()
+    optimizer = torch.optim.AdamW([gate.log_alpha], lr=1.0, fused=True)
+    gate.log_alpha.grad = torch.linspace(-1, 1, gate.n_in)
+    for _ in range(5):
+        optimizer.step()
+    assert not torch.equal(gate(), before)
+    assert (gate() == 0).sum() == round(gate.n_in - gate.l0_norm().item())
+
+
+def test_samples_follow_the_hard_concrete_distribution():
+    torch.manual_seed(0)
+    gate = HardConcrete(20_000, init_mean=0.5, init_std=0.0)
+    gate.log_alpha.data.fill_(0.5)
+    mask = gate()
+    is_open = gate.l0_norm().item() / gate.n_in
+    assert (mask > 0).float().mean().item() == pytest.approx(is_open, abs=0.01)
+    # s > (1 - l) / (r - l) = 11 / 12 is clamped to 1: P = sigmoid(log_alpha - b log 11)
+    is_whole = torch.sigmoid(torch.tensor(0.5) - 2 / 3 * torch.log(torch.tensor(11.0))).item()
+    assert (mask == 1).float().mean().item() == pytest.approx(is_whole, abs=0.01)
+    assert mask.min() == 0 and mask.max() == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expected_size_is_the_true_count_with_gates_open_and_the_pruned_count_with_gates_decided(family):
+    torch.manual_seed(0)
+    model = wav2vec2_model(**config_of(family))
+    for gate in model.gates():
+        gate.log_alpha.data.fill_(40.0)
+    assert model.get_num_params().item() == pytest.approx(count_parameters(model), abs=1e-3)
+    for gate in model.gates():
+        gate.log_alpha.data = torch.where(torch.rand(gate.n_in) < 0.5, -40.0, 40.0)
+        gate.log_alpha.data[0] = 40.0
+    expected = model.get_num_params().item()
+    model.prune()
+    assert expected == pytest.approx(count_parameters(model), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_is_right_at_once_and_may_be_gated_and_pruned_again(family):
+    from utils.checkpoint import build_model
+
+    waveforms = torch.randn(1, 8000)
+    model = randomly_gated(family, 3, closed=0.3).eval()
+    model.prune()
+    first = model.config
+    again = build_model({**first, **ALL_GATES}, model.state_dict(), "the pruned model", new_gates=True).eval()
+    for gate in again.gates():
+        gate.log_alpha.data.fill_(40.0)
+    with torch.no_grad():
+        assert_close(
+            again.extract_features(waveforms)[0], model.extract_features(waveforms)[0], rtol=1e-4, atol=1e-4
+        )
+    for gate in again.gates():
+        gate.log_alpha.data[: gate.n_in // 2] = -40.0
+    again.prune()
+    rebuilt = build_model(again.config, again.state_dict(), "the model pruned twice").eval()
+    with torch.no_grad():
+        assert_close(rebuilt.extract_features(waveforms)[0], again.extract_features(waveforms)[0])
+    for before, after in zip(
+        first["encoder_use_attention"], again.config["encoder_use_attention"], strict=True
+    ):
+        assert before or not after
+    if "wavlm" in family:
+        remaining = zip(
+            first["encoder_remaining_heads"], again.config["encoder_remaining_heads"], strict=True
+        )
+        for present, (before, after) in zip(first["encoder_use_attention"], remaining, strict=True):
+            assert after == (before[len(before) // 2 :] if present else before)
+    assert count_parameters(again) < count_parameters(model)
+
+
+def test_wavlm_keeps_the_attention_that_makes_the_position_bias():
+    model = wav2vec2_model(**config_of("wavlm_base")).eval()
+    for gate in model.gates():
+        gate.log_alpha.data.fill_(40.0)
+    attention = model.encoder.transformer.layers[0].attention
+    attention.hard_concrete_for_heads.log_alpha.data.fill_(-40.0)
+    waveforms = torch.randn(1, 8000)
+    with torch.no_grad():
+        gated, _ = model.extract_features(waveforms)
+        _, use_attention, _, _, remaining, _ = model.prune()
+        assert use_attention == [True] * 3 and remaining[0] == [] and len(remaining[1]) == 4
+        assert_close(model.extract_features(waveforms)[0], gated, rtol=1e-4, atol=1e-4)
+        again = wav2vec2_model(**model.config).eval()
+        again.load_state_dict(model.state_dict())
+        assert_close(again.extract_features(waveforms)[0], gated, rtol=1e-4, atol=1e-4)
+    assert model.get_num_params() == count_parameters(model) == count_parameters(again)
+
+
+def test_a_conv_layer_pruned_to_nothing_is_named_and_nothing_is_cut():
+    model = wav2vec2_model(**config_of("hubert_base"))
+    model.feature_extractor.conv_layers[4].hard_concrete.log_alpha.data.fill_(-40.0)
+    before = count_parameters(model)
+    with pytest.raises(PruningError, match=r"conv layer 4 .* lower --target_sparsity"):
+        model.prune()
+    assert count_parameters(model) == before and model.gates()
+
+
+def test_round_to_rounds_widths_up():
+    model = randomly_gated("hubert_base", 1).eval()
+    for layer in model.encoder.transformer.layers:
+        layer.feed_forward.hard_concrete_for_layer.log_alpha.data.fill_(9.0)
+    exact = copy.deepcopy(model).prune()
+    rounded = model.prune(round_to=8)
+    for (channels, *_), (rounded_channels, *_) in zip(exact[0], rounded[0], strict=True):
+        assert rounded_channels == min(16, -(-channels // 8) * 8)
+    assert rounded[5] == [-(-width // 8) * 8 for width in exact[5]]
+    assert exact[3] == rounded[3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_under_inference_mode_leaves_training_free(family):
+    torch.manual_seed(0)
+    model = wav2vec2_model(**config_of(family))
+    waveforms = torch.randn(1, 4160)
+    with torch.inference_mode():
+        model.eval().extract_features(waveforms)
+        model.get_num_params()
+    states, _ = model.train().extract_features(waveforms)
+    (states[-1].sum() + model.get_num_params()).backward()
+    assert all(gate.log_alpha.grad is not None for gate in model.gates())
+
+
+def test_the_expected_size_survives_a_move_and_a_change_of_precision():
+    model = wav2vec2_model(**config_of("hubert_base"))
+    expected = model.get_num_params().item()
+    assert model.half().get_num_params().item() == pytest.approx(expected, rel=1e-3)
+    assert model.double().get_num_params().dtype == torch.float64
+    model.to("meta")
+    assert model.get_num_params().is_meta
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["open units alone", "all units"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_leaves_the_weights_as_they_were(family, skip):
+    model = randomly_gated(family, 1)
+    model.skip_closed_gates = skip
+    parameters = dict(model.named_parameters())
+    states, _ = model.extract_features(torch.randn(1, 4000))
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    # A gradient that no weight has part in, and one that all have.
+    for inputs in ([states[2]], list(model.encoder.transformer.layers[1].parameters())):
+        torch.autograd.grad(states[3].sum(), inputs, retain_graph=True, allow_unused=True)
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_a_backward_pass_that_fails_leaves_the_state_dict_whole():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("out of memory")
+
+    model = randomly_gated("hubert_base", 1)
+    layer = model.encoder.transformer.layers[1]
+    layer.register_forward_hook(lambda module, args, output: Fails.apply(output))
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    states, _ = model.extract_features(torch.randn(1, 4000))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        states[-1].sum().backward()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_two_passes_may_wait_for_their_backward_pass():
+    """Each goes back through the units that it drew."""
+    first, second = torch.randn(1, 4000), torch.randn(1, 4000)
+    gradients = []
+    for together in (True, False):
+        model = randomly_gated("wavlm_base", 4)
+        model.encoder.transformer.activation_checkpointing = True
+        torch.manual_seed(3)
+        losses = [model.extract_features(first)[0][-1].sum()]
+        if not together:
+            losses.pop().backward()
+        losses.append(model.extract_features(second)[0][-1].sum())
+        sum(losses).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-4, msg=name)

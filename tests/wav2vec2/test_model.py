@@ -1,0 +1,188 @@
+"""A model of this project is an ordinary PyTorch module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from tests.helpers.models import (
+    ALL_GATES,
+    FAMILIES,
+    config_of,
+    pruned,
+    randomly_gated,
+    ungated,
+    without_dropout,
+)
+from wav2vec2 import wav2vec2_model
+
+KINDS = {"ungated": ungated, "pruned": pruned}
+
+
+@pytest.fixture(params=[f"{kind} {family}" for kind in KINDS for family in FAMILIES])
+def model(request):
+    kind, family = request.param.split()
+    torch.manual_seed(0)
+    return KINDS[kind](family).eval()
+
+
+def test_forward_hooks_fire_on_every_linear_and_conv(model):
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d))]
+    fired = set()
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, output: fired.add(module))
+    model(torch.randn(1, 4000))
+    assert len(layers) > 20 and fired == set(layers)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_quantize_dynamic_swaps_every_linear(model):
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
+    assert not any(type(module) is nn.Linear for module in quantized.modules())
+    dynamic = [m for m in quantized.modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)]
+    assert len(dynamic) == sum(type(module) is nn.Linear for module in model.modules())
+    waveforms = torch.randn(1, 4000)
+    with torch.no_grad():
+        expected, actual = model(waveforms)[0], quantized(waveforms)[0]
+    assert 0 < (actual - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_a_lora_adapter_changes_the_output_and_is_trained(model):
+    peft = pytest.importorskip("peft")
+    waveforms = torch.randn(1, 4000)
+    before = model(waveforms)[0].detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    assert_close(adapted(waveforms)[0], before)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    after = adapted(waveforms)[0]
+    assert (after - before).abs().max() > 1e-3
+    after.square().sum().backward()
+    lora = {name: p.grad for name, p in adapted.named_parameters() if "lora_" in name}
+    assert lora and all(gradient is not None and gradient.abs().max() > 0 for gradient in lora.values())
+
+
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "padded"])
+def test_torch_export_gives_the_same_at_other_sizes(model, with_lengths):
+    batch, time = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("time", min=720, max=1_000_000)
+    shapes = {"waveforms": {0: batch, 1: time}, "lengths": {0: batch} if with_lengths else None}
+    lengths = torch.tensor([6000, 5000, 4000]) if with_lengths else None
+    program = torch.export.export(model, (torch.randn(3, 6000), lengths), dynamic_shapes=shapes, strict=False)
+    for count, samples in ((2, 9001), (5, 4000)):
+        waveforms = torch.randn(count, samples)
+        lengths = torch.arange(samples, samples - count * 500, -500) if with_lengths else None
+        with torch.no_grad():
+            expected, actual = model(waveforms, lengths), program.module()(waveforms, lengths)
+        assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+        assert actual[1] is expected[1] is None or actual[1].tolist() == expected[1].tolist()
+
+
+def gradients(model, waveforms):
+    model.zero_grad()
+    torch.manual_seed(5)
+    states, _ = model.train().extract_features(waveforms)
+    sum((state * torch.sin(torch.arange(state.numel()).view_as(state))).mean() for state in states).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def checkpoint_by_forward(layers):
+    for layer in layers:
+        forward = layer.forward
+        layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+
+
+def checkpoint_by_wrapper(layers):
+    class Checkpointed(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args):
+            return checkpoint(self.layer, *args, use_reentrant=False)
+
+    for i, layer in enumerate(layers):
+        layers[i] = Checkpointed(layer)
+
+
+@pytest.mark.parametrize("how", ["forward", "wrapper", "flag"])
+@pytest.mark.parametrize("gated", ["open units alone", "all units", "pruned"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_give_the_same_gradients(family, gated, how):
+    model = pruned(family) if gated == "pruned" else randomly_gated(family, 1)
+    model.skip_closed_gates = gated == "open units alone"
+    waveforms = torch.randn(2, 4000)
+    expected = gradients(model, waveforms)
+    transformer = model.encoder.transformer
+    computed = []
+    transformer.layers[0].feed_forward.intermediate_dense.register_forward_hook(lambda *_: computed.append(1))
+    if how == "flag":
+        transformer.activation_checkpointing = True
+    else:
+        (checkpoint_by_forward if how == "forward" else checkpoint_by_wrapper)(transformer.layers)
+    actual = gradients(model, waveforms)
+    assert len(computed) == 2, "the layer was not computed again"
+    actual = {name.replace(".layer.", "."): gradient for name, gradient in actual.items()}
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+
+
+@pytest.mark.parametrize("family", ["hubert_large", "wavlm_large", "hubert_base"])
+def test_the_residual_stream_is_float32_under_autocast(family):
+    model = ungated(family).eval()
+    inputs = []
+    for layer in model.encoder.transformer.layers:
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        states, _ = model.extract_features(torch.randn(1, 4000))
+    assert inputs == [torch.float32] * 3
+    assert {state.dtype for state in states[1:]} == {torch.float32}
+
+
+def test_folding_the_weight_norm_changes_nothing_but_where_it_is_computed():
+    torch.manual_seed(0)
+    model = wav2vec2_model(**without_dropout()).eval()
+    waveforms = torch.randn(1, 8000)
+    with torch.no_grad():
+        expected, _ = model.extract_features(waveforms)
+        names = model.state_dict().keys()
+        assert_close(model.fold_weight_norm().extract_features(waveforms)[0], expected)
+        assert model.state_dict().keys() == names
+        model.encoder.transformer.pos_conv_embed.conv.weight_g.mul_(2)
+        assert_close(model.extract_features(waveforms)[0], expected)
+        model.train().eval()
+        assert not torch.allclose(model.extract_features(waveforms)[0][-1], expected[-1])
+
+
+def test_layer_drop_acts_in_forward_alone():
+    torch.manual_seed(0)
+    model = wav2vec2_model(**{**without_dropout(), "encoder_layer_drop": 1.0})
+    waveforms = torch.randn(1, 8000)
+    states, _ = model.extract_features(waveforms)
+    assert not torch.equal(states[1], states[3])
+    dropped, _ = model(waveforms)
+    assert not torch.allclose(dropped, states[3])
+    assert torch.allclose(model.eval()(waveforms)[0], states[3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_has_no_influence_on_what_is_valid(family):
+    torch.manual_seed(0)
+    model = wav2vec2_model(
+        **{**config_of(family), **dict.fromkeys(ALL_GATES, False), "extractor_mode": "layer_norm"}
+    )
+    model.eval()
+    short = torch.randn(1, 5000)
+    padded = torch.cat([short, torch.randn(1, 3000)], dim=1)
+    batch = torch.cat([padded, torch.randn(1, 8000)])
+    with torch.no_grad():
+        alone, _ = model.extract_features(short)
+        together, lengths = model.extract_features(batch, torch.tensor([5000, 8000]))
+    frames = int(lengths[0])
+    assert frames == alone[0].size(1)
+    for expected, actual in zip(alone, together, strict=True):
+        assert_close(actual[:1, :frames], expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,171 @@
+"""Checkpoints in the original's format, of DPHuBERT, DPWavLM and DiariZen, load where users load them."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from utils.checkpoint import load_model, save_checkpoint
+from utils.files import UserError
+from wav2vec2 import wav2vec2_model
+
+from tests.wav2vec2.test_recordings import PRUNED, recorded  # isort: skip
+
+GATES = {
+    "extractor_prune_conv_channels": True,
+    "encoder_prune_attention_heads": True,
+    "encoder_prune_attention_layer": True,
+    "encoder_prune_feed_forward_intermediate": True,
+    "encoder_prune_feed_forward_layer": True,
+}
+NEW_NAMES = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+
+
+def published(name, path, conv=tuple, new_names=False, **extra):
+    """Writes the pruned model ``name`` as the original would; returns its recording and its config."""
+    golden = recorded(name)
+    layers = [conv(layer) for layer in golden["pruned_config"]["extractor_conv_layer_config"]]
+    config = golden["pruned_config"] | {"extractor_conv_layer_config": layers} | extra
+    state_dict = golden["pruned_state_dict"]
+    if new_names:
+        for old, new in NEW_NAMES.items():
+            state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
+    torch.save({"config": config, "state_dict": state_dict}, path)
+    return golden, config
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+@pytest.mark.parametrize("conv", [tuple, list])
+@pytest.mark.parametrize("name", PRUNED)
+def test_readmes_snippet_loads_every_spelling(name, conv, new_names, tmp_path):
+    golden, _ = published(name, tmp_path / "student.pth", conv, new_names)
+    ckpt = torch.load(tmp_path / "student.pth", weights_only=True)
+    model = wav2vec2_model(**ckpt["config"])
+    keys = model.load_state_dict(ckpt["state_dict"], strict=False)
+    assert keys.missing_keys == keys.unexpected_keys == []
+    with torch.no_grad():
+        assert_close(
+            model.eval().extract_features(golden["waveforms"])[0],
+            golden["hidden_states_pruned"],
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+@pytest.mark.parametrize("name", PRUNED)
+def test_a_published_student_can_be_pruned_further(name, new_names, tmp_path):
+    """It is a --student_ckpt: gates are added, trained (here: closed by hand), and cut."""
+    golden, _ = published(name, tmp_path / "student.pth", list, new_names)
+    model = load_model(tmp_path / "student.pth", **GATES).eval()
+    assert len(model.gates()) > 0
+    before = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("log_alpha"))
+    assert before == golden["pruned_params"]
+    for gate in model.gates():
+        gate.log_alpha.data.fill_(10.0)
+        if gate.n_in >= 4:
+            gate.log_alpha.data[0] = -10.0
+    model.prune()
+    after = sum(p.numel() for p in model.parameters())
+    assert model.get_num_params() == after < before
+    save_checkpoint(tmp_path / "again.pth", model)
+    again = load_model(tmp_path / "again.pth").eval()
+    with torch.no_grad():
+        assert_close(
+            again.extract_features(golden["waveforms"])[0],
+            model.eval().extract_features(golden["waveforms"])[0],
+        )
+
+
+def without_attention(path, layers, empty, **extra):
+    """A pruned WavLM whose ``layers`` have no attention, ``empty``: nor heads in the config."""
+    golden = recorded("prune_wavlm")
+    config = dict(golden["pruned_config"])
+    config["encoder_use_attention"] = [i not in layers for i in range(3)]
+    if empty:
+        heads = config["encoder_remaining_heads"]
+        config["encoder_remaining_heads"] = [[] if i in layers else h for i, h in enumerate(heads)]
+    dropped = tuple(f"encoder.transformer.layers.{i}.attention." for i in layers)
+    state_dict = {k: v for k, v in golden["pruned_state_dict"].items() if not k.startswith(dropped)}
+    torch.save({"config": config | extra, "state_dict": state_dict}, path)
+    return golden, state_dict
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("layers", [(1,), (1, 2)])
+def test_layers_without_attention_load_and_run(layers, empty, tmp_path):
+    golden, state_dict = without_attention(tmp_path / "student.pth", layers, empty)
+    model = load_model(tmp_path / "student.pth").eval()
+    assert [layer.attention is None for layer in model.encoder.transformer.layers] == [
+        i in layers for i in range(3)
+    ]
+    assert model.state_dict().keys() == state_dict.keys()
+    assert model.get_num_params() == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        states, _ = model.extract_features(golden["waveforms"])
+        for first in range(2):
+            assert_close(states[first], golden["hidden_states_pruned"][first], rtol=1e-5, atol=1e-5)
+        layer = model.encoder.transformer.layers[1]
+        x = layer.layer_norm(states[1])
+        fed = x if layer.feed_forward is None else x + layer.feed_forward(x)
+        assert_close(states[2], layer.final_layer_norm(fed), rtol=1e-5, atol=1e-5)
+    gated = load_model(tmp_path / "student.pth", **GATES)
+    assert gated.encoder.transformer.layers[1].attention is None
+    torch.stack(gated(golden["waveforms"])[0].unbind()).sum().backward()
+
+
+def test_the_first_layer_of_a_wavlm_may_have_no_head_left(tmp_path):
+    golden = recorded("prune_wavlm")
+    config, state_dict = dict(golden["pruned_config"]), dict(golden["pruned_state_dict"])
+    config["encoder_remaining_heads"] = [[], *config["encoder_remaining_heads"][1:]]
+    prefix = "encoder.transformer.layers.0.attention."
+    for key in ("q_proj", "k_proj", "v_proj"):
+        state_dict[f"{prefix}{key}.weight"] = torch.zeros(0, config["encoder_embed_dim"])
+        state_dict[f"{prefix}{key}.bias"] = torch.zeros(0)
+    state_dict[f"{prefix}out_proj.weight"] = torch.zeros(config["encoder_embed_dim"], 0)
+    torch.save({"config": config, "state_dict": state_dict}, tmp_path / "student.pth")
+    model = load_model(tmp_path / "student.pth").eval()
+    with torch.no_grad():
+        states = torch.stack(model.extract_features(golden["waveforms"])[0])
+    assert states.isfinite().all() and states.shape[0] == 4
+
+
+@pytest.mark.parametrize("name", ["prune_hubert", "prune_wavlm"])
+def test_extra_keys_are_named_in_one_sentence_that_says_to_drop_them(name, tmp_path):
+    extra = {"use_layerwise_prune": False, "diarizen_version": "0.1"}
+    golden, config = published(name, tmp_path / "student.pth", **extra)
+    for load in (lambda: load_model(tmp_path / "student.pth"), lambda: wav2vec2_model(**config)):
+        with pytest.raises(
+            (UserError, TypeError), match="diarizen_version, use_layerwise_prune: drop it from the config"
+        ) as error:
+            load()
+        assert "\n" not in str(error.value)
+    kept = {key: value for key, value in config.items() if key not in extra}
+    model = wav2vec2_model(**kept)
+    model.load_state_dict(golden["pruned_state_dict"])
+    with torch.no_grad():
+        assert_close(
+            model.eval().extract_features(golden["waveforms"])[0],
+            golden["hidden_states_pruned"],
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("missing", [["encoder_num_buckets"], ["encoder_embed_dim", "normalize_waveform"]])
+def test_missing_keys_are_named(missing, tmp_path):
+    _, config = published("prune_wavlm", tmp_path / "student.pth")
+    content = torch.load(tmp_path / "student.pth", weights_only=True)
+    content["config"] = {key: value for key, value in config.items() if key not in missing}
+    torch.save(content, tmp_path / "student.pth")
+    with pytest.raises(UserError, match=", ".join(missing)):
+        load_model(tmp_path / "student.pth")
+
+
+def test_a_config_of_the_other_familys_keys_as_the_original_writes_them_loads(tmp_path):
+    """The original writes a HuBERT's config without WavLM's keys; None in their place must do as well."""
+    golden, config = published(
+        "prune_hubert", tmp_path / "student.pth", encoder_remaining_heads=None, encoder_num_buckets=None
+    )
+    assert "encoder_remaining_heads" in config
+    model = load_model(tmp_path / "student.pth").eval()
+    assert model.get_num_params() == golden["pruned_params"]

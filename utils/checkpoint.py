@@ -1,0 +1,281 @@
+"""The files of models, and the one place that reads what torch.save wrote. A checkpoint is
+``{"config": dict, "state_dict": dict[, "distill_linear_projs": dict]}``, plain values and CPU tensors only.
+"""
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.files import UserError, atomic_write
+from wav2vec2.components import WeightNormConv1d
+from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
+
+
+def read_file(path: str | Path) -> dict:
+    """Reads a file that ``torch.save`` wrote, of plain values and finite tensors; nothing in it is run.
+
+    The checksums of the container are compared, and no more memory is taken than the file has bytes.
+
+    Raises:
+        UserError: there is no such file, it is damaged, it holds anything else, or a tensor in it has a value
+            that is not finite.
+    """
+    if not str(path):
+        raise UserError("the path of a checkpoint is empty: give the file's")
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the file in it")
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; check the path, or make the file with the step before this one"
+        )
+    _check_container(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to advise loading the file in a way that would run what is in it.
+        raise UserError(
+            f"{path}: holds something other than plain values and tensors, or is damaged; make or copy it "
+            "again"
+        ) from error
+    except MemoryError as error:
+        raise UserError(f"{path}: there is not enough memory to read it") from error
+    except Exception as error:
+        raise _damaged(path, type(error).__name__) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")
+    _check_tensors(path, content)
+    return content
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: not a checkpoint, or a damaged one ({reason}); make or copy it again")
+
+
+def _check_container(path: Path) -> None:
+    """Reads the file once for its checksums, and refuses one that unpacks to more than it is."""
+    try:
+        with zipfile.ZipFile(path) as container:
+            # torch.save does not compress, so a compressed member is somebody's trick to fill the memory.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in container.infolist()):
+                raise _damaged(path, "its parts are compressed")
+            if len(set(container.namelist())) < len(container.namelist()):
+                raise _damaged(path, "two of its parts have one name")
+            if sum(member.file_size for member in container.infolist()) > path.stat().st_size:
+                raise _damaged(path, "its parts claim to be larger than the file")
+            if (broken := container.testzip()) is not None:
+                raise _damaged(path, f"the checksum of its part {broken} is wrong")
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        raise _damaged(path, "its container cannot be read") from error
+
+
+def _check_tensors(path: Path, content: dict) -> None:
+    """Refuses a tensor whose values are not all in the file, or not all finite."""
+    # A pickle can nest its content without end, or hold a part any number of times in a few bytes.
+    seen: set[int] = set()
+    remaining: list[tuple[str, object]] = [("", content)]
+    while remaining:
+        name, value = remaining.pop()
+        if id(value) in seen or not isinstance(value, (Mapping, list, tuple, Tensor)):
+            continue
+        seen.add(id(value))
+        if not isinstance(value, Tensor):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            remaining += [(f"{name}.{_shown(key)}".lstrip("."), item) for key, item in items]
+            continue
+        shown = name.removeprefix("state_dict.")
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+        # torch computes nothing with the floating-point numbers of eight bits and less.
+        plain = plain and not (value.is_floating_point() and value.element_size() == 1)
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: the tensor {shown} is not a plain one; make or copy the file again")
+        if (value.is_floating_point() or value.is_complex()) and not value.isfinite().all():
+            raise UserError(
+                f"{path}: the tensor {shown} has a value that is not finite (NaN or infinity), so training "
+                "had gone wrong when it was written; go back to an earlier checkpoint"
+            )
+
+
+def _shown(key: object) -> str:
+    """A key of a dictionary that anyone may have written, for a sentence."""
+    plain_key = (isinstance(key, str) and key.isprintable()) or (isinstance(key, int) and 0 <= key < 2**31)
+    return str(key)[:200] if plain_key else "an entry without a name"
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Reads a model's checkpoint.
+
+    Returns:
+        A dict with ``config`` and ``state_dict``, and ``distill_linear_projs`` where the file has it.
+    Raises:
+        UserError: it cannot be read or lacks one of the two.
+    """
+    content = read_file(path)
+    for key in ("config", "state_dict"):
+        if not isinstance(content.get(key), dict):
+            hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
+            raise UserError(f'{path}: has no "{key}", so it is not a checkpoint of this project{hint}')
+    return content
+
+
+def build_model(
+    config: Mapping, state_dict: Mapping[str, Tensor], source: str | Path, new_gates: bool = False
+) -> Wav2Vec2Model:
+    """A model of ``config`` that holds the very tensors of ``state_dict`` (no copy is made of float32 ones).
+
+    Config and state dict must match, but for gates where they may be new.
+
+    Args:
+        config: keyword arguments of :func:`wav2vec2.wav2vec2_model`.
+        state_dict: its tensors, under either spelling of the weight norm's names.
+        source: what the two come from, named in errors.
+        new_gates: gates that the config asks for and the state dict lacks start anew.
+    Raises:
+        UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
+    """
+    for key, tensor in state_dict.items():
+        if not (isinstance(key, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            raise UserError(
+                f"{source}: {_shown(key)} in its state dict is no tensor of floating-point numbers; make or "
+                "copy the file again"
+            )
+    try:
+        with torch.device("meta"):
+            model = wav2vec2_model(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from error
+    expected = model.state_dict()
+    given = _our_names(state_dict)
+    absent = expected.keys() - given.keys()
+    if new_gates:
+        absent = {key for key in absent if not key.endswith("log_alpha")}
+    unexpected = given.keys() - expected.keys()
+    for problem, keys in (("lacks the tensor", absent), ("has the unexpected tensor", unexpected)):
+        if keys:
+            raise UserError(
+                f"{source}: the state dict {problem} {_some(keys)}, so it does not belong to its config"
+            )
+    wrong = [key for key, tensor in given.items() if tensor.shape != expected[key].shape]
+    if wrong:
+        key = min(wrong)
+        shapes = f"is {tuple(given[key].shape)}, by the config it should be {tuple(expected[key].shape)}"
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(f"{source}: the tensor {key} {shapes}{more}")
+    tensors = {key: value.float() for key, value in given.items()}
+    for key, tensor in given.items():
+        if tensor.dtype == torch.float64 and not tensors[key].isfinite().all():
+            raise UserError(f"{source}: the tensor {key} has a value that float32 cannot hold")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for gate in model.gates():
+        if gate.log_alpha.is_meta:
+            gate.log_alpha = torch.nn.Parameter(torch.empty(gate.n_in))
+            gate.reset_parameters()
+    return model
+
+
+def load_model(path: str | Path, **changes) -> Wav2Vec2Model:
+    """The model of a checkpoint file, in training mode as torch builds it.
+
+    Args:
+        path: the file.
+        changes: config keys to change, the gates to add, say.
+    Raises:
+        UserError: as :func:`read_checkpoint` and :func:`build_model` say.
+    """
+    checkpoint = read_checkpoint(path)
+    return build_model(
+        {**checkpoint["config"], **changes}, checkpoint["state_dict"], path, new_gates=bool(changes)
+    )
+
+
+def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False, **extra: dict) -> None:
+    """Writes ``model``, whole or not at all.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        model: its config and tensors are written.
+        verify: load what was written and compare an output with ``model``'s before it gets its name.
+        extra: further entries of the file, ``distill_linear_projs`` say.
+    Raises:
+        UserError: there is no room for the file, or the loaded model does not compute what ``model`` does.
+    """
+    content = {"config": to_builtin(model.config), "state_dict": on_cpu(model.state_dict())}
+    content |= {key: on_cpu(value) for key, value in extra.items()}
+    with writing(path, content) as temporary:
+        if verify and not (error := difference(load_model(temporary), model)) <= 1e-5:
+            raise UserError(
+                f"{path}: loaded again, its output differs by {error:.1e} from the model in memory"
+            )
+
+
+@contextmanager
+def writing(path: str | Path, content: dict) -> Iterator[Path]:
+    """Writes ``content`` as :func:`read_file` reads it, under a temporary name that the block may look at.
+
+    Raises:
+        UserError: as :func:`atomic_write` says.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            # torch's own writer says of a full disk only that its position is not the expected one.
+            raise UserError(f"{path}: could not be written; is there room on the disk?") from error
+        yield temporary
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached, contiguous CPU tensors that share memory with nothing larger than themselves."""
+    result = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    whole = {key: t.untyped_storage().nbytes() == t.numel() * t.element_size() for key, t in result.items()}
+    return {key: tensor if whole[key] else tensor.clone() for key, tensor in result.items()}
+
+
+def to_builtin(value):
+    """``value`` with numpy's and torch's scalars and foreign containers made Python's own."""
+    if isinstance(value, Mapping):
+        return {str(key): to_builtin(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (
+            type(value)(to_builtin(item) for item in value)
+            if type(value) in (list, tuple)
+            else [to_builtin(v) for v in value]
+        )
+    return value.item() if hasattr(value, "item") else value
+
+
+def difference(first: Wav2Vec2Model, second: Wav2Vec2Model, seconds: float = 2.0) -> float:
+    """The largest difference of two models' outputs on the same noise, relative to the largest output."""
+    generator = torch.Generator().manual_seed(0)
+    waveforms = torch.randn(1, int(16_000 * seconds), generator=generator) * 0.1
+    with torch.no_grad():
+        states = [torch.stack(model.eval().extract_features(waveforms)[0]) for model in (first, second)]
+    return ((states[0] - states[1]).abs().max() / states[0].abs().max()).item()
+
+
+def _our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = WeightNormConv1d.NAMES
+    result = {}
+    for key, tensor in state_dict.items():
+        for new, ours in names.items():
+            if key.endswith(new):
+                key = key.removesuffix(new) + ours
+        result[key] = tensor
+    return result
+
+
+def _some(keys) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -1,0 +1,112 @@
+"""What every command of this project shares: how it ends, and types for its flags."""
+
+import argparse
+import os
+import reprlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from utils.files import UserError
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's ``main``; a user's mistake or a failing disk is one sentence and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        message = str(error) if error.filename is not None else UNWRITTEN.format(error.strerror)
+    else:
+        message = None
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try once more, and say so in its own way.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message = message or UNWRITTEN.format(error.strerror)
+    if message is not None:
+        _exit_with(message)
+
+
+UNWRITTEN = "what this command prints, or a file without a name, could not be written ({})"
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Wraps a script's imports of packages that only an extra of ``pyproject.toml`` installs.
+
+    A missing package ends the script with one sentence that says how to install it, and with exit status 2.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _exit_with(missing_package(error, extra))
+
+
+def missing_package(error: ModuleNotFoundError, extra: str) -> str:
+    """The sentence for an import that failed because an extra is not installed."""
+    return f'the package {error.name} is missing: install the `{extra}` extra, pip install -e ".[{extra}]"'
+
+
+@contextmanager
+def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
+    """Wraps the writing of ``path`` by way of other files; where that fails, the sentence names ``path``.
+
+    Args:
+        path: what is to be written.
+        errors: what a package raises in place of an OSError.
+    """
+    try:
+        yield
+    except (OSError, *errors) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _exit_with(message: str) -> None:
+    # What a file has put into the message stays in its line, and gives the terminal no orders.
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    with suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def shortened(value) -> str:
+    """A value for an error message, however large it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer with more digits than Python is willing to print
+        return f"a huge {type(value).__name__}"
+
+
+def number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """An argparse type: a number of ``kind`` that ``accepts`` holds for, in words ``wanted``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def path(text: str) -> str:
+    """An argparse type: the path of a file or folder, which an empty string is not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: name a file or folder")
+    return text
+
+
+natural = number(int, lambda value: 0 <= value < 2**31, "a whole number, 0 or above (and below 2^31)")
+positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0 (and below 2^31)")
+positive = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or above")
+share = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
