@@ -10,7 +10,7 @@ if __name__ == "__main__":
 import argparse
 
 from utils.checkpoint import load_model
-from utils.cli import natural, needs_extra, path, positive, run_script, share
+from utils.cli import fraction, needs_extra, nonnegative_int, path, positive, run_script
 from utils.files import UserError
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     )
     pruning.add_argument("--reg_learning_rate", type=positive, default=0.02, help="of gates and multipliers")
     pruning.add_argument(
-        "--target_sparsity", type=share, default=0.75, help="1 - wanted cost / teacher's cost"
+        "--target_sparsity", type=fraction, default=0.75, help="1 - wanted cost / teacher's cost"
     )
     pruning.add_argument(
         "--sparsity_of",
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
         help=f"the cost: parameters, or multiply-accumulates of an utterance of {UTTERANCE_SECONDS} s",
     )
     pruning.add_argument(
-        "--sparsity_warmup_updates", type=natural, default=5_000, help="updates to the full target"
+        "--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates to the full target"
     )
     pruning.add_argument(
         "--no_skip", action="store_true", help="compute closed units too: the same result for more work"
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     new_gates = gates(args.pruning_units)
-    with trainer.run_of("distill", args) as run:
+    with trainer.open_run("distill", args) as run:
         if run.finished:
             return
         trainer.seed(args.seed)

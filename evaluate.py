@@ -24,7 +24,7 @@ from torch import Tensor
 
 from utils import run_record
 from utils.checkpoint import load_model
-from utils.cli import natural, needs_extra, number, positive, run_script
+from utils.cli import needs_extra, nonnegative_int, number, positive, run_script
 from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
@@ -454,7 +454,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--batch_seconds", type=positive, default=30, help="of audio that a model reads at once"
     )
-    parser.add_argument("--seed", type=natural, default=2022, help="of folds and bootstrap")
+    parser.add_argument("--seed", type=nonnegative_int, default=2022, help="of folds and bootstrap")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     return parser.parse_args()
 

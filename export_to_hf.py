@@ -31,7 +31,7 @@ CODE = [
     *(ROOT / "exports" / f"{name}_pruned_speech.py" for name in ("configuration", "modeling")),
     *(
         ROOT / "wav2vec2" / f"{name}.py"
-        for name in ("config", "model", "components", "cost", "gating", "hardconcrete")
+        for name in ("config", "model", "components", "cost", "gating", "hardconcrete", "pruning")
     ),
 ]
 """The wrappers for transformers, and all that the model's modules import: torch and one another."""

@@ -42,12 +42,14 @@ def check_same_teaching(args: argparse.Namespace, record: dict) -> None:
         pruned["distilled"], "distill_layers", "distill_mode", teacher_ckpt="teacher_ckpt"
     )
     remedy = "Give the teacher and the layers of stage 1"
-    run_record.refuse(run_record.differences(then, record), args.student_ckpt, args.allow_changed, remedy)
+    run_record.check_unchanged(
+        run_record.differences(then, record), args.student_ckpt, args.allow_changed, remedy
+    )
 
 
 def main() -> None:
     args = parse_args()
-    with trainer.run_of("final_distill", args) as run:
+    with trainer.open_run("final_distill", args) as run:
         check_same_teaching(args, run.record)
         if run.finished:
             return

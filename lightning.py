@@ -206,7 +206,7 @@ class DistillModule(pl.LightningModule):
         self.target_sparsity = target_sparsity
         self.sparsity_warmup_updates = sparsity_warmup_updates
         if use_reg:
-            self.teacher_cost = COUNTS[sparsity_of](teacher_model).whole()
+            self.teacher_cost = COUNTS[sparsity_of](teacher_model).total()
             self.student_cost = COUNTS[sparsity_of](student_model)
             # Pruning to a target of the teacher's cost needs it, and does not read the teacher.
             self.hparams["teacher_cost"] = self.teacher_cost

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from utils.cli import needs_extra, run_script
 from utils.files import UserError
+from utils.processes import available_cpus
 
 with needs_extra("train"):
     import soundfile
@@ -91,11 +92,6 @@ def _is_plain(path: str) -> bool:
     except UnicodeEncodeError:
         return False
     return not any(character in path for character in "\t\r\n")
-
-
-def available_cpus() -> int:
-    """The processors that this process may use, which SLURM makes fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def inspect(root: str, path: str) -> int | str:

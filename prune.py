@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from utils import run_record
 from utils.checkpoint import (
     build_model,
@@ -15,12 +13,12 @@ from utils.checkpoint import (
     read_file,
     save_checkpoint,
 )
-from utils.cli import path, positive_int, run_script, share, shortened
+from utils.cli import abbreviate, fraction, path, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
-from wav2vec2.gating import Count, Layout, evaluation_masks
+from wav2vec2.pruning import shift_gates
 
 GATE_NAMES = {
     "conv": "conv_layers.0.hard_concrete.log_alpha",
@@ -33,9 +31,6 @@ GATE_NAMES = {
 
 TOLERANCE = 0.005
 """A sparsity that misses the target by more than half a point is worth a word."""
-
-SHIFT_LIMIT = 64.0
-"""A gate is certainly open or closed when its ``log_alpha`` is that far from where training leaves it."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--target_sparsity",
-        type=share,
+        type=fraction,
         help="open or close the gates, in the order that training found, until what is left is just within "
         "this target, in what stage 1's --sparsity_of counted; by default, what the gates close is cut",
     )
@@ -99,7 +94,7 @@ def read_trained(path: str | Path) -> dict:
         raise UserError(f"{path}: its state_dict is damaged; make or copy it again")
     for name, accepts in SETTINGS.items():
         if name in content["hyper_parameters"] and not accepts(content["hyper_parameters"][name]):
-            value = shortened(content["hyper_parameters"][name])
+            value = abbreviate(content["hyper_parameters"][name])
             raise UserError(f"{path}: its {name} is {value}, which it cannot be; make or copy it again")
     if "run" in content:
         run_record.check_record(content["run"], path)
@@ -175,7 +170,9 @@ def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
     if made_with is not None:
         then = run_record.excerpt(made_with, original_ckpt="student_ckpt")
         remedy = "Give --original_ckpt what stage 1 had as --student_ckpt"
-        run_record.refuse(run_record.differences(then, record), distilled_ckpt, args.allow_changed, remedy)
+        run_record.check_unchanged(
+            run_record.differences(then, record), distilled_ckpt, args.allow_changed, remedy
+        )
     model = gated_student(student, distilled_ckpt, original_ckpt)
     hyper_parameters = checkpoint["hyper_parameters"]
     sparsity_of = hyper_parameters.get("sparsity_of", "params")
@@ -185,7 +182,7 @@ def read_distilled(args: argparse.Namespace, record: dict) -> Distilled:
         made_with,
         hyper_parameters.get("target_sparsity"),
         sparsity_of,
-        hyper_parameters.get("teacher_cost") or COUNTS[sparsity_of](model).whole(),
+        hyper_parameters.get("teacher_cost") or COUNTS[sparsity_of](model).total(),
     )
 
 
@@ -199,47 +196,6 @@ def widths(model: Wav2Vec2Model) -> dict[str, int]:
             0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
         )
     return rows
-
-
-@torch.no_grad()
-def shift_gates(model: Wav2Vec2Model, count: Count, budget: float, round_to: int = 1) -> float:
-    """Adds one number to every gate's ``log_alpha`` so that pruning leaves as much as ``budget`` allows.
-
-    The order of the units, which training found, stays. What pruning leaves never shrinks as the gates open,
-    so the number is found by bisection.
-
-    Args:
-        model: a gated model.
-        count: what the budget is in.
-        budget: the most that may be left.
-        round_to: as for ``prune()``.
-    Returns:
-        The number that was added.
-    Raises:
-        PruningError: the budget is smaller than what pruning must leave.
-    """
-    layout = Layout(model, pruning=True)
-    original = {gate: gate.log_alpha.clone() for gate in layout.gates}
-
-    def left(shift: float) -> int:
-        for gate, log_alpha in original.items():
-            gate.log_alpha.copy_(log_alpha + shift)
-        return count.cut(evaluation_masks(layout, round_to))
-
-    low, high = -SHIFT_LIMIT, SHIFT_LIMIT
-    if left(low) > budget:
-        smallest = left(low)
-        left(0.0)
-        raise PruningError(
-            f"the gates must leave {smallest:,}, which is above the budget of {budget:,.0f}: ask for less "
-            "sparsity, or train with more of --pruning_units"
-        )
-    if left(high) <= budget:
-        return high
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if left(middle) <= budget else (low, middle)
-    left(low)
-    return low
 
 
 def prune(distilled: Distilled, args: argparse.Namespace) -> str:
@@ -261,7 +217,7 @@ def prune(distilled: Distilled, args: argparse.Namespace) -> str:
     except PruningError as error:
         raise UserError(f"{args.distilled_ckpt}: {error}") from error
     after, pruned_size, pruned_macs = widths(model), count_parameters(model), multiply_accumulates(model)
-    reached = 1 - count(model).whole() / distilled.teacher_cost
+    reached = 1 - count(model).total() / distilled.teacher_cost
     what = {"params": "parameters", "macs": "multiply-accumulates"}[distilled.sparsity_of]
     lines = [f"{'':24}{'before':>12}{'after':>12}"]
     lines += [f"{name:24}{width:>12}{after[name]:>12}" for name, width in before.items()]
@@ -291,7 +247,7 @@ def main() -> None:
         print(f"prune.py: this stage is finished: {out}")
         return
     distilled = read_distilled(args, record)
-    with run_record.Diary(folder, record, args) as diary:
+    with run_record.RunLog(folder, record, args) as diary:
         table = prune(distilled, args)
         save_checkpoint(out, distilled.student, verify=True, distill_linear_projs=distilled.projections)
         more = {} if distilled.made_with is None else {"distilled": distilled.made_with}

@@ -59,7 +59,7 @@ def sparsity(run: Run, logs: dict, teacher: Wav2Vec2Model, student: Student) -> 
     What is not known is None.
     """
     of = run.flag("distill", "sparsity_of") or "params"
-    whole = COUNTS[of](teacher).whole()
+    whole = COUNTS[of](teacher).total()
     target = run.flag("distill", "target_sparsity")
     logged = logs["distill"].get("sparsity_target", {}).get("value")
     if target is None and logged:
@@ -67,7 +67,7 @@ def sparsity(run: Run, logs: dict, teacher: Wav2Vec2Model, student: Student) -> 
     expected = None if student.gated is None else 1 - COUNTS[of](student.gated)().item() / whole
     return {
         "of": of,
-        "reached": 1 - COUNTS[of](student.model).whole() / whole,
+        "reached": 1 - COUNTS[of](student.model).total() / whole,
         "expected": expected,
         "target": target,
     }

@@ -49,12 +49,12 @@ def main() -> None:
         then = run_record.excerpt(made_with, config_path="student_ckpt")
         remedy = "Give --config_path what stage 3 had as --student_ckpt"
         found = run_record.differences(then, record)
-        run_record.refuse(found, args.ckpt_after_final_distill, args.allow_changed, remedy)
+        run_record.check_unchanged(found, args.ckpt_after_final_distill, args.allow_changed, remedy)
     source = f"{args.ckpt_after_final_distill} with the config of --config_path {args.config_path}"
     model = build_model(config, student, source).eval()
     if model.gates():
         raise UserError(f"{args.config_path}: its config has gates; give stage 2's file")
-    with run_record.Diary(folder, record, args) as diary:
+    with run_record.RunLog(folder, record, args) as diary:
         save_checkpoint(out, model, verify=True)
         diary.note(output=run_record.file_input(out))
     print(f"wrote {out}: {count_parameters(model):,} parameters")

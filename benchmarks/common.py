@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils.checkpoint import load_model
-from utils.cli import positive, positive_int, share
+from utils.cli import fraction, positive, positive_int
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wav2vec2_model, wavlm_base
 from wav2vec2.config import PRUNING_UNITS
@@ -110,7 +110,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> f
 
 def add_student_arguments(parser: argparse.ArgumentParser, sparsity: float | None) -> None:
     """Adds the flags that make a student of a teacher."""
-    parser.add_argument("--sparsity", type=share, default=sparsity, help="of the student against its teacher")
+    parser.add_argument(
+        "--sparsity", type=fraction, default=sparsity, help="of the student against its teacher"
+    )
     parser.add_argument(
         "--conv_share", type=positive, help="of conv channels left; default: that of heads and features"
     )

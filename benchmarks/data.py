@@ -25,7 +25,7 @@ from common import SAMPLE_RATE, add_arguments, choose_device, describe, print_ma
 
 from dataset import AudioDataset, make_loader, read_manifest
 from prepare_data import prepare
-from utils.cli import natural, positive, positive_int, run_script
+from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError
 
 
@@ -37,7 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--extension", default="flac", help="end of the audio files' names")
     parser.add_argument("--files", type=positive_int, default=200, help="how many files to synthesise")
     parser.add_argument("--seconds_per_batch", type=positive, default=160.0)
-    parser.add_argument("--num_workers", type=natural, nargs="+", default=[0, 1, 2], help="loader processes")
+    parser.add_argument(
+        "--num_workers", type=nonnegative_int, nargs="+", default=[0, 1, 2], help="loader processes"
+    )
     parser.add_argument("--max_seconds", type=positive, default=3600.0, help="decode this much audio at most")
     parser.add_argument("--repeats", type=positive_int, default=5, help="passes, of which medians are taken")
     add_arguments(parser)

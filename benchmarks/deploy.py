@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from export_to_onnx import export, relative_error, samples_of
 from training import onednn
 from utils.checkpoint import save_checkpoint
-from utils.cli import natural, positive, positive_int, run_script, share
+from utils.cli import fraction, nonnegative_int, positive, positive_int, run_script
 from wav2vec2 import Wav2Vec2Model
 
 Run = Callable[[Tensor], Tensor]
@@ -53,11 +53,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="hubert_base", help=f"{', '.join(MODELS)} or a checkpoint FILE")
     parser.add_argument("--student", help="a checkpoint FILE, instead of pruning --model at random")
-    parser.add_argument("--sparsity", type=share, default=0.75, help="of the student against its teacher")
+    parser.add_argument("--sparsity", type=fraction, default=0.75, help="of the student against its teacher")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--seconds", type=positive, nargs="+", default=[1.0, 10.0], help="of an utterance")
     parser.add_argument("--threads", type=positive_int, nargs="+", default=[1, os.cpu_count() or 1])
-    parser.add_argument("--warmup", type=natural, default=2, help="runs before the timed ones")
+    parser.add_argument("--warmup", type=nonnegative_int, default=2, help="runs before the timed ones")
     parser.add_argument("--repeats", type=positive_int, default=9, help="timed runs")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser.parse_args()

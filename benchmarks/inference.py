@@ -32,7 +32,7 @@ from common import (
 )
 
 from training import onednn
-from utils.cli import natural, positive, positive_int, run_script
+from utils.cli import nonnegative_int, positive, positive_int, run_script
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, multiply_accumulates
 
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of weights and waveforms")
     parser.add_argument("--compile", action="store_true", help="torch.compile for every model")
     parser.add_argument("--torch_linear", action="store_true", help="torch's own linear layers on the CPU")
-    parser.add_argument("--warmup", type=natural, default=2, help="runs before the timed ones")
+    parser.add_argument("--warmup", type=nonnegative_int, default=2, help="runs before the timed ones")
     parser.add_argument(
         "--repeats", type=positive_int, default=7, help="timed runs, of which medians are taken"
     )

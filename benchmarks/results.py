@@ -26,14 +26,14 @@ import torch
 from common import describe, gated_copy, print_machine, print_table, write_json
 
 from lightning import distill_projections, parse_distill_layers
-from prune import shift_gates
 from reporting import measure
 from reporting.run import Run, Student
 from utils.checkpoint import load_model, save_checkpoint
-from utils.cli import natural, path, positive, positive_int, run_script, share
+from utils.cli import fraction, nonnegative_int, path, positive, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.cost import parameter_count
+from wav2vec2.pruning import shift_gates
 
 ROOT = Path(__file__).parent.parent
 FIRST_LAYERS = 2
@@ -45,11 +45,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("row", choices=["params", "macs", "random", "first_layers", "table"])
-    parser.add_argument("--seed", type=natural, default=1)
+    parser.add_argument("--seed", type=nonnegative_int, default=1)
     parser.add_argument("--tsv_dir", type=path, required=True, help="manifests train100.tsv and valid.tsv")
     parser.add_argument("--teacher_ckpt", type=path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="a folder a row and seed goes here")
-    parser.add_argument("--target_sparsity", type=share, default=0.75)
+    parser.add_argument("--target_sparsity", type=fraction, default=0.75)
     parser.add_argument("--updates", type=positive_int, nargs=2, default=[1200, 300], help="of stage 1 and 3")
     parser.add_argument("--learning_rate", type=positive, default=5e-4)
     parser.add_argument("--reg_learning_rate", type=positive, default=0.05)
@@ -112,7 +112,7 @@ def cut_at_random(teacher: Wav2Vec2Model, sparsity: float) -> Wav2Vec2Model:
     the parameters that ``sparsity`` leaves."""
     student = gated_copy(teacher, sparsity).eval()
     count = parameter_count(student)
-    shift_gates(student, count, (1 - sparsity) * count.whole())
+    shift_gates(student, count, (1 - sparsity) * count.total())
     student.prune()
     return student
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from export_to_onnx import samples_of
 from utils.checkpoint import load_model
-from utils.cli import not_negative, positive, positive_int, run_script
+from utils.cli import nonnegative, positive, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--audio", type=Path, required=True, help="a folder with 16 kHz FLAC or WAV files")
     parser.add_argument("--files", type=positive_int, default=24, help="how many of them, evenly chosen")
     parser.add_argument("--chunk", type=positive, nargs="+", default=[1.0, 2.0, 5.0], help="seconds")
-    parser.add_argument("--context", type=not_negative, nargs="+", default=[0.0, 1.0], help="seconds")
+    parser.add_argument("--context", type=nonnegative, nargs="+", default=[0.0, 1.0], help="seconds")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser.parse_args()
 

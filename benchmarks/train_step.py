@@ -45,9 +45,9 @@ from torch._dynamo.utils import counters
 
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import onednn
-from training.half_precision import hold_in_half, prepare_gpu
+from training.half_precision import cast_frozen_weights, prepare_gpu
 from training.trainer import compile_models
-from utils.cli import natural, positive, positive_int, run_script
+from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import multiply_accumulates
@@ -99,11 +99,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no_skip", action="store_true", help="the same as --compare no_skip")
     parser.add_argument("--baseline", action="store_true", help="the same as --compare baseline")
     parser.add_argument("--compare", help="variants to measure in turn, a comma list")
-    parser.add_argument("--warmup", type=natural, default=2, help="updates before the timed ones")
+    parser.add_argument("--warmup", type=nonnegative_int, default=2, help="updates before the timed ones")
     parser.add_argument(
         "--updates", type=positive_int, default=5, help="timed updates, of which medians are taken"
     )
-    parser.add_argument("--profile", type=natural, default=0, help="then profile an update: this many rows")
+    parser.add_argument(
+        "--profile", type=nonnegative_int, default=0, help="then profile an update: this many rows"
+    )
     add_arguments(parser)
     return parser.parse_args()
 
@@ -150,7 +152,7 @@ class Step:
         self.dtype = PRECISIONS[variant.precision]
         self.module.casts_together = variant.kind != "baseline"
         if self.dtype != torch.float32 and variant.kind != "baseline":
-            hold_in_half(self.module.teacher_model, self.dtype)
+            cast_frozen_weights(self.module.teacher_model, self.dtype)
         if variant.compile:
             compile_models(self.module)
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils import run_record
 from utils.checkpoint import build_model, save_checkpoint
-from utils.cli import shortened
+from utils.cli import abbreviate, some
 from utils.files import UserError
 from wav2vec2.model import Wav2Vec2Model, base_config
 
@@ -57,7 +57,7 @@ class Options:
         # The types are compared first because a tensor, say, has no single answer to `==`.
         if not any(type(value) is type(good) and value == good for good in accepted):
             raise UserError(
-                f"{self.source}: {name} is {shortened(value)}, which the model here cannot compute "
+                f"{self.source}: {name} is {abbreviate(value)}, which the model here cannot compute "
                 f"({', '.join(sorted(map(repr, accepted)))} only), so it cannot be converted"
             )
 
@@ -67,7 +67,7 @@ class Options:
 
     def _checked(self, name: str, value, good: bool):
         if not good:
-            problem = "is missing" if value is None else f"is {shortened(value)}, which it cannot be"
+            problem = "is missing" if value is None else f"is {abbreviate(value)}, which it cannot be"
             raise UserError(
                 f"{self.source}: the option {name} of its config {problem}; use the config it came with"
             )
@@ -139,7 +139,7 @@ def conv_layers(value, name: str, source: str) -> list[tuple[int, int, int]]:
         len(layer) == 3 and all(_is_integer(n) and 1 <= n <= MAX_WIDTH for n in layer) for layer in layers
     ):
         raise UserError(
-            f"{source}: {name} is {shortened(value)}, and not a (channels, kernel, stride) of "
+            f"{source}: {name} is {abbreviate(value)}, and not a (channels, kernel, stride) of "
             "positive integers for each conv layer; use the config it came with"
         )
     frames = 11_200
@@ -147,7 +147,7 @@ def conv_layers(value, name: str, source: str) -> list[tuple[int, int, int]]:
         frames = (frames - kernel) // stride + 1
     if not 1 <= frames <= MAX_FRAMES:
         raise UserError(
-            f"{source}: {name} is {shortened(value)}, which does not turn 0.7 seconds of audio "
+            f"{source}: {name} is {abbreviate(value)}, which does not turn 0.7 seconds of audio "
             f"into 1 to {MAX_FRAMES} frames; use the config it came with"
         )
     return layers
@@ -197,12 +197,6 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], sourc
             "converted"
         )
     return renamed
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names of a list for an error message, and how many more there are."""
-    shown = ", ".join(name[:100] for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def build(config: dict, tensors: dict[str, Tensor], source: str) -> Wav2Vec2Model:

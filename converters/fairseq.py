@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from utils.cli import shortened
+from utils.cli import abbreviate
 from utils.files import UserError
 from wav2vec2.model import Wav2Vec2Model
 
@@ -256,6 +256,6 @@ def _other_family(found: str, wanted: str) -> str:
     if found in FAMILIES:
         source = "unilm" if found == "wavlm" else "fairseq"
         return f"a {FAMILIES[found]} model, {wanted}; convert it with convert_{found}_from_{source}.py"
-    architecture = shortened(found or "unknown")
+    architecture = abbreviate(found or "unknown")
     known = "only HuBERT, wav2vec 2.0 and WavLM can be converted"
     return f"a model of the architecture {architecture}, {wanted}; {known}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.cli import missing_package, shortened
+from utils.cli import abbreviate, missing_package, some
 from utils.files import UserError
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
@@ -30,7 +30,6 @@ from .common import (
     rename,
     require_floating_point,
     script_arguments,
-    some,
     without_prefix,
 )
 
@@ -301,7 +300,7 @@ def normalizes_input(source: Source, config) -> bool:
     given = extractor.get("do_normalize") if isinstance(extractor, dict) else None
     if not isinstance(given, bool | None):
         raise UserError(
-            f"{source.name}: the option do_normalize of its feature extractor is {shortened(given)}, which "
+            f"{source.name}: the option do_normalize of its feature extractor is {abbreviate(given)}, which "
             "it cannot be; use the files it came with"
         )
     return config.feat_extract_norm == "layer" if given is None else given
@@ -419,7 +418,7 @@ def _other_family(found, wanted: str) -> str:
         script = f"convert_{found}_from_hf.py"
         return f"a {FAMILIES[found]} model, not a {FAMILIES[wanted]} model; convert it with {script}"
     known = "only HuBERT, wav2vec 2.0 and WavLM models can be converted"
-    return f"a model of the type {shortened(found)}; {known}"
+    return f"a model of the type {abbreviate(found)}; {known}"
 
 
 def _call(name: str, function, *args, **kwargs):

@@ -1,6 +1,7 @@
 """Manifests of audio files, and the batches of crops that training reads from them."""
 
-from .batches import AudioDataset, AudioError, BucketBatchSampler, collate, make_loader
+from .audio import AudioError, open_audio
+from .batches import AudioDataset, BucketBatchSampler, collate, make_loader
 from .manifest import SAMPLE_RATE, Manifest, read_manifest, write_manifests
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Manifest",
     "collate",
     "make_loader",
+    "open_audio",
     "read_manifest",
     "write_manifests",
 ]

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from utils.files import UserError
 
+from .audio import AudioError, LoaderError, open_audio
 from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
 from .workers import leave_signals_to_training, start_method
 
@@ -25,18 +25,6 @@ GPU_CROP_MULTIPLE = 3_200
 """0.2 s: libraries for GPUs prepare for each new shape of a batch, so that there must be few of them."""
 
 Crop = tuple[int, int, int]
-
-
-class LoaderError(UserError):
-    """What keeps a loader's process from giving a batch, in one sentence."""
-
-    def __init__(self, message: str):
-        # A DataLoader raises a worker's error again with the whole traceback as its message, ours at the end.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
-
-
-class AudioError(LoaderError):
-    """An audio file that is missing, broken, or not what its manifest says, in one sentence that names it."""
 
 
 def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
@@ -239,20 +227,14 @@ class AudioDataset(Dataset[Tensor]):
         """
         index, start, length = crop
         path = self.path(index)
-        try:
-            with soundfile.SoundFile(path) as audio:
-                complaint = format_complaint(audio)
-                if complaint is None and audio.frames != self.lengths[index]:
-                    complaint = f"{audio.frames} samples where its manifest says {self.lengths[index]}"
-                if complaint is not None:
-                    raise AudioError(f"{path} has changed: {complaint}: run prepare_data.py again")
-                audio.seek(start)
-                samples = audio.read(length, dtype="float32")
-        except (soundfile.SoundFileError, OSError, TypeError) as error:
-            reason = getattr(error, "error_string", error) if os.path.exists(path) else "no such file"
-            raise AudioError(
-                f"cannot read {path}: {reason}: restore it, or run prepare_data.py again"
-            ) from error
+        with open_audio(path) as audio:
+            complaint = format_complaint(audio)
+            if complaint is None and audio.frames != self.lengths[index]:
+                complaint = f"{audio.frames} samples where its manifest says {self.lengths[index]}"
+            if complaint is not None:
+                raise AudioError(f"{path} has changed: {complaint}: run prepare_data.py again")
+            audio.seek(start)
+            samples = audio.read(length, dtype="float32")
         if len(samples) != length:
             raise AudioError(
                 f"cannot read {path}: it breaks off at sample {start + len(samples)} of "

@@ -19,9 +19,10 @@ from .components import FeatureExtractor, WavLMSelfAttention
 from .config import Wav2Vec2Config  # noqa: F401
 from .configuration_pruned_speech import PrunedSpeechConfig
 from .cost import count_parameters  # noqa: F401
-from .gating import PruningError  # noqa: F401
+from .gating import Layout  # noqa: F401
 from .hardconcrete import HardConcrete  # noqa: F401
 from .model import Wav2Vec2Model
+from .pruning import PruningError  # noqa: F401
 
 # What is imported and not used is named because transformers 4.48 fetches only what this file itself imports.
 

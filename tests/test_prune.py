@@ -20,7 +20,7 @@ def stage_1(request, manifests, teacher, tmp_path_factory):
 
 
 def cost(path, what):
-    return COUNTS[what](load_model(path)).whole()
+    return COUNTS[what](load_model(path)).total()
 
 
 def test_the_checkpoint_knows_what_was_counted_and_what_was_asked_for(stage_1, teacher):

@@ -28,7 +28,7 @@ def prepare_gpu(tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
-def hold_in_half(model: Wav2Vec2Model, dtype: torch.dtype) -> None:
+def cast_frozen_weights(model: Wav2Vec2Model, dtype: torch.dtype) -> None:
     """Keeps the weights of a frozen model as autocast would cast them, the same ones at every pass.
 
     Norms and WavLM's position embedding, which autocast computes in float32, stay as they are. Queries, keys

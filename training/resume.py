@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning import DistillModule
 from utils import run_record
 from utils.checkpoint import read_file, writing
-from utils.cli import shortened
+from utils.cli import abbreviate
 from utils.files import UserError
 from utils.processes import is_first, say
 
@@ -36,7 +36,7 @@ def previous_of(exp_dir: str | Path) -> Path:
 
 
 @contextmanager
-def sole_run_in(exp_dir: Path) -> Iterator[None]:
+def lock_folder(exp_dir: Path) -> Iterator[None]:
     """Holds the folder's lock, which no other run gets and a killed one does not leave behind.
 
     Raises:
@@ -113,9 +113,9 @@ def read_training_checkpoint(path: str | Path) -> dict:
     possible = type(most) is int and type(update) is int and 0 < update <= most
     if not possible or not _same(place, {"update": update}):
         raise UserError(
-            f"{path}: its update (global_step) is {shortened(update)} and that of its data "
-            f"(SpeechDataModule) {shortened(place.get('update'))}, which a run of {shortened(most)} updates "
-            f"cannot have; {ANOTHER}"
+            f"{path}: its update (global_step) is {abbreviate(update)} and that of its data "
+            f"(SpeechDataModule) {abbreviate(place.get('update'))}, which a run of {abbreviate(most)} "
+            f"updates cannot have; {ANOTHER}"
         )
     if not _same(content["lr_schedulers"], [{"last_epoch": update, "_step_count": update + 1}]):
         raise UserError(f"{path}: its schedule of learning rates is not at its update {update}; {ANOTHER}")
@@ -127,7 +127,7 @@ def read_training_checkpoint(path: str | Path) -> dict:
 ANOTHER = "go on from another checkpoint, or start a new run in another --exp_dir"
 
 
-def to_go_on_from(
+def resume_state(
     content: Mapping, path: str | Path, module: DistillModule, accum_grad: int, allow_changed: str = ""
 ) -> dict:
     """What Lightning is given to go on from, all of it checked.

@@ -24,17 +24,17 @@ from dataset.datamodule import SpeechDataModule
 from lightning import DistillLoss, DistillModule, distill_projections, parse_distill_layers
 from training import onednn
 from training.callbacks import LastCheckpoint, Progress, StopOnNonFinite, StopOnSignal
-from training.half_precision import HALF, hold_in_half, prepare_gpu
+from training.half_precision import HALF, cast_frozen_weights, prepare_gpu
 from training.resume import (
     RunCheckpointIO,
     last_of,
+    lock_folder,
     newest_checkpoint,
     read_training_checkpoint,
-    sole_run_in,
-    to_go_on_from,
+    resume_state,
 )
 from utils import run_record
-from utils.cli import natural, not_negative, path, positive, positive_int
+from utils.cli import nonnegative, nonnegative_int, path, positive, positive_int
 from utils.files import UserError
 from utils.processes import is_first, say
 from wav2vec2 import Wav2Vec2Model
@@ -52,7 +52,7 @@ def add_arguments(
     )
     data.add_argument("--train_subset", default="train100", help="NAME of the training manifest NAME.tsv")
     data.add_argument("--seconds_per_batch", type=positive, default=87.5, help="audio of a batch, a device")
-    data.add_argument("--num_workers", type=natural, default=1, help="loader processes, a device")
+    data.add_argument("--num_workers", type=nonnegative_int, default=1, help="loader processes, a device")
 
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -65,9 +65,11 @@ def add_arguments(
     run_record.add_argument(run)
     run.add_argument("--save_interval", type=positive_int, default=1000, help="updates between checkpoints")
     run.add_argument("--log_interval", type=positive_int, default=50, help="updates between log entries")
-    run.add_argument("--seed", type=natural, default=2022, help="of gates, dropout and the order of the data")
+    run.add_argument(
+        "--seed", type=nonnegative_int, default=2022, help="of gates, dropout and the order of the data"
+    )
     run.add_argument("--num_nodes", type=positive_int, default=1)
-    run.add_argument("--gpus", type=natural, default=4, help="GPUs a node; 0 for the CPU")
+    run.add_argument("--gpus", type=nonnegative_int, default=4, help="GPUs a node; 0 for the CPU")
     run.add_argument(
         "--dist_timeout",
         type=positive_int,
@@ -89,11 +91,11 @@ def add_arguments(
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--learning_rate", type=positive, default=learning_rate)
-    optimisation.add_argument("--weight_decay", type=not_negative, default=0.0)
-    optimisation.add_argument("--warmup_updates", type=natural, default=warmup_updates)
+    optimisation.add_argument("--weight_decay", type=nonnegative, default=0.0)
+    optimisation.add_argument("--warmup_updates", type=nonnegative_int, default=warmup_updates)
     optimisation.add_argument("--max_updates", type=positive_int, default=max_updates)
     optimisation.add_argument(
-        "--clip_norm", type=not_negative, default=10.0, help="of all gradients; 0 for no clipping"
+        "--clip_norm", type=nonnegative, default=10.0, help="of all gradients; 0 for no clipping"
     )
     optimisation.add_argument("--accum_grad", type=positive_int, default=1, help="batches an update")
 
@@ -106,9 +108,9 @@ def add_arguments(
         "the groups",
     )
     distillation.add_argument("--distill_mode", choices=["layer2layer", "predlayer"], default="layer2layer")
-    distillation.add_argument("--l2_weight", type=not_negative, default=0.0)
-    distillation.add_argument("--l1_weight", type=not_negative, default=1.0)
-    distillation.add_argument("--cos_weight", type=not_negative, default=1.0)
+    distillation.add_argument("--l2_weight", type=nonnegative, default=0.0)
+    distillation.add_argument("--l1_weight", type=nonnegative, default=1.0)
+    distillation.add_argument("--cos_weight", type=nonnegative, default=1.0)
     distillation.add_argument("--cos_type", choices=["raw", "log_sig"], default="raw")
 
 
@@ -159,7 +161,7 @@ class Run:
 
 
 @contextmanager
-def run_of(stage: str, args: argparse.Namespace) -> Iterator[Run]:
+def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run]:
     """The stage's run in ``args.exp_dir``: a new one, one that goes on, or one that is finished.
 
     What lies in the folder decides, or ``--resume_checkpoint``. No other run gets into the folder meanwhile.
@@ -174,7 +176,7 @@ def run_of(stage: str, args: argparse.Namespace) -> Iterator[Run]:
     _, devices = devices_a_node(args)
     batches = devices * args.num_nodes * args.accum_grad
     run = Run(args, run_record.make_record(stage, args, inputs, batches_an_update=batches))
-    with sole_run_in(Path(args.exp_dir)):
+    with lock_folder(Path(args.exp_dir)):
         if args.resume_checkpoint is not None:
             run.resumed = Path(args.resume_checkpoint)
             run.content = read_training_checkpoint(run.resumed)
@@ -196,7 +198,7 @@ def _check_belongs(run: Run) -> None:
             f"{run.resumed} is a checkpoint of {then.get('stage')}.py, not of {now['stage']}.py: give this "
             "stage an --exp_dir of its own"
         )
-    run_record.refuse(
+    run_record.check_unchanged(
         run_record.differences(then, now),
         run.resumed,
         run.args.allow_changed,
@@ -214,7 +216,7 @@ def train(module: DistillModule, run: Run) -> None:
         UserError: a process of the run, a disk or the numbers fail.
     """
     exp_dir, stopper = Path(run.args.exp_dir), StopOnSignal()
-    with run_record.Diary(exp_dir, run.record, run.args) if is_first() else nullcontext() as diary:
+    with run_record.RunLog(exp_dir, run.record, run.args) if is_first() else nullcontext() as diary:
         try:
             _train(module, run, stopper)
         except (OSError, RuntimeError) as error:
@@ -315,9 +317,9 @@ def _train(module: DistillModule, run: Run, stopper: StopOnSignal) -> None:
     )
     leave_signals_to_us(trainer)
     if (half := HALF.get(trainer.precision)) is not None:
-        hold_in_half(module.teacher_model, half)
+        cast_frozen_weights(module.teacher_model, half)
     if run.resumed is not None:
-        checkpoints.resumed = to_go_on_from(
+        checkpoints.resumed = resume_state(
             run.content, run.resumed, module, args.accum_grad, args.allow_changed
         )
         run.content = None

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.cli import some
+from utils.compare import relative_difference
 from utils.files import UserError, atomic_write
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
@@ -165,7 +167,8 @@ def build_model(
     for problem, keys in (("lacks the tensor", absent), ("has the unexpected tensor", unexpected)):
         if keys:
             raise UserError(
-                f"{source}: the state dict {problem} {_some(keys)}, so it does not belong to its config"
+                f"{source}: the state dict {problem} {some(sorted(keys))}, so it does not "
+                "belong to its config"
             )
     wrong = [key for key, tensor in given.items() if tensor.shape != expected[key].shape]
     if wrong:
@@ -262,7 +265,7 @@ def difference(first: Wav2Vec2Model, second: Wav2Vec2Model, seconds: float = 2.0
     waveforms = torch.randn(1, int(16_000 * seconds), generator=generator) * 0.1
     with torch.no_grad():
         states = [torch.stack(model.eval().extract_features(waveforms)[0]) for model in (first, second)]
-    return ((states[0] - states[1]).abs().max() / states[0].abs().max()).item()
+    return relative_difference([states[1]], [states[0]])
 
 
 def _our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -274,8 +277,3 @@ def _our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 key = key.removesuffix(new) + ours
         result[key] = tensor
     return result
-
-
-def _some(keys) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

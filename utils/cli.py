@@ -4,7 +4,7 @@ import argparse
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -75,12 +75,20 @@ def _exit_with(message: str) -> None:
     sys.exit(2)
 
 
-def shortened(value) -> str:
-    """A value for an error message, however large it is."""
+def abbreviate(value) -> str:
+    """A value for an error message: short text as it was written, else as Python writes it, cut to size."""
+    if isinstance(value, str) and value.isprintable() and len(value) < 200:
+        return value
     try:
         return reprlib.repr(value)
     except ValueError:  # an integer with more digits than Python is willing to print
         return f"a huge {type(value).__name__}"
+
+
+def some(names: Iterable[object]) -> str:
+    """The first names for an error message, and how many more there are."""
+    names = [str(name)[:200] for name in names]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -105,8 +113,8 @@ def path(text: str) -> str:
     return text
 
 
-natural = number(int, lambda value: 0 <= value < 2**31, "a whole number, 0 or above (and below 2^31)")
+nonnegative_int = number(int, lambda value: 0 <= value < 2**31, "a whole number, 0 or above (and below 2^31)")
 positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0 (and below 2^31)")
 positive = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
-not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or above")
-share = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+nonnegative = number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or above")
+fraction = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")

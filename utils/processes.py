@@ -32,6 +32,11 @@ def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
+def available_cpus() -> int:
+    """The processors that this process may use, which SLURM makes fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def end_children() -> None:
     """Ends this process's loader workers at once, where Python gets no chance to do so by itself."""
     # torch would raise an error for each of them.

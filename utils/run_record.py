@@ -24,7 +24,7 @@ from typing import IO
 
 import torch
 
-from utils.cli import shortened
+from utils.cli import abbreviate
 from utils.files import UserError, atomic_write
 from utils.processes import say
 
@@ -171,7 +171,7 @@ def differences(then: Mapping, now: Mapping) -> dict[str, str]:
     found = {}
     for name in then["flags"].keys() & now["flags"].keys():
         if then["flags"][name] != now["flags"][name]:
-            found[name] = f"was {_shown(then['flags'][name])} and is {_shown(now['flags'][name])}"
+            found[name] = f"was {abbreviate(then['flags'][name])} and is {abbreviate(now['flags'][name])}"
     for name in then["inputs"].keys() & now["inputs"].keys():
         was, is_ = then["inputs"][name], now["inputs"][name]
         if was["sha256"] != is_["sha256"]:
@@ -179,7 +179,7 @@ def differences(then: Mapping, now: Mapping) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def refuse(found: Mapping[str, str], source: str | Path, allow_changed: str, remedy: str) -> None:
+def check_unchanged(found: Mapping[str, str], source: str | Path, allow_changed: str, remedy: str) -> None:
     """Raises an error that lists the differences ``found`` of which ``--allow_changed`` does not speak.
 
     Args:
@@ -203,12 +203,7 @@ def refuse(found: Mapping[str, str], source: str | Path, allow_changed: str, rem
 
 
 def _file(entry: Mapping[str, str]) -> str:
-    return f"{_shown(entry['path'])} (sha256 {_shown(entry['sha256'][:12])})"
-
-
-def _shown(value: object) -> str:
-    """A flag as it is written on the command line, unless a damaged file has made something else of it."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) < 1000 else shortened(value)
+    return f"{abbreviate(entry['path'])} (sha256 {abbreviate(entry['sha256'][:12])})"
 
 
 def refuse_overwriting(out: str | Path, inputs: Mapping[str, str | Path], flag: str = "out") -> None:
@@ -271,7 +266,7 @@ def is_done(out: Path, record: Mapping, folder: Path) -> bool:
     )
 
 
-class Diary:
+class RunLog:
     """A stage's entry in ``run.json``, written when its work starts and when it ends: a context manager.
 
     Args:
@@ -306,7 +301,7 @@ class Diary:
         """Adds to the stage's entry."""
         self._new.update(more)
 
-    def __enter__(self) -> Diary:
+    def __enter__(self) -> RunLog:
         self._write(self._earlier or self._new)
         return self
 

@@ -1,6 +1,5 @@
 """A prunable wav2vec 2.0, HuBERT and WavLM, after DPHuBERT (Peng et al. 2023)."""
 
-from .gating import PruningError
 from .hardconcrete import HardConcrete
 from .model import (
     Wav2Vec2Model,
@@ -14,6 +13,7 @@ from .model import (
     wavlm_base,
     wavlm_large,
 )
+from .pruning import PruningError
 
 __all__ = [
     "HardConcrete",

@@ -72,7 +72,7 @@ COUNTS = {"params": parameter_count, "macs": mac_count}
 
 def multiply_accumulates(model: nn.Module, seconds: float = UTTERANCE_SECONDS) -> float:
     """Multiply-accumulates a second of 16 kHz audio, in an utterance of ``seconds``, with every gate open."""
-    return mac_count(model, seconds).whole() / seconds
+    return mac_count(model, seconds).total() / seconds
 
 
 def _terms(model: nn.Module, layout: Layout, uses) -> list[Term]:

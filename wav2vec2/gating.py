@@ -43,10 +43,6 @@ NarrowedWeights = dict[Place, Tensor]
 """The tensors of a model that its gates change, by module and name."""
 
 
-class PruningError(ValueError):
-    """A model that its gates leave unable to compute anything."""
-
-
 @dataclass(eq=False)
 class Axis:
     """Units that live in the same dimension: the channels of a conv layer, the heads of an attention, or the
@@ -453,73 +449,6 @@ class WeightSwap:
             torch.autograd.Variable._execution_engine.queue_callback(self.restore)
 
 
-def evaluation_masks(layout: Layout, round_to: int = 1) -> dict[HardConcrete, Tensor]:
-    """The deterministic masks that a model is pruned by; heads are not rounded."""
-    of_heads = {axis.gate for axis in layout.axes if axis.unit_features > 1}
-    return {gate: gate.evaluation_mask(1 if gate in of_heads else round_to) for gate in layout.gates}
-
-
-@torch.no_grad()
-def prune(model: nn.Module, round_to: int = 1) -> None:
-    """Cuts in place what the gates of ``model`` close in evaluation mode, and drops the gates.
-
-    Args:
-        model: the model; its config is not touched.
-        round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all).
-    Raises:
-        PruningError: a conv layer would be left without channels; nothing has been cut then.
-    """
-    layout = Layout(model, pruning=True)
-    masks = evaluation_masks(layout, round_to)
-    _check_conv_channels(model, masks)
-    narrowed = layout.narrow(open_units(layout.axes, masks), masks)
-    for (module, name), tensor in narrowed.items():
-        old = getattr(module, name)
-        is_parameter = isinstance(old, nn.Parameter)
-        setattr(module, name, nn.Parameter(tensor, old.requires_grad) if is_parameter else tensor)
-    for module in {module: None for module, _ in narrowed}:
-        _describe_shape(module)
-    for layer in (module for module in model.modules() if isinstance(module, EncoderLayer)):
-        attention, feed_forward = layer.attention, layer.feed_forward
-        if attention is not None and not computes_position_bias(attention):
-            closed = _is_closed(attention.hard_concrete_for_layer, masks)
-            layer.attention = attention if attention.num_heads and not closed else None
-        if feed_forward is not None:
-            closed = _is_closed(feed_forward.hard_concrete_for_layer, masks)
-            width = feed_forward.intermediate_dense.out_features
-            layer.feed_forward = feed_forward if width and not closed else None
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, HardConcrete):
-                setattr(module, name, None)
-
-
-def _is_closed(branch: HardConcrete | None, masks: Mapping[HardConcrete, Tensor]) -> bool:
-    return branch is not None and not masks[branch].any()
-
-
-def _check_conv_channels(model: nn.Module, masks: Mapping[HardConcrete, Tensor]) -> None:
-    blocks = (module for module in model.modules() if isinstance(module, ConvLayerBlock))
-    for i, block in enumerate(blocks):
-        if block.hard_concrete is not None and not masks[block.hard_concrete].any():
-            raise PruningError(
-                f"conv layer {i} of the feature extractor is pruned to nothing: lower --target_sparsity or "
-                "--reg_learning_rate, or leave conv out of --pruning_units"
-            )
-
-
-def _describe_shape(module: nn.Module) -> None:
-    """Sets what torch's modules record of the shapes of their weights."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv1d):
-        module.out_channels, module.in_channels, _ = module.weight.shape
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = module.num_channels = len(module.weight)
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(module.weight.shape)
-
-
 def computes_position_bias(attention: SelfAttention) -> bool:
     """Whether the other layers need this attention, WavLM's first, whatever is left of it."""
     return isinstance(attention, WavLMSelfAttention) and attention.num_buckets is not None
@@ -587,11 +516,11 @@ class Count(nn.Module):
         width = torch.cat([width, width.new_ones(1)])
         return (self.coefficients * torch.outer(width, width)).sum()
 
-    def whole(self) -> int:
+    def total(self) -> int:
         """The count with every gate open."""
         return sum(term.coefficient * math.prod(axis.n for axis in term.axes) for term in self._terms)
 
-    def cut(self, masks: Mapping[HardConcrete, Tensor]) -> int:
+    def after_pruning(self, masks: Mapping[HardConcrete, Tensor]) -> int:
         """The count of the model that :func:`prune` makes by ``masks``."""
         is_open = {gate: mask > 0 for gate, mask in masks.items()}
         kept, removed = {}, set()

@@ -20,9 +20,9 @@ from .gating import (
     draw,
     joint_log_alpha,
     open_units,
-    prune,
 )
 from .hardconcrete import HardConcrete
+from .pruning import prune
 
 
 class Wav2Vec2Model(nn.Module):
@@ -217,6 +217,19 @@ class Wav2Vec2Model(nn.Module):
             kept_heads if is_wavlm else [],
             widths,
         )
+
+    def widths(self) -> dict[str, list[int]]:
+        """``conv_channels``, ``heads`` and ``feed_forward`` features: lists with an entry a layer, 0 for an
+        absent branch."""
+        layers = self.encoder.transformer.layers
+        return {
+            "conv_channels": [block.conv.out_channels for block in self.feature_extractor.conv_layers],
+            "heads": [0 if layer.attention is None else layer.attention.num_heads for layer in layers],
+            "feed_forward": [
+                0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
+                for layer in layers
+            ],
+        }
 
     def fold_weight_norm(self) -> Wav2Vec2Model:
         """Computes the positional convolution's normalised weight once, for inference; returns the model.

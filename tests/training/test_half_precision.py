@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from lightning import DistillLoss, DistillModule, distill_projections
 from tests.helpers.models import FAMILIES, config_of, randomly_gated, ungated
 from training import trainer
-from training.half_precision import Cast, hold_in_half
+from training.half_precision import Cast, cast_frozen_weights
 from wav2vec2 import wav2vec2_model
 from wav2vec2.gating import draw, open_units
 
@@ -68,7 +68,7 @@ def test_a_cast_joins_and_its_gradient_comes_apart():
 def test_a_teacher_held_in_half_computes_what_autocast_does(family):
     plain = ungated(family).eval()
     held = copy.deepcopy(plain)
-    hold_in_half(held, torch.bfloat16)
+    cast_frozen_weights(held, torch.bfloat16)
     attention = held.encoder.transformer.layers[0].attention
     assert attention.in_proj_weight.dtype == torch.bfloat16 and attention.q_proj.weight is None
     waveforms, lengths = torch.randn(2, 4000), torch.tensor([4000, 3100])
@@ -81,7 +81,7 @@ def test_a_teacher_held_in_half_computes_what_autocast_does(family):
 
 def test_the_teacher_stays_as_it_is_held_while_the_student_trains():
     module = distillation("hubert_base", randomly_gated("hubert_base", 0))
-    hold_in_half(module.teacher_model, torch.bfloat16)
+    cast_frozen_weights(module.teacher_model, torch.bfloat16)
     folded = module.teacher_model.encoder.transformer.pos_conv_embed.conv.folded_weight
     module.eval().train()
     assert module.student_model.training and not module.teacher_model.training

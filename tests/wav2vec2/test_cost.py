@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune import shift_gates
 from tests.helpers.models import FAMILIES, config_of, pruned, randomly_gated, ungated
 from wav2vec2 import PruningError, wav2vec2_model
 from wav2vec2.cost import COUNTS, count_parameters, mac_count, multiply_accumulates
+from wav2vec2.pruning import shift_gates
 
 SECONDS = 0.7
 
@@ -30,27 +30,28 @@ def true_cost(model, kind):
 @pytest.mark.parametrize("kind", [ungated, pruned])
 def test_macs_are_those_of_torchs_counter(family, kind):
     model = kind(family)
-    assert mac_count(model, SECONDS).whole() == measured_macs(model, SECONDS)
+    assert mac_count(model, SECONDS).total() == measured_macs(model, SECONDS)
     assert multiply_accumulates(model, SECONDS) == pytest.approx(measured_macs(model, SECONDS) / SECONDS)
 
 
 def test_macs_of_an_output_layer_count():
     model = wav2vec2_model(**config_of("hubert_base", aux_num_out=7))
     model.eval().prune()
-    assert mac_count(model, SECONDS).whole() == measured_macs(model, SECONDS)
+    assert mac_count(model, SECONDS).total() == measured_macs(model, SECONDS)
 
 
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_pruning_leaves_is_known_before(family, seed, kind):
-    from wav2vec2.gating import Layout, evaluation_masks
+    from wav2vec2.gating import Layout
+    from wav2vec2.pruning import evaluation_masks
 
     model = randomly_gated(family, seed).eval()
     if seed == 3:
         for layer in model.encoder.transformer.layers:
             layer.attention.hard_concrete_for_heads.log_alpha.data.fill_(-40.0)
-    expected = COUNTS[kind](model).cut(evaluation_masks(Layout(model, pruning=True)))
+    expected = COUNTS[kind](model).after_pruning(evaluation_masks(Layout(model, pruning=True)))
     model.prune()
     assert true_cost(model, kind) == expected
 
@@ -63,7 +64,7 @@ def test_the_expected_cost_is_the_true_one_where_gates_are_decided(family, kind)
     for gate in model.gates():
         gate.log_alpha.data.fill_(40.0)
     count = COUNTS[kind](model)
-    assert count().item() == pytest.approx(count.whole(), abs=1e-3)
+    assert count().item() == pytest.approx(count.total(), abs=1e-3)
     for gate in model.gates():
         gate.log_alpha.data = torch.where(torch.rand(gate.n_in) < 0.5, -40.0, 40.0)
         gate.log_alpha.data[0] = 40.0
@@ -80,7 +81,7 @@ def test_shifted_gates_leave_the_most_that_the_budget_allows(family, kind, round
     model = randomly_gated(family, 5, closed=0.5).eval()
     before = [gate.log_alpha.clone() for gate in model.gates()]
     count = COUNTS[kind](model)
-    budget = 0.45 * count.whole()
+    budget = 0.45 * count.total()
     shift = shift_gates(model, count, budget, round_to)
     for gate, log_alpha in zip(model.gates(), before, strict=True):
         assert torch.equal(gate.log_alpha, log_alpha + shift)

@@ -1,0 +1,19 @@
+"""How far two computations are apart."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def relative_difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest difference between tensors, each relative to the largest value that is expected of it.
+
+    Args:
+        found, expected: tensors in pairs of one shape.
+    Returns:
+        Infinity where a number is not finite.
+    """
+    errors = [
+        (ours - right).abs().max() / right.abs().max() for ours, right in zip(found, expected, strict=True)
+    ]
+    return max(error.nan_to_num(float("inf"), float("inf")).item() for error in errors)
