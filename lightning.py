@@ -6,7 +6,7 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytorch_lightning as pl
 import torch
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from training.half_precision import half_weights
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
+from wav2vec2.gating import narrowed
 
 
 class LinearDecayLRScheduler(LRScheduler):
@@ -154,7 +154,8 @@ class DistillModule(pl.LightningModule):
         seed: of dropout and the gates' samples.
 
     Attributes:
-        casts_together: in mixed precision the student's weights are cast by few kernels (half_precision.py).
+        narrow: the function that turns the student into the plain model of one pass, by default
+            :func:`wav2vec2.gating.narrowed`.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class DistillModule(pl.LightningModule):
             self.hparams["teacher_cost"] = self.teacher_cost
             self.lambda1 = nn.Parameter(torch.zeros(()))
             self.lambda2 = nn.Parameter(torch.zeros(()))
-        self.casts_together = True
+        self.narrow: Callable[[Wav2Vec2Model], Wav2Vec2Model] = narrowed
         self.gradient_norm: Tensor | None = None
         self._random_state: list[dict] | None = None
         self._freeze_idle_parameters()
@@ -237,31 +238,22 @@ class DistillModule(pl.LightningModule):
                 child.train(mode)
         return self
 
-    def forward(
-        self, waveforms: Tensor, lengths: Tensor | None = None, log_alpha: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What is compared: the student's projected layers and the teacher's, each (batch, layer, time,
         feature).
 
         Args:
             waveforms: (batch, time).
             lengths: (batch,) valid samples, or None where all are whole.
-            log_alpha: of the student's gates (gate,), where it is at hand.
         """
         top = max(self.distill_layers)
-        weights = self.student_model.narrow(log_alpha)
-        if self.casts_together:
-            weights = half_weights(self.student_model, weights)
+        layered = self.distill_mode == "layer2layer"
+        # A GPU is asked which gates are open before it is given the teacher's work.
+        student_model = self.narrow(self.student_model)
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
-        student, _ = self.student_model.extract_features(
-            waveforms, lengths, top if self.distill_mode == "layer2layer" else None, weights
-        )
-        sources = (
-            [student[layer] for layer in self.distill_layers]
-            if self.distill_mode == "layer2layer"
-            else [student[-1]] * len(self.distill_layers)
-        )
+        student, _ = student_model.extract_features(waveforms, lengths, top if layered else None)
+        sources = [student[layer if layered else -1] for layer in self.distill_layers]
         # Layers that share a projection go through it together.
         together: dict[nn.Module, list[Tensor]] = {}
         for projection, source in zip(self.distill_linear_projs, sources, strict=True):
@@ -278,12 +270,11 @@ class DistillModule(pl.LightningModule):
         return self.target_sparsity * self.global_step / self.sparsity_warmup_updates
 
     def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
-        log_alpha = self.student_model.log_alpha()
-        loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths, log_alpha))
+        loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))
         losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         if not self.use_reg:
             return {"loss": loss_distill, **losses}
-        sparsity = (1 - self.student_cost(log_alpha) / self.teacher_cost).to(loss_distill.dtype)
+        sparsity = (1 - self.student_cost() / self.teacher_cost).to(loss_distill.dtype)
         target = self.current_target_sparsity
         excess = sparsity - target
         loss_reg = self.lambda1 * excess + self.lambda2 * excess**2

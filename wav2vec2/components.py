@@ -1,8 +1,7 @@
 """The parts of wav2vec 2.0, HuBERT and WavLM: ordinary modules that compute with the weights they have.
 
-Some own a gate, which gating.py draws; no ``forward`` here knows of it. A gated model runs with narrowed
-weights in these modules, a pruned one keeps them, and either way the number of channels, heads or features is
-that of the tensors at hand.
+Some own a gate, which gating.py draws; no ``forward`` here knows of it. The number of channels, heads or
+features is that of the tensors at hand, whether pruning has cut them or gates narrow them for one pass.
 
 Shapes: waveforms (batch, time), convolutional features (batch, channel, frame), else (batch, frame, feature).
 """
@@ -16,7 +15,6 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .hardconcrete import HardConcrete
 
@@ -254,9 +252,6 @@ class SelfAttention(nn.Module):
         self.v_proj = bert_linear(embed_dim, num_heads * head_dim)
         self.q_proj = bert_linear(embed_dim, num_heads * head_dim)
         self.out_proj = bert_linear(num_heads * head_dim, embed_dim)
-        # The weights of the three above in one, while somebody has put them there for one matrix product.
-        self.register_buffer("in_proj_weight", None, persistent=False)
-        self.register_buffer("in_proj_bias", None, persistent=False)
         gated = num_heads > 0
         self.hard_concrete_for_heads = (
             HardConcrete(num_heads, init_mean=0.01) if prune_heads and gated else None
@@ -264,13 +259,12 @@ class SelfAttention(nn.Module):
         self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and gated else None
 
     @property
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """Of queries, keys and values."""
-        return self.q_proj, self.k_proj, self.v_proj
-
-    @property
     def num_heads(self) -> int:
         return self.q_proj.out_features // self.head_dim
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (batch, frame, feature), each (batch, frame, head x feature)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def position_bias(self, frames: int) -> Tensor | None:
         """A bias by position, (head, frame, frame), that the first layer computes for all; None here."""
@@ -292,12 +286,7 @@ class SelfAttention(nn.Module):
             attention_mask: (batch, 1, 1, frame) to add to the logits, or None where every utterance is whole.
         """
         x = in_autocast(x)
-        if self.in_proj_weight is None:
-            projected = [project(x) for project in self.projections]
-        else:
-            joined = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-            projected = joined.split([joined.size(-1) // 3] * 3, -1)
-        q, k, v = map(self._split_heads, projected)
+        q, k, v = map(self._split_heads, self.project(x))
         bias = self.attention_bias(x, position_bias, attention_mask)
         context = attend(q, k, v, bias, self.dropout if self.training else 0.0)
         return self.out_proj(context.transpose(1, 2).flatten(2))
@@ -501,8 +490,6 @@ class Transformer(nn.Module):
         self.layer_drop = layer_drop
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
-        self.activation_checkpointing = False
-        """Compute each layer again in the backward pass, which saves the memory of its activations."""
 
     def forward(
         self, x: Tensor, attention_mask: Tensor | None, num_layers: int | None = None, layer_drop: float = 0.0
@@ -531,14 +518,9 @@ class Transformer(nn.Module):
         outputs = []
         for layer in self.layers[:num_layers]:
             if not (layer_drop and torch.rand(()).item() < layer_drop):
-                x = self._run(layer, x, position_bias, attention_mask)
+                x = layer(x, position_bias, attention_mask)
             outputs.append(x)
         return outputs
-
-    def _run(self, layer: nn.Module, *args: Tensor | None) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
 
 
 class Encoder(nn.Module):

@@ -1,16 +1,16 @@
-"""The config of a model: its keys, what they mean, and which values they may have.
+"""The config of a model: its keys, what they mean, and which values go together.
 
 A config is the ``config`` entry of a checkpoint, a plain dictionary whose keys are the keyword arguments of
-:func:`wav2vec2.wav2vec2_model`. Its values come from files that anyone may have written, so each is checked
-before anything is built from it.
+:func:`wav2vec2.wav2vec2_model`.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
+from typing import get_args, get_origin, get_type_hints
 
 PRUNING_UNITS = {
     "conv": "extractor_prune_conv_channels",
@@ -19,142 +19,88 @@ PRUNING_UNITS = {
     "interm": "encoder_prune_feed_forward_intermediate",
     "ffnlayer": "encoder_prune_feed_forward_layer",
 }
-"""What may be pruned, by its name in --pruning_units: the config key of its gates."""
+"""The units that may be pruned, by their names in --pruning_units, and the config keys of their gates."""
 
 NO_GATES = dict.fromkeys(PRUNING_UNITS.values(), False)
-
-MAX_WIDTH = 65_536
-"""No published model is within a tenth of these; a larger number comes from a damaged or hostile file, and
-would take minutes or all memory before it failed."""
-MAX_LAYERS = 256
-
-Check = Callable[[object], str | None]
-"""Says in words what a value should be, or returns None where it is that."""
-
-
-def _check(accepts: Callable[[object], bool], wanted: str) -> Check:
-    return lambda value: None if accepts(value) else wanted
-
-
-def _is_integer(value: object, least: int = 0, most: int = MAX_WIDTH) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def _is_probability(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _is_conv_layer(value: object) -> bool:
-    return _is_list(value) and len(value) == 3 and all(_is_integer(number, 1) for number in value)
-
-
-def _are_heads(value: object) -> bool:
-    return _is_list(value) and all(map(_is_integer, value)) and len(set(value)) == len(value)
-
-
-def _integer(least: int, most: int = MAX_WIDTH) -> Check:
-    return _check(lambda value: _is_integer(value, least, most), f"a whole number from {least} to {most:,}")
-
-
-def _per_layer(check: Check) -> Check:
-    def check_all(value: object) -> str | None:
-        short = _is_list(value) and len(value) <= MAX_LAYERS
-        wanted = "" if not short else next(filter(None, map(check, value)), None)
-        return None if wanted is None else f"a list with an entry a layer{wanted and f', each {wanted}'}"
-
-    return check_all
-
-
-def _optional(check: Check) -> Check:
-    return lambda value: None if value is None else check(value)
-
-
-_width = _integer(1)
-_flag = _check(lambda value: isinstance(value, bool), "True or False")
-_probability = _check(_is_probability, "a probability from 0 to 1")
-_heads = _check(_are_heads, "a list of different head indices")
-_mode = _check(
-    lambda value: isinstance(value, str) and value in ("group_norm", "layer_norm"),
-    '"group_norm" or "layer_norm"',
-)
-_conv_layers = _check(
-    lambda value: _is_list(value) and 0 < len(value) <= MAX_LAYERS and all(map(_is_conv_layer, value)),
-    "a list of (channels, kernel size, stride), all whole numbers above 0",
-)
-
-
-def _key(check: Check, doc: str, default: object = MISSING):
-    return field(default=default, metadata={"check": check, "doc": doc})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wav2Vec2Config:
-    """The keys of a config: type, values, meaning, and in parentheses the name in fairseq or unilm.
+    """The keys of a config. In parentheses stands what fairseq or unilm calls them.
 
     ``encoder_num_heads`` and ``encoder_head_dim`` belong to wav2vec 2.0 and HuBERT. The config of a WavLM has
-    ``encoder_remaining_heads`` and the three keys after it in their place.
+    ``encoder_remaining_heads`` and the three keys around it in their place. Lists have an entry a layer.
 
-    Raises:
-        ValueError: a value is impossible, or two do not go together; the sentence names the key.
+    Args:
+        extractor_mode: "group_norm", a norm in the first conv layer alone, or "layer_norm", one in each
+            (extractor_mode).
+        extractor_conv_layer_config: (channels, kernel size, stride) of each conv layer (conv_feature_layers).
+        extractor_conv_bias: the conv layers have a bias (conv_bias).
+        encoder_embed_dim: features of the transformer (encoder_embed_dim).
+        encoder_projection_dropout: dropout after the feature projection (dropout_input).
+        encoder_pos_conv_kernel: kernel size of the positional convolution (conv_pos).
+        encoder_pos_conv_groups: groups of the positional convolution (conv_pos_groups).
+        encoder_num_layers: transformer layers (encoder_layers).
+        encoder_use_attention: whether each layer has its attention.
+        encoder_use_feed_forward: whether each layer has its feed-forward branch.
+        encoder_attention_dropout: dropout of the attention weights (attention_dropout).
+        encoder_ff_interm_features: feed-forward width of each layer (encoder_ffn_embed_dim).
+        encoder_ff_interm_dropout: dropout inside the feed-forward branch (activation_dropout).
+        encoder_dropout: dropout after each branch (dropout).
+        encoder_layer_norm_first: norms come before the branches, not after (layer_norm_first).
+        encoder_layer_drop: probability of skipping a layer in ``forward`` (encoder_layerdrop).
+        aux_num_out: outputs of a linear layer at the end, for CTC say, or None.
+        normalize_waveform: waveforms are brought to zero mean and unit variance (task.normalize).
+        encoder_num_heads: heads of each layer (encoder_attention_heads).
+        encoder_head_dim: features of a head.
+        encoder_total_num_heads: WavLM: heads of each layer before any pruning.
+        encoder_remaining_heads: WavLM: which of these heads each layer still has.
+        encoder_num_buckets: WavLM: buckets of relative positions (num_buckets).
+        encoder_max_distance: WavLM: the distance from which on all positions share a bucket (max_distance).
+        extractor_prune_conv_channels: conv channels have gates.
+        encoder_prune_attention_heads: attention heads have gates.
+        encoder_prune_attention_layer: whole attention branches have gates.
+        encoder_prune_feed_forward_intermediate: feed-forward features have gates.
+        encoder_prune_feed_forward_layer: whole feed-forward branches have gates.
     """
 
-    extractor_mode: str = _key(_mode, "a norm in the first conv layer alone, or in each (extractor_mode)")
-    extractor_conv_layer_config: Sequence[tuple[int, int, int]] = _key(
-        _conv_layers, "(channels, kernel size, stride) of each conv layer (conv_feature_layers)"
-    )
-    extractor_conv_bias: bool = _key(_flag, "the conv layers have a bias (conv_bias)")
-    encoder_embed_dim: int = _key(_width, "features of the transformer (encoder_embed_dim)")
-    encoder_projection_dropout: float = _key(_probability, "after the feature projection (dropout_input)")
-    encoder_pos_conv_kernel: int = _key(_width, "kernel size of the positional convolution (conv_pos)")
-    encoder_pos_conv_groups: int = _key(_width, "groups of the positional convolution (conv_pos_groups)")
-    encoder_num_layers: int = _key(_integer(1, MAX_LAYERS), "transformer layers (encoder_layers)")
-    encoder_use_attention: Sequence[bool] = _key(_per_layer(_flag), "whether a layer has its attention")
-    encoder_use_feed_forward: Sequence[bool] = _key(
-        _per_layer(_flag), "whether it has its feed-forward branch"
-    )
-    encoder_attention_dropout: float = _key(_probability, "of the attention weights (attention_dropout)")
-    encoder_ff_interm_features: Sequence[int] = _key(
-        _per_layer(_integer(0)), "feed-forward width of a layer (encoder_ffn_embed_dim)"
-    )
-    encoder_ff_interm_dropout: float = _key(_probability, "inside the feed-forward (activation_dropout)")
-    encoder_dropout: float = _key(_probability, "after each branch (dropout)")
-    encoder_layer_norm_first: bool = _key(_flag, "norms before the branches, not after (layer_norm_first)")
-    encoder_layer_drop: float = _key(_probability, "of skipping a layer in forward (encoder_layerdrop)")
-    aux_num_out: int | None = _key(_optional(_width), "outputs of a layer at the end (CTC, say), or None")
-    normalize_waveform: bool = _key(_flag, "waveforms to zero mean and unit variance (task.normalize)")
-    encoder_num_heads: Sequence[int] | None = _key(
-        _optional(_per_layer(_integer(0))), "heads of a layer (encoder_attention_heads)", None
-    )
-    encoder_head_dim: int | None = _key(_optional(_width), "features of a head", None)
-    encoder_total_num_heads: Sequence[int] | None = _key(
-        _optional(_per_layer(_width)), "WavLM: heads of a layer before any pruning", None
-    )
-    encoder_remaining_heads: Sequence[Sequence[int]] | None = _key(
-        _optional(_per_layer(_heads)), "WavLM: which of these heads a layer still has", None
-    )
-    encoder_num_buckets: int | None = _key(
-        _optional(_integer(4)), "WavLM: buckets of relative positions (num_buckets)", None
-    )
-    encoder_max_distance: int | None = _key(
-        _optional(_width), "WavLM: from this distance on, all share a bucket (max_distance)", None
-    )
-    extractor_prune_conv_channels: bool = _key(_flag, "gates on conv channels", False)
-    encoder_prune_attention_heads: bool = _key(_flag, "gates on attention heads", False)
-    encoder_prune_attention_layer: bool = _key(_flag, "gates on whole attention branches", False)
-    encoder_prune_feed_forward_intermediate: bool = _key(_flag, "gates on feed-forward features", False)
-    encoder_prune_feed_forward_layer: bool = _key(_flag, "gates on whole feed-forward branches", False)
+    extractor_mode: str
+    extractor_conv_layer_config: list[tuple[int, int, int]]
+    extractor_conv_bias: bool
+    encoder_embed_dim: int
+    encoder_projection_dropout: float
+    encoder_pos_conv_kernel: int
+    encoder_pos_conv_groups: int
+    encoder_num_layers: int
+    encoder_use_attention: list[bool]
+    encoder_use_feed_forward: list[bool]
+    encoder_attention_dropout: float
+    encoder_ff_interm_features: list[int]
+    encoder_ff_interm_dropout: float
+    encoder_dropout: float
+    encoder_layer_norm_first: bool
+    encoder_layer_drop: float
+    aux_num_out: int | None
+    normalize_waveform: bool
+    encoder_num_heads: list[int] | None = None
+    encoder_head_dim: int | None = None
+    encoder_total_num_heads: list[int] | None = None
+    encoder_remaining_heads: list[list[int]] | None = None
+    encoder_num_buckets: int | None = None
+    encoder_max_distance: int | None = None
+    extractor_prune_conv_channels: bool = False
+    encoder_prune_attention_heads: bool = False
+    encoder_prune_attention_layer: bool = False
+    encoder_prune_feed_forward_intermediate: bool = False
+    encoder_prune_feed_forward_layer: bool = False
 
     @classmethod
     def from_dict(cls, config: Mapping) -> Wav2Vec2Config:
-        """Checks a config's keys and values.
+        """Checks the keys of a config and the types of its values, which may come from a file.
 
         Raises:
             TypeError: a key is missing or unknown; all such keys are named.
-            ValueError: a value is impossible, or two do not go together.
+            ValueError: a value is impossible, or two do not go together; the sentence names the key.
         """
         keys = {key.name: key for key in fields(cls)}
         unknown = sorted(str(key) for key in config.keys() - keys.keys())
@@ -169,16 +115,24 @@ class Wav2Vec2Config:
         if missing:
             family = "a WavLM" if wavlm else "a wav2vec 2.0 or HuBERT"
             raise TypeError(f"missing config key {', '.join(missing)} of {family}")
+        for name, kind in get_type_hints(cls).items():
+            if name in config and not _is_a(config[name], kind):
+                raise _impossible(name, config[name], f"a value of the type {keys[name].type}")
         return cls(**config)
 
     def __post_init__(self) -> None:
+        if self.extractor_mode not in ("group_norm", "layer_norm"):
+            raise _impossible("extractor_mode", self.extractor_mode, '"group_norm" or "layer_norm"')
+        conv_layers = self.extractor_conv_layer_config
+        if not conv_layers or any(min(layer) < 1 for layer in conv_layers):
+            raise _impossible("extractor_conv_layer_config", conv_layers, "layers of numbers above 0")
         for key in fields(self):
-            wanted = key.metadata["check"](getattr(self, key.name))
-            if wanted:
-                shown = reprlib.repr(getattr(self, key.name)).replace("\n", " ")
-                raise ValueError(f"config key {key.name} is {shown}: it should be {wanted}")
-        foreign = HEAD_KEYS if self.is_wavlm else WAVLM_KEYS
-        for name in foreign:
+            value = getattr(self, key.name)
+            if key.type.startswith("int") and value is not None and value < 1:
+                raise _impossible(key.name, value, "a whole number above 0")
+            if key.type == "float" and not 0 <= value <= 1:
+                raise _impossible(key.name, value, "a probability from 0 to 1")
+        for name in HEAD_KEYS if self.is_wavlm else WAVLM_KEYS:
             if getattr(self, name) is not None:
                 family = "a WavLM, which has encoder_remaining_heads" if self.is_wavlm else "a HuBERT"
                 raise ValueError(f"config key {name} does not belong to the config of {family}: drop it")
@@ -198,25 +152,26 @@ class Wav2Vec2Config:
 
     def _check_wavlm(self) -> None:
         for total, remaining in zip(self.encoder_total_num_heads, self.encoder_remaining_heads, strict=True):
-            if self.encoder_embed_dim % total:
+            if total < 1 or self.encoder_embed_dim % total:
                 raise ValueError(
                     f"config key encoder_total_num_heads has {total}, which does not divide "
                     f"encoder_embed_dim {self.encoder_embed_dim}"
                 )
-            if any(head >= total for head in remaining):
+            if len(set(remaining)) < len(remaining) or any(head >= total for head in remaining):
                 raise ValueError(
-                    f"config key encoder_remaining_heads has head {max(remaining)} of a layer of {total} "
-                    "heads: they are counted from 0"
+                    f"config key encoder_remaining_heads has {reprlib.repr(remaining)} for a layer of "
+                    f"{total} heads: it lists different heads, counted from 0"
                 )
         if any(self.encoder_use_attention) and not self.encoder_use_attention[0]:
             raise ValueError(
                 "config key encoder_use_attention is False for the first layer of a WavLM, which makes the "
                 "position bias of all: it must be True there"
             )
-        if self.encoder_max_distance <= self.encoder_num_buckets // 4:
+        # Half of the buckets are for each direction, and half of those for the exact distances below.
+        if not 1 <= self.encoder_num_buckets // 4 < self.encoder_max_distance:
             raise ValueError(
-                f"config key encoder_max_distance is {self.encoder_max_distance}: it is above a quarter of "
-                f"encoder_num_buckets {self.encoder_num_buckets}, which are exact"
+                f"config key encoder_max_distance is {self.encoder_max_distance}, and encoder_num_buckets is "
+                f"{self.encoder_num_buckets}: give 4 buckets or more, and a distance above a quarter of them"
             )
 
     @property
@@ -227,6 +182,26 @@ class Wav2Vec2Config:
         """The config as a checkpoint holds it: the keys of its family, with the values that were given."""
         foreign = HEAD_KEYS if self.is_wavlm else WAVLM_KEYS
         return {key.name: getattr(self, key.name) for key in fields(self) if key.name not in foreign}
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether ``value`` is of a type as the config's keys have them."""
+    inner = get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_is_a(item, inner[0]) for item in value)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(inner) and all(map(_is_a, value, inner))
+    if inner:
+        return any(_is_a(value, option) for option in inner)
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, kind)
+
+
+def _impossible(name: str, value: object, wanted: str) -> ValueError:
+    shown = reprlib.repr(value).replace("\n", " ")
+    return ValueError(f"config key {name} is {shown}: it should be {wanted}")
 
 
 PER_LAYER_KEYS = ("encoder_use_attention", "encoder_use_feed_forward", "encoder_ff_interm_features")

@@ -7,16 +7,96 @@ multiply-accumulates follows HJ-Pruning (Peng et al. 2023b, https://arxiv.org/ab
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
 
 from .components import FeatureExtractor, WavLMSelfAttention, WeightNormConv1d
-from .gating import Count, Layout, Term
+from .gating import Axis, Layout, Place, computes_position_bias, joint_log_alpha
 from .hardconcrete import HardConcrete
 
 SAMPLE_RATE = 16_000
 UTTERANCE_SECONDS = 10
 """Length in seconds of the utterance whose multiply-accumulates are counted: attention's share grows with it,
 and utterances of LibriSpeech are some 12 s long."""
+
+
+@dataclass
+class Term:
+    """A part of a count: ``coefficient`` times the number of units of each of ``axes``, as long as the branch
+    of the units ``inside`` is there."""
+
+    coefficient: int
+    axes: tuple[Axis, ...] = ()
+    inside: Axis | None = None
+
+    @property
+    def gates(self) -> list[HardConcrete]:
+        gates = [axis.gate for axis in self.axes]
+        gates += [] if self.inside is None else [self.inside.branch]
+        return [gate for gate in gates if gate is not None]
+
+
+class Count(nn.Module):
+    """A sum over the tensors of a model that follows its gates: a polynomial in the widths of gated axes.
+
+    Args:
+        layout: the layout of the model for pruning.
+        terms: what is added up.
+    """
+
+    def __init__(self, layout: Layout, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self._layout, self._terms = layout, terms
+        gates = layout.gates
+        number = {gate: i for i, gate in enumerate(gates)}
+        one = len(gates)  # the row and column of what no gate changes
+        coefficients = torch.zeros(one + 1, one + 1, dtype=torch.long, device="cpu")
+        for term in terms:
+            left, right = [*(number[gate] for gate in term.gates), one, one][:2]
+            ungated = math.prod(axis.n for axis in term.axes if axis.gate is None)
+            coefficients[left, right] += term.coefficient * ungated
+        owner = [number[gate] for gate in gates for _ in range(gate.n_in)]
+        # Whole numbers, which a model's .half() leaves alone; on the CPU also where it is built on "meta".
+        self.register_buffer("coefficients", coefficients, persistent=False)
+        self.register_buffer("owner", torch.tensor(owner, dtype=torch.long, device="cpu"), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The expected count under the gates, a float64 scalar that is differentiable in every ``log_alpha``:
+        the sum of c_ij w_i w_j over the gates' expected widths w, and 1."""
+        gates = self._layout.gates
+        if not gates:
+            return self.coefficients.sum().double()
+        # A model builds all its gates with the same temperature and stretch.
+        probability = torch.sigmoid(joint_log_alpha(gates).double() - gates[0].shift)
+        width = probability.new_zeros(len(gates)).index_add(0, self.owner, probability)
+        width = torch.cat([width, width.new_ones(1)])
+        return (self.coefficients * torch.outer(width, width)).sum()
+
+    def total(self) -> int:
+        """The count with every gate open."""
+        return sum(term.coefficient * math.prod(axis.n for axis in term.axes) for term in self._terms)
+
+    def after_pruning(self, masks: Mapping[HardConcrete, Tensor]) -> int:
+        """The count of the model that pruning makes by ``masks``, each (unit,)."""
+        is_open = {gate: mask > 0 for gate, mask in masks.items()}
+        kept, removed = {}, set()
+        for axis in self._layout.axes:
+            closed = axis.branch is not None and not is_open[axis.branch].item()
+            left = axis.n if axis.gate is None else int(is_open[axis.gate].sum())
+            kept[axis] = 0 if closed and axis.emptied else left
+            if closed or not kept[axis]:
+                removed.add(axis)
+        # The attention that computes WavLM's position bias stays, without a head.
+        removed -= {axis for a, axis in self._layout.heads.items() if computes_position_bias(a)}
+        return sum(
+            term.coefficient * math.prod(kept[axis] for axis in term.axes)
+            for term in self._terms
+            if term.inside not in removed
+        )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -41,7 +121,7 @@ def mac_count(model: nn.Module, seconds: float = UTTERANCE_SECONDS) -> Count:
         seconds: length of the utterance.
     """
     layout = Layout(model, pruning=True)
-    uses: dict[tuple[nn.Module, str], int] = {}
+    uses: dict[Place, int] = {}
     frames = int(SAMPLE_RATE * seconds)
     [extractor] = [module for module in model.modules() if isinstance(module, FeatureExtractor)]
     for block in extractor.conv_layers:
@@ -75,7 +155,7 @@ def multiply_accumulates(model: nn.Module, seconds: float = UTTERANCE_SECONDS) -
     return mac_count(model, seconds).total() / seconds
 
 
-def _terms(model: nn.Module, layout: Layout, uses) -> list[Term]:
+def _terms(model: nn.Module, layout: Layout, uses: Callable[[nn.Module, str], int]) -> list[Term]:
     slicings = {(slicing.module, slicing.name): slicing for slicing in layout.slicings}
     terms = []
     for module in model.modules():

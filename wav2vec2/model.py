@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from . import components as parts
 from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
-from .cost import count_parameters, parameter_count
-from .gating import (
-    Layout,
-    NarrowedWeights,
-    WeightSwap,
-    draw,
-    joint_log_alpha,
-    open_units,
-)
+from .cost import parameter_count
+from .gating import narrowed
 from .hardconcrete import HardConcrete
 from .pruning import prune
 
@@ -34,11 +27,6 @@ class Wav2Vec2Model(nn.Module):
     Attributes:
         config: the same as a dictionary, the keyword arguments of :func:`wav2vec2_model` that build this
             model; ``prune()`` keeps it true.
-        skip_closed_gates: compute with the open units alone, or with all of them under their masks, which is
-            the same mathematics.
-        width_multiple: widths under gates are rounded up to a multiple of this, which matrix units like.
-        layers_together: on a GPU, so many layers are narrowed by the same kernels, and have their gradients
-            ready at the same time.
     """
 
     def __init__(self, config: Wav2Vec2Config) -> None:
@@ -54,62 +42,30 @@ class Wav2Vec2Model(nn.Module):
         self.encoder = _build_encoder(config)
         aux = config.aux_num_out
         self.aux = None if aux is None else nn.Linear(config.encoder_embed_dim, aux)
-        self.skip_closed_gates = True
-        self.width_multiple = 8
-        self.layers_together = 12
-        self._follow_gates()
-        self._weights = WeightSwap()
-        # A backward pass that an error ended may have left narrowed weights in place.
-        self.register_state_dict_pre_hook(_restore_weights)
 
-    def _follow_gates(self) -> None:
-        gated = bool(self.gates())
-        self._layout = Layout(self, pruning=False) if gated else None
-        self._parameter_count = parameter_count(self) if gated else None
+    @property
+    def is_gated(self) -> bool:
+        """Whether units of this model have gates."""
+        return any(self.config[key] for key in NO_GATES)
 
     def gates(self) -> list[HardConcrete]:
         """All gates, in the order of the modules."""
         return [module for module in self.modules() if isinstance(module, HardConcrete)]
-
-    def log_alpha(self) -> Tensor | None:
-        """``log_alpha`` of all gates, (gate,); None for a model without gates."""
-        return None if self._layout is None else joint_log_alpha(self._layout.gates)
-
-    def narrow(self, log_alpha: Tensor | None = None) -> NarrowedWeights | None:
-        """Draws every gate, and narrows the weights to what is open; None for a model without gates.
-
-        Finding what is open waits until a GPU has done all that it was given before, so a training step calls
-        this first, and gives the result to :meth:`extract_features`.
-
-        Args:
-            log_alpha: of all gates, where :meth:`log_alpha` has been called for this pass already.
-        """
-        if self._layout is None:
-            return None
-        self._weights.restore()
-        log_alpha = self.log_alpha() if log_alpha is None else log_alpha
-        axes, masks = self._layout.axes, draw(self._layout.gates, log_alpha)
-        opened = (
-            open_units(axes, masks, self.width_multiple) if self.skip_closed_gates else dict.fromkeys(axes)
-        )
-        kind = self.feature_extractor.dummy_weight.device.type
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self._layout.narrow(opened, masks, self.layers_together if kind == "cuda" else 0, half)
 
     def extract_features(
         self,
         waveforms: Tensor,
         lengths: Tensor | None = None,
         num_layers: int | None = None,
-        weights: NarrowedWeights | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """The projected features and the output of every transformer layer, without layer drop.
+
+        A model with gates draws them, and computes with the units that are open.
 
         Args:
             waveforms: (batch, time), 16 kHz.
             lengths: (batch,) valid samples of each waveform; None where all are whole, which is faster.
             num_layers: run only this many transformer layers.
-            weights: what :meth:`narrow` returned, for a model with gates; None draws them anew.
         Returns:
             ``([h0, h1, ..., hL], lengths)``: h0 (batch, frame, feature) is the input of the positional
             convolution, padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid
@@ -120,7 +76,7 @@ class Wav2Vec2Model(nn.Module):
         total = len(self.encoder.transformer.layers)
         if num_layers is not None and not 0 <= num_layers <= total:
             raise ValueError(f"num_layers is between 0 and {total}, not {num_layers}")
-        return self._hidden_states(waveforms, lengths, num_layers, weights=weights)
+        return narrowed(self)._hidden_states(waveforms, lengths, num_layers)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The output of the model, with layer drop in training mode.
@@ -132,7 +88,7 @@ class Wav2Vec2Model(nn.Module):
             (batch, frame, feature), and the lengths in frames (batch,) or None.
         """
         layer_drop = self.encoder.transformer.layer_drop if self.training else 0.0
-        states, lengths = self._hidden_states(waveforms, lengths, None, layer_drop)
+        states, lengths = narrowed(self)._hidden_states(waveforms, lengths, None, layer_drop)
         return self.output(states[-1]), lengths
 
     def output(self, last: Tensor) -> Tensor:
@@ -147,28 +103,17 @@ class Wav2Vec2Model(nn.Module):
         lengths: Tensor | None,
         num_layers: int | None,
         layer_drop: float = 0.0,
-        weights: NarrowedWeights | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms are (batch, time), not {tuple(waveforms.shape)}")
         if self.normalize_waveform:
             waveforms = normalize(waveforms, lengths)
-        frames = None
-
-        def compute() -> list[Tensor]:
-            nonlocal frames
-            features, frames = self.feature_extractor(waveforms, lengths)
-            return self.encoder(features, frames, num_layers, layer_drop)
-
-        weights = self.narrow() if weights is None else weights
-        states = compute() if weights is None else self._weights.run(weights, compute)
-        return states, frames
+        features, frames = self.feature_extractor(waveforms, lengths)
+        return self.encoder(features, frames, num_layers, layer_drop), frames
 
     def get_num_params(self) -> Tensor:
         """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
-        if self._parameter_count is not None:
-            return self._parameter_count()
-        return torch.tensor(count_parameters(self), dtype=torch.float64)
+        return parameter_count(self).to(self.feature_extractor.dummy_weight.device)()
 
     def prune(self, round_to: int = 1) -> tuple:
         """Cuts in place what the gates close in evaluation mode, folds their masks in and drops the gates.
@@ -183,11 +128,9 @@ class Wav2Vec2Model(nn.Module):
         Raises:
             PruningError: a conv layer would be left without channels; nothing has been cut then.
         """
-        self._weights.restore()
         layers = self.encoder.transformer.layers
         branches = [(layer.attention, layer.feed_forward) for layer in layers]
         prune(self, round_to)
-        self._follow_gates()
         is_wavlm = "encoder_remaining_heads" in self.config
         heads = "encoder_remaining_heads" if is_wavlm else "encoder_num_heads"
         # What a removed branch is said to have is what its own gates left of it, as in the original.
@@ -239,10 +182,6 @@ class Wav2Vec2Model(nn.Module):
         """
         self.encoder.transformer.pos_conv_embed.conv.fold()
         return self
-
-
-def _restore_weights(model: Wav2Vec2Model, prefix: str, keep_vars: bool) -> None:
-    model._weights.restore()
 
 
 def normalize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:

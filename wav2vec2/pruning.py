@@ -1,4 +1,4 @@
-"""Pruning: what the gates of a model close is cut out of it, down to the size that is asked for."""
+"""Pruning: what the gates of a model close is cut out of it (DPHuBERT, Peng et al. 2023, section 3.2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .components import ConvLayerBlock, EncoderLayer
-from .gating import Count, Layout, computes_position_bias, open_units
+from .cost import Count
+from .gating import Layout, computes_position_bias, open_units
 from .hardconcrete import HardConcrete
 
 SHIFT_LIMIT = 64.0
@@ -95,9 +96,9 @@ def shift_gates(model: nn.Module, count: Count, budget: float, round_to: int = 1
 
     Args:
         model: a gated model.
-        count: what the budget is in.
+        count: the count of the model that the budget limits.
         budget: the most that may be left.
-        round_to: as for ``prune()``.
+        round_to: the same as for :func:`prune`.
     Returns:
         The number that was added.
     Raises:

@@ -68,10 +68,10 @@ def ungated(family):
     return wav2vec2_model(**config_of(family, **dict.fromkeys(ALL_GATES, False)))
 
 
-def randomly_gated(family, seed, closed=0.6):
+def randomly_gated(family, seed, closed=0.6, ff_interm_features=64):
     """A model whose gates' samples are closed, soft and open in turn."""
     torch.manual_seed(seed)
-    model = wav2vec2_model(**config_of(family))
+    model = wav2vec2_model(**config_of(family, encoder_ff_interm_features=[ff_interm_features] * 3))
     for gate in model.gates():
         gate.log_alpha.data = torch.where(torch.rand(gate.n_in) < closed, -4.0, 1.0) + torch.randn(gate.n_in)
         if gate.n_in == 1:

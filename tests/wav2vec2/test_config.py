@@ -1,6 +1,7 @@
-"""Every wrong value of a config is one sentence that names its key."""
+"""A config's keys and values: what is refused, and what a model makes of them."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,45 +10,27 @@ from tests.helpers.models import config_of, tiny_config
 from wav2vec2 import hubert_base, wav2vec2_model
 from wav2vec2.config import Wav2Vec2Config
 
-NOT_A_NUMBER = [None, "x", "", math.nan, math.inf, -1, 10**12, [], [1], {}, {1: 2}, torch.ones(2), b"1"]
-NOT_A_LIST = [None, "x", 3, math.nan, {}, {1: 2}, torch.ones(3), 10**12]
-NOT_A_FLAG = [None, "x", 1, 0, math.nan, [], {}, torch.ones(1), "True"]
-NOT_PER_LAYER = [[0.5], [None] * 3, ["x"] * 3, [{}] * 3, [-1] * 3, [10**12] * 3, [1] * 2]
-SPECIAL = {
-    "aux_num_out": [value for value in NOT_A_NUMBER if value is not None],
-    "extractor_mode": [None, "x", 1, [], {}, math.nan, torch.ones(2)],
-    "extractor_conv_layer_config": [
-        *([], [(16, 3)], [(16, 0, 2)], [(16, 3, -2)], [(16, 3, 2.0)], [[16, 3, 2, 1]], [16, 3, 2], [None]),
-        *([(10**12, 3, 2)], [(16, 3, 2)] * 10**4),
-    ],
+WRONG = {
+    "encoder_embed_dim": ["x", None, -1, 0, 1.5, True, math.nan, [768]],
+    "encoder_dropout": ["0.1", None, -0.1, 2, math.nan, torch.ones(2)],
+    "encoder_layer_norm_first": ["True", None, 1],
+    "encoder_use_attention": [None, True, [1, 1, 1], [True] * 2, "TTT"],
+    "encoder_ff_interm_features": [64, [64.0] * 3, [-1] * 3, [64] * 4, {}],
+    "aux_num_out": [0, "32", 1.5],
+    "extractor_mode": ["x", None, 1],
+    "extractor_conv_layer_config": [None, [], [(16, 3)], [(16, 0, 2)], [(16, 3, 2.0)], [16, 3, 2]],
     "encoder_remaining_heads": [[[0, 0]] * 3, [[4]] * 3, [["0"]] * 3, [0, 1, 2], [[0]] * 2],
+    "encoder_total_num_heads": [[5] * 3, [0] * 3, 4],
+    "encoder_num_buckets": [2, None, "32"],
+    "encoder_max_distance": [8, None],
 }
+CASES = [(key, value) for key, values in WRONG.items() for value in values]
 
 
-def impossible(key, value):
-    """Values that ``key``, whose ``value`` is possible, may not have."""
-    if isinstance(value, bool):
-        return NOT_A_FLAG
-    if isinstance(value, list):
-        return NOT_A_LIST + SPECIAL.get(key, NOT_PER_LAYER)
-    return SPECIAL.get(key, NOT_A_NUMBER)
-
-
-CASES = [
-    (family, key, value)
-    for family in ("hubert_base", "wavlm_base")
-    for key, valid in config_of(family).items()
-    for value in impossible(key, valid)
-    # No remaining heads at all is what makes a config that of a HuBERT.
-    if not (key == "encoder_remaining_heads" and value is None)
-]
-IDS = [f"{family}-{key}-{number}" for number, (family, key, _) in enumerate(CASES)]
-
-
-@pytest.mark.parametrize("family, key, value", CASES, ids=IDS)
-def test_a_wrong_value_is_one_sentence_that_names_its_key(family, key, value):
+@pytest.mark.parametrize("key, value", CASES, ids=[f"{key}={value}"[:60] for key, value in CASES])
+def test_a_wrong_value_is_one_sentence_with_its_key(key, value):
     with pytest.raises((TypeError, ValueError)) as error:
-        wav2vec2_model(**{**config_of(family), key: value})
+        wav2vec2_model(**{**config_of("wavlm_base"), key: value})
     sentence = str(error.value)
     assert key in sentence, sentence
     assert "\n" not in sentence and len(sentence) < 300
@@ -89,9 +72,8 @@ def test_values_that_do_not_go_together_are_named(family, changes, words):
 
 
 def test_every_key_is_documented():
-    from dataclasses import fields
-
-    assert all(len(key.metadata["doc"]) > 10 for key in fields(Wav2Vec2Config))
+    for key in fields(Wav2Vec2Config):
+        assert f"        {key.name}: " in Wav2Vec2Config.__doc__
 
 
 @pytest.mark.parametrize("family", ["hubert_base", "wavlm_base"])
@@ -106,8 +88,5 @@ def test_a_factory_takes_config_keys():
     with torch.device("meta"):
         model = hubert_base(encoder_layer_drop=0.0, aux_num_out=32)
     assert model.config["encoder_layer_drop"] == 0.0 and model.aux.out_features == 32
-    assert sum(p.numel() for p in hubert_base_parameters(model)) == 94_371_456
-
-
-def hubert_base_parameters(model):
-    return (p for name, p in model.named_parameters() if not name.startswith("aux."))
+    without_aux = (p for name, p in model.named_parameters() if not name.startswith("aux."))
+    assert sum(p.numel() for p in without_aux) == 94_371_456

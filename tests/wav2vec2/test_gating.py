@@ -1,4 +1,4 @@
-"""Gates: what they draw, what they cost, and that computing with the open units alone changes nothing."""
+"""Gates: what they draw and expect, and that a narrowed pass changes nothing but the work."""
 
 import copy
 
@@ -7,50 +7,89 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers.models import ALL_GATES, FAMILIES, config_of, randomly_gated
+from benchmarks.baseline import make_plain
+from tests.helpers.models import ALL_GATES, FAMILIES, config_of, randomly_gated, ungated
+from training.layers import checkpoint_activations
+from utils.checkpoint import build_model
 from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
 from wav2vec2.cost import count_parameters
+from wav2vec2.gating import narrowed
 
 
-def outputs_and_gradients(model, skip, multiple, waveforms, lengths):
-    model = copy.deepcopy(model)
-    model.skip_closed_gates, model.width_multiple = skip, multiple
-    torch.manual_seed(7)
+def states_and_gradients(model, waveforms, lengths):
     states, _ = model.extract_features(waveforms, lengths)
     loss = sum((state * torch.sin(torch.arange(state.numel()).view_as(state))).mean() for state in states)
     loss.backward()
-    return states, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return states, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_open_units_alone_give_the_masked_outputs_and_gradients(family, seed, multiple):
-    model = randomly_gated(family, seed)
-    waveforms = torch.randn(2, 4000)
+def test_a_narrowed_pass_is_the_masked_one(family, seed, monkeypatch):
+    """The plain implementation of the benchmarks computes every unit and multiplies it by its mask."""
+    model = randomly_gated(family, seed).double()
+    # Whatever order gates are drawn in, their masks differ by log_alpha alone.
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_, **__: self.fill_(0.5))
+    assert any((gate() == 0).any() for gate in model.gates())
+    masked, waveforms = make_plain(copy.deepcopy(model)), torch.randn(2, 4000, dtype=torch.float64)
     lengths = torch.tensor([4000, 3100]) if seed else None
-    masked, expected = outputs_and_gradients(model, False, 1, waveforms, lengths)
-    skipped, actual = outputs_and_gradients(model, True, multiple, waveforms, lengths)
-    assert_close(skipped, masked, rtol=1e-5, atol=1e-5)
-    unused = {name for name, gradient in expected.items() if gradient is None}
-    assert unused <= {"encoder.transformer.layer_norm.weight", "encoder.transformer.layer_norm.bias"}
-    for name, gradient in expected.items():
-        if gradient is not None:
-            assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    expected, expected_gradients = states_and_gradients(masked, waveforms, lengths)
+    states, gradients = states_and_gradients(model, waveforms, lengths)
+    assert_close(states, expected, rtol=1e-8, atol=1e-10)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_open_units_alone_are_what_is_computed_with(family):
-    model = randomly_gated(family, 0)
-    model.width_multiple = 1
-    waveforms, work = torch.randn(1, 4000), []
-    for skip in (True, False):
-        model.skip_closed_gates = skip
-        torch.manual_seed(1)
+def test_closed_units_are_not_computed(family):
+    work = []
+    for closed in (0.0, 0.9):
+        model = randomly_gated(family, 0, closed, ff_interm_features=256)
         with FlopCounterMode(display=False) as counter:
-            model.extract_features(waveforms)
+            model.extract_features(torch.randn(1, 4000))
         work.append(counter.get_total_flops())
-    assert work[0] < 0.7 * work[1]
+    assert work[1] < 0.7 * work[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replica_leaves_the_model_as_it_was(family):
+    model = randomly_gated(family, 1)
+    parameters, modules, config = dict(model.named_parameters()), list(model.modules()), dict(model.config)
+    plain = narrowed(model)
+    plain.extract_features(torch.randn(1, 4000))[0][-1].sum().backward()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(module is other for module, other in zip(model.modules(), modules, strict=True))
+    assert model.config == config and model.is_gated and model.gates()
+    assert not plain.is_gated and not plain.gates() and narrowed(plain) is plain
+    layer, own = plain.encoder.transformer.layers[0], model.encoder.transformer.layers[0]
+    assert type(layer) is type(own) and layer.layer_norm is own.layer_norm and layer is not own
+
+
+def test_a_model_without_gates_is_its_own_replica():
+    model = ungated("hubert_base")
+    assert narrowed(model) is model
+
+
+def test_hooks_fire_on_the_layers_of_a_replica():
+    model, seen = randomly_gated("hubert_base", 1, ff_interm_features=256), []
+    dense = model.encoder.transformer.layers[1].feed_forward.intermediate_dense
+    dense.register_forward_hook(lambda module, args, output: seen.append(output.size(-1)))
+    model.extract_features(torch.randn(1, 4000))
+    assert len(seen) == 1 and seen[0] < dense.out_features
+
+
+@pytest.mark.parametrize("how", ["forward", "compile"])
+def test_a_forward_put_on_an_instance_is_refused(how):
+    model = randomly_gated("hubert_base", 1)
+    layer = model.encoder.transformer.layers[1]
+    if how == "forward":
+        layer.forward = layer.forward
+    else:
+        layer.compile()
+    with pytest.raises(RuntimeError, match="put on an instance of EncoderLayer"):
+        model.extract_features(torch.randn(1, 4000))
+    model.prune()  # a plain model runs whatever is put on it
 
 
 def test_a_closed_head_leaves_the_next_update_free_to_open_it():
@@ -105,8 +144,6 @@ def test_expected_size_is_the_true_count_with_gates_open_and_the_pruned_count_wi
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pruned_model_is_right_at_once_and_may_be_gated_and_pruned_again(family):
-    from utils.checkpoint import build_model
-
     waveforms = torch.randn(1, 8000)
     model = randomly_gated(family, 3, closed=0.3).eval()
     model.prune()
@@ -198,48 +235,13 @@ def test_the_expected_size_survives_a_move_and_a_change_of_precision():
     assert model.get_num_params().is_meta
 
 
-@pytest.mark.parametrize("skip", [True, False], ids=["open units alone", "all units"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_pass_leaves_the_weights_as_they_were(family, skip):
-    model = randomly_gated(family, 1)
-    model.skip_closed_gates = skip
-    parameters = dict(model.named_parameters())
-    states, _ = model.extract_features(torch.randn(1, 4000))
-    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    # A gradient that no weight has part in, and one that all have.
-    for inputs in ([states[2]], list(model.encoder.transformer.layers[1].parameters())):
-        torch.autograd.grad(states[3].sum(), inputs, retain_graph=True, allow_unused=True)
-        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-
-
-def test_a_backward_pass_that_fails_leaves_the_state_dict_whole():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            raise RuntimeError("out of memory")
-
-    model = randomly_gated("hubert_base", 1)
-    layer = model.encoder.transformer.layers[1]
-    layer.register_forward_hook(lambda module, args, output: Fails.apply(output))
-    expected = {key: value.clone() for key, value in model.state_dict().items()}
-    states, _ = model.extract_features(torch.randn(1, 4000))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        states[-1].sum().backward()
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, expected[key]), key
-
-
 def test_two_passes_may_wait_for_their_backward_pass():
     """Each goes back through the units that it drew."""
     first, second = torch.randn(1, 4000), torch.randn(1, 4000)
     gradients = []
     for together in (True, False):
         model = randomly_gated("wavlm_base", 4)
-        model.encoder.transformer.activation_checkpointing = True
+        checkpoint_activations(model)
         torch.manual_seed(3)
         losses = [model.extract_features(first)[0][-1].sum()]
         if not together:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,9 @@ from tests.helpers.models import (
     ungated,
     without_dropout,
 )
+from training.layers import checkpoint_activations
 from wav2vec2 import wav2vec2_model
+from wav2vec2.components import EncoderLayer
 
 KINDS = {"ungated": ungated, "pruned": pruned}
 
@@ -89,43 +92,38 @@ def gradients(model, waveforms):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def checkpoint_by_forward(layers):
-    for layer in layers:
+def checkpoint_by_forward(model):
+    for layer in model.encoder.transformer.layers:
         forward = layer.forward
         layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
 
 
-def checkpoint_by_wrapper(layers):
-    class Checkpointed(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, *args):
-            return checkpoint(self.layer, *args, use_reentrant=False)
-
-    for i, layer in enumerate(layers):
-        layers[i] = Checkpointed(layer)
+def checkpoint_by_wrapper(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, EncoderLayer))
 
 
-@pytest.mark.parametrize("how", ["forward", "wrapper", "flag"])
-@pytest.mark.parametrize("gated", ["open units alone", "all units", "pruned"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointed_layers_give_the_same_gradients(family, gated, how):
-    model = pruned(family) if gated == "pruned" else randomly_gated(family, 1)
-    model.skip_closed_gates = gated == "open units alone"
+@pytest.mark.parametrize(
+    "make, put_on",
+    [
+        (randomly_gated, checkpoint_activations),
+        (randomly_gated, checkpoint_by_wrapper),
+        (pruned, checkpoint_activations),
+        (pruned, checkpoint_by_wrapper),
+        (pruned, checkpoint_by_forward),
+    ],
+)
+def test_checkpointed_layers_give_the_same_gradients(family, make, put_on):
+    model = make(family, 1)
     waveforms = torch.randn(2, 4000)
     expected = gradients(model, waveforms)
-    transformer = model.encoder.transformer
     computed = []
-    transformer.layers[0].feed_forward.intermediate_dense.register_forward_hook(lambda *_: computed.append(1))
-    if how == "flag":
-        transformer.activation_checkpointing = True
-    else:
-        (checkpoint_by_forward if how == "forward" else checkpoint_by_wrapper)(transformer.layers)
+    dense = model.encoder.transformer.layers[0].feed_forward.intermediate_dense
+    dense.register_forward_hook(lambda *_: computed.append(1))
+    put_on(model)
     actual = gradients(model, waveforms)
     assert len(computed) == 2, "the layer was not computed again"
-    actual = {name.replace(".layer.", "."): gradient for name, gradient in actual.items()}
+    actual = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in actual.items()}
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.equal(actual[name], gradient), name

@@ -1,0 +1,81 @@
+"""Weights narrowed and cast together for a GPU, against the plain computation; run on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.helpers.models import FAMILIES, randomly_gated, ungated
+from training.half_precision import cast_frozen_weights
+from training.joined_weights import Cast, join_projections, narrowed_together
+from wav2vec2.gating import narrowed
+
+
+def states_and_gradients(model, narrow, dtype=torch.float64):
+    model = copy.deepcopy(model).to(dtype)
+    join_projections(model)
+    torch.manual_seed(3)
+    plain = narrow(model)
+    states, _ = plain.extract_features(torch.randn(2, 4000, dtype=dtype))
+    sum(state.sin().sum() for state in states).backward()
+    return states, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, plain
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_narrowing_equals_the_plain_one(family, layers):
+    model = randomly_gated(family, 1)
+    expected, gradients, _ = states_and_gradients(model, narrowed)
+    states, found, plain = states_and_gradients(model, lambda model: narrowed_together(model, layers))
+    joint = [m.in_proj_weight for m in plain.modules() if hasattr(m, "in_proj_weight")]
+    assert any(weight is not None for weight in joint)
+    assert_close(states, expected, rtol=1e-12, atol=1e-12)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    "make", [randomly_gated, lambda family, seed: ungated(family)], ids=["gated", "ungated"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_casts_compute_what_autocast_does(family, make):
+    model = make(family, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, gradients, _ = states_and_gradients(model, narrowed, torch.float32)
+        states, found, plain = states_and_gradients(model, narrowed_together, torch.float32)
+    dense = plain.encoder.transformer.layers[0].feed_forward.intermediate_dense
+    assert dense.weight.dtype == torch.bfloat16
+    assert found.keys() == gradients.keys()
+    for state, right in zip(states, expected, strict=True):
+        assert (state.float() - right.float()).norm() < 1e-2 * right.float().norm()
+    total = sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
+    assert sum((found[n] - g).square().sum() for n, g in gradients.items()).sqrt() < 0.05 * total
+
+
+def test_a_cast_joins_and_its_gradient_comes_apart():
+    tensors = [torch.randn(n, 3, requires_grad=True) for n in (2, 1, 4, 5)]
+    joined, single = Cast.apply(torch.bfloat16, [3, 1], *tensors)
+    assert joined.dtype == single.dtype == torch.bfloat16
+    assert_close(joined, torch.cat([t.detach() for t in tensors[:3]]).bfloat16(), rtol=0, atol=0)
+    assert_close(single, tensors[3].detach().bfloat16(), rtol=0, atol=0)
+    weight = torch.arange(21.0).view(7, 3)
+    (joined.float() * weight).sum().backward()
+    assert_close([t.grad for t in tensors[:3]], list(weight.split([2, 1, 4])), rtol=0, atol=0)
+    assert tensors[3].grad is None, "what took no part has no gradient"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_in_half_computes_what_autocast_does(family):
+    plain = ungated(family).eval()
+    held = copy.deepcopy(plain)
+    cast_frozen_weights(held, torch.bfloat16)
+    attention = held.encoder.transformer.layers[0].attention
+    assert attention.in_proj_weight.dtype == torch.bfloat16 and attention.q_proj.weight is None
+    waveforms, lengths = torch.randn(2, 4000), torch.tensor([4000, 3100])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, _ = plain.extract_features(waveforms, lengths)
+        states, _ = held.extract_features(waveforms, lengths)
+    for state, right in zip(states, expected, strict=True):
+        assert (state - right).norm() < 5e-3 * right.norm()
