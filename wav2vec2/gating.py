@@ -325,36 +325,40 @@ def replica(model: nn.Module, tensors: Mapping[Place, Tensor | None]) -> nn.Modu
         RuntimeError: a function was put on a module in place of its ``forward``. It is bound to that very
             module and would compute with its whole weights.
     """
-    changes: dict[nn.Module, dict[str, Tensor | None]] = {}
+    changes: dict[nn.Module, dict[str, Tensor | None]] = {model: {}}
     for (module, name), tensor in tensors.items():
         changes.setdefault(module, {})[name] = tensor
-    copies: dict[nn.Module, nn.Module | None] = {}
+    if not tensors:
+        return model
+    result = _copy(model, changes, {})
+    result.config = {**model.config, **NO_GATES}
+    # Its methods may have been compiled or replaced for the original, which has drawn the gates already.
+    for name in ("forward", "_compiled_call_impl"):
+        result.__dict__.pop(name, None)
+    return result
 
-    def copy_of(module: nn.Module) -> nn.Module | None:
-        if module not in copies:
-            copies[module] = None if isinstance(module, HardConcrete) else changed(module)
+
+def _copy(module: nn.Module, changes: Mapping[nn.Module, dict], copies: dict[nn.Module, nn.Module | None]):
+    """What a replica has in the place of ``module``: the module itself where nothing below it changes."""
+    if module in copies:
         return copies[module]
-
-    def changed(module: nn.Module) -> nn.Module:
-        children = {name: child and copy_of(child) for name, child in module._modules.items()}
-        same = all(children[name] is child for name, child in module._modules.items())
-        if same and module not in changes:
-            return module
-        own = module.__dict__
-        if module is not model and ("forward" in own or own.get("_compiled_call_impl") is not None):
+    own = module.__dict__
+    children = {name: child and _copy(child, changes, copies) for name, child in own["_modules"].items()}
+    changed = module in changes or any(children[name] is not child for name, child in own["_modules"].items())
+    if isinstance(module, HardConcrete):
+        copy = None
+    elif not changed:
+        copy = module
+    else:
+        is_bound = "forward" in own or own.get("_compiled_call_impl") is not None
+        if is_bound and not hasattr(module, "is_gated"):
             raise RuntimeError(
                 f"a gated model cannot run a forward that was put on an instance of {type(module).__name__}, "
                 "which would compute with all units: put it on a subclass, or wrap the module in another one"
             )
-        copy = module.__new__(type(module))
-        copy.__dict__.update(own)
-        new = changes.get(module, {})
-        copy.__dict__["_modules"] = children
+        copy, new = module.__new__(type(module)), changes.get(module, {})
+        copy.__dict__.update(own, _modules=children)
         for kind in ("_parameters", "_buffers"):
             copy.__dict__[kind] = {name: new.get(name, old) for name, old in own[kind].items()}
-        return copy
-
-    result = copy_of(model)
-    if result is not model:
-        result.config = {**model.config, **NO_GATES}
-    return result
+    copies[module] = copy
+    return copy
