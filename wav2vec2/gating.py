@@ -325,40 +325,40 @@ def replica(model: nn.Module, tensors: Mapping[Place, Tensor | None]) -> nn.Modu
         RuntimeError: a function was put on a module in place of its ``forward``. It is bound to that very
             module and would compute with its whole weights.
     """
-    changes: dict[nn.Module, dict[str, Tensor | None]] = {model: {}}
-    for (module, name), tensor in tensors.items():
-        changes.setdefault(module, {})[name] = tensor
     if not tensors:
         return model
-    result = _copy(model, changes, {})
-    result.config = {**model.config, **NO_GATES}
-    # Its methods may have been compiled or replaced for the original, which has drawn the gates already.
-    for name in ("forward", "_compiled_call_impl"):
-        result.__dict__.pop(name, None)
-    return result
-
-
-def _copy(module: nn.Module, changes: Mapping[nn.Module, dict], copies: dict[nn.Module, nn.Module | None]):
-    """What a replica has in the place of ``module``: the module itself where nothing below it changes."""
-    if module in copies:
-        return copies[module]
-    own = module.__dict__
-    children = {name: child and _copy(child, changes, copies) for name, child in own["_modules"].items()}
-    changed = module in changes or any(children[name] is not child for name, child in own["_modules"].items())
-    if isinstance(module, HardConcrete):
-        copy = None
-    elif not changed:
-        copy = module
-    else:
-        is_bound = "forward" in own or own.get("_compiled_call_impl") is not None
-        if is_bound and not hasattr(module, "is_gated"):
+    changes: dict[nn.Module, dict[str, Tensor | None]] = {}
+    for (module, name), tensor in tensors.items():
+        changes.setdefault(module, {})[name] = tensor
+    copies: dict[nn.Module, nn.Module | None] = {}
+    result = _copy(model, changes, copies)
+    for module, copy in copies.items():
+        bound = "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None
+        if bound and module is not model and copy is not module:
             raise RuntimeError(
                 f"a gated model cannot run a forward that was put on an instance of {type(module).__name__}, "
                 "which would compute with all units: put it on a subclass, or wrap the module in another one"
             )
-        copy, new = module.__new__(type(module)), changes.get(module, {})
-        copy.__dict__.update(own, _modules=children)
-        for kind in ("_parameters", "_buffers"):
-            copy.__dict__[kind] = {name: new.get(name, old) for name, old in own[kind].items()}
-    copies[module] = copy
-    return copy
+    result.config = {**model.config, **NO_GATES}
+    return result
+
+
+def _copy(
+    module: nn.Module,
+    changes: Mapping[nn.Module, Mapping[str, Tensor | None]],
+    copies: dict[nn.Module, nn.Module | None],
+) -> nn.Module | None:
+    """What a replica has in the place of ``module``: nothing for a gate, and the module itself where neither
+    it nor anything below it changes. ``copies`` collects the answers."""
+    if isinstance(module, HardConcrete):
+        return None
+    if module not in copies:
+        own, new = module.__dict__, changes.get(module, {})
+        children = {name: child and _copy(child, changes, copies) for name, child in own["_modules"].items()}
+        copies[module] = module
+        if new or any(children[name] is not child for name, child in own["_modules"].items()):
+            copies[module] = copy = module.__new__(type(module))
+            copy.__dict__.update(own, _modules=children)
+            for kind in ("_parameters", "_buffers"):
+                copy.__dict__[kind] = {name: new.get(name, old) for name, old in own[kind].items()}
+    return copies[module]
