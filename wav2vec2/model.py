@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import components as parts
 from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
-from .cost import parameter_count
+from .cost import count_parameters, parameter_count
 from .gating import narrowed
 from .hardconcrete import HardConcrete
 from .pruning import prune
@@ -113,6 +113,8 @@ class Wav2Vec2Model(nn.Module):
 
     def get_num_params(self) -> Tensor:
         """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
+        if not self.is_gated:
+            return torch.tensor(count_parameters(self), dtype=torch.float64)
         return parameter_count(self).to(self.feature_extractor.dummy_weight.device)()
 
     def prune(self, round_to: int = 1) -> tuple:
