@@ -6,28 +6,16 @@ be one that only training needs.
 """
 
 import ast
+import math
+import re
 from collections.abc import Mapping
-from contextlib import suppress
-
-from torch import Tensor
 
 from utils.cli import abbreviate
 from utils.files import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 from . import safe_pickle
-from .common import (
-    FAMILIES,
-    MAX_LAYERS,
-    Options,
-    build,
-    conv_layers,
-    convert,
-    read_config,
-    rename,
-    script_arguments,
-    without_prefix,
-)
+from .common import FAMILIES, build, check_family, read_config, rename, require_values, run_converter
 from .safe_pickle import StandIn
 
 NAMES = {
@@ -46,6 +34,18 @@ NAMES = {
     "encoder_layer_drop": "encoder_layerdrop",
 }
 WAVLM_NAMES = {"encoder_num_buckets": "num_buckets", "encoder_max_distance": "max_distance"}
+
+ACCEPTED = {
+    "extractor_mode": ("default", "layer_norm"),
+    "activation_fn": ("gelu",),
+    "layer_type": ("transformer",),
+    "pos_conv_depth": (1,),
+    "conv_pos_batch_norm": (False,),
+    "quantize_input": (False,),
+    "crop_seq_to_multiple": (1,),
+}
+WAVLM_ACCEPTED = {"relative_position_embedding": (True,), "gru_rel_pos": (True,)}
+"""The values of options that the model here can compute."""
 
 CONV = r"feature_extractor\.conv_layers\.(\d+)\."
 LAYER = r"encoder\.layers\.(\d+)\."
@@ -77,10 +77,13 @@ FINE_TUNED = "w2v_encoder.w2v_model."
 def main(family: str) -> None:
     """Runs the converter of one family: "hubert", "wav2vec2" or "wavlm"."""
     origin = "Microsoft's release" if family == "wavlm" else "fairseq"
-    description = f"Converts a {FAMILIES[family]} checkpoint of {origin}."
-    args = script_arguments(description, "--ckpt", None, "the .pt file, as it was published")
-    suffix = ".unilm.pth" if family == "wavlm" else ".fairseq.pth"
-    convert("ckpt", args.ckpt, args.out, suffix, lambda path: load_fairseq(path, family))
+    run_converter(
+        f"Converts a {FAMILIES[family]} checkpoint of {origin}.",
+        "ckpt",
+        "the .pt file, as it was published",
+        ".unilm.pth" if family == "wavlm" else ".fairseq.pth",
+        lambda path: load_fairseq(path, family),
+    )
 
 
 def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
@@ -96,23 +99,17 @@ def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
             cannot compute, or a tensor is missing or left over.
     """
     content = safe_pickle.load(path)
-    tensors = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(
             f'{path}: has no weights under "model", so it is not a checkpoint of fairseq or WavLM'
         )
-    options, found = _read_options(content, path)
-    if found != family:
-        raise UserError(f"{path}: {_other_family(found, family)}")
+    tensors = safe_pickle.named_tensors(content["model"], path)
+    options = _read_options(content, path)
+    architecture = str(options.get("_name") or options.get("arch"))
+    found = "wavlm" if "relative_position_embedding" in options else architecture.split("_")[0]
+    check_family(found, family, path, "unilm" if found == "wavlm" else "fairseq")
     config = config_from_options(options, path, family)
-    tensors = without_prefix(tensors, r"(w2v_encoder\.)?(w2v_model\.)?", path)
-    if "post_extract_proj.weight" not in tensors:
-        raise UserError(
-            f"{path}: has no post_extract_proj, a projection of the convolutional features, which the model "
-            "here always has, so it cannot be converted"
-        )
+    tensors = {re.sub(r"^(w2v_encoder\.)?(w2v_model\.)?", "", name): t for name, t in tensors.items()}
     renamed = rename(tensors, TENSORS, path)
     model = build(config, renamed, path)
     return model, f"{len(renamed)} tensors used, {len(tensors) - len(renamed)} of training alone left out"
@@ -129,84 +126,56 @@ def config_from_options(values: Mapping, source: str, family: str) -> dict:
         UserError: an option is missing or impossible, or stands for something that the model here cannot
             compute; the option is named.
     """
-    options = Options(values, source)
-    options.require("extractor_mode", ("default", "layer_norm"), None)
-    options.require("activation_fn", ("gelu",), "gelu")
-    options.require("layer_type", ("transformer",), "transformer")
-    options.require("pos_conv_depth", (1,), 1)
-    options.require("conv_pos_batch_norm", (False,), False)
-    options.require("quantize_input", (False,), False)
-    options.require("crop_seq_to_multiple", (1,), 1)
-    if family == "wavlm":
-        options.require("relative_position_embedding", (True,), False)
-        options.require("gru_rel_pos", (True,), False)
-    layer_norms = values["extractor_mode"] == "layer_norm"
+    wavlm = family == "wavlm"
+    require_values(values, ACCEPTED | (WAVLM_ACCEPTED if wavlm else {}), source)
+    layer_norms = values.get("extractor_mode") == "layer_norm"
+    normalize = values.get("normalize")
     return read_config(
-        options,
-        NAMES | (WAVLM_NAMES if family == "wavlm" else {}),
+        values,
+        NAMES | (WAVLM_NAMES if wavlm else {}),
+        source,
         parse_conv_layers(values.get("conv_feature_layers"), source),
-        layer_norms,
-        options.boolean("normalize", default=layer_norms),
-        family == "wavlm",
+        extractor_mode="layer_norm" if layer_norms else "group_norm",
+        normalize_waveform=layer_norms if normalize is None else normalize,
+        wavlm=wavlm,
     )
 
 
 def parse_conv_layers(text: str, source: str) -> list[tuple[int, int, int]]:
     """Parses fairseq's ``conv_feature_layers``, for example ``"[(512,10,5)] + [(512,3,2)] * 4"``.
 
-    fairseq evaluates this text as Python. Here it is only parsed: whole numbers, lists and tuples, sums of
-    lists, and products of a list and a number.
+    fairseq evaluates this text as Python. Here it is only parsed: lists, their sum, and their multiples.
 
     Returns:
-        (channels, kernel, stride) of each layer.
+        (channels, kernel size, stride) of each layer.
     Raises:
         UserError: it is anything else.
     """
-
-    def evaluate(node: ast.AST):
-        match node:
-            case ast.Constant(value=int() as number):
-                return number
-            case ast.List() | ast.Tuple():
-                return [evaluate(item) for item in node.elts]
-            case ast.BinOp(op=ast.Add()):
-                left, right = evaluate(node.left), evaluate(node.right)
-                if isinstance(left, list) and isinstance(right, list):
-                    return left + right
-            case ast.BinOp(op=ast.Mult()):
-                left, right = evaluate(node.left), evaluate(node.right)
-                if isinstance(left, int):
-                    left, right = right, left
-                if isinstance(left, list) and isinstance(right, int) and len(left) * right <= MAX_LAYERS:
-                    return left * right
-        raise ValueError
-
-    layers = text
-    if isinstance(text, str) and len(text) <= 1_000:
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # conv_layers refuses the text
-            layers = evaluate(ast.parse(text.strip(), mode="eval").body)
-    return conv_layers(layers, "conv_feature_layers", source)
-
-
-def _read_options(content: dict, path: str) -> tuple[dict, str]:
-    """The options of the encoder, with ``normalize`` of its task, and the name of its architecture."""
+    layers = []
     try:
-        config = plain_values(content.get("cfg") or content.get("args"))
-    except RecursionError as error:
-        raise UserError(f"{path}: its options contain themselves; get the file from its publisher") from error
-    options, task = _split(config, path)
+        for term in str(text).split("+"):
+            # A list and its multiples, in any order.
+            block, *multiples = sorted((factor.strip() for factor in term.split("*")), key=str.isdigit)
+            times = math.prod(map(int, multiples))
+            if times > 100:
+                raise ValueError("no model has so many layers")
+            layers += [tuple(layer) for layer in ast.literal_eval(block)] * times
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise UserError(
+            f"{source}: conv_feature_layers is {abbreviate(text)}, and not a list of (channels, kernel size, "
+            "stride) or a sum of such lists; use the config it came with"
+        ) from error
+    return layers
+
+
+def _read_options(content: dict, path: str) -> dict:
+    """The options of the encoder, with ``normalize`` of its task."""
+    options, task = _split(plain_values(content.get("cfg") or content.get("args")), path)
     normalize = task.get("normalize")
     if any(name.startswith(FINE_TUNED) for name in content["model"]):
         options, task = _split(options.get("w2v_args"), path)
         normalize = task.get("normalize") if normalize is None else normalize
-    architecture = options.get("_name") or options.get("arch")
-    architecture = architecture if isinstance(architecture, str) else ""
-    if "relative_position_embedding" in options:
-        architecture = "wavlm"
-    for family in ("hubert", "wav2vec2"):
-        if architecture.startswith(f"{family}_"):
-            architecture = family
-    return options | {"normalize": normalize}, architecture
+    return options | {"normalize": normalize}
 
 
 def _split(config, path: str) -> tuple[dict, dict]:
@@ -222,40 +191,18 @@ def _split(config, path: str) -> tuple[dict, dict]:
     return config, config
 
 
-def plain_values(value, known: dict | None = None):
+def plain_values(value):
     """``value`` with every stand-in replaced by what it stands for: a dict for a namespace or a config, its
-    value for a member of an enumeration.
-
-    Args:
-        value: what was unpickled.
-        known: id -> result, so that a value that occurs many times is converted once.
-    """
-    known = {} if known is None else known
-    if id(value) not in known:
-        known[id(value)] = _plain(value, known)
-    return known[id(value)]
-
-
-def _plain(value, known: dict):
+    value for a member of an enumeration."""
     if isinstance(value, StandIn):
         for key in ("_content", "_val"):  # omegaconf's containers and its single values
             if key in value.state:
-                return plain_values(value.state[key], known)
+                return plain_values(value.state[key])
         if value.state:
-            return plain_values(value.state, known)
-        return plain_values(value.arguments[0], known) if len(value.arguments) == 1 else None
+            return plain_values(value.state)
+        return plain_values(value.arguments[0]) if len(value.arguments) == 1 else None
     if isinstance(value, dict):
-        return {key: plain_values(item, known) for key, item in value.items()}
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_values(item, known) for item in value]
+        return [plain_values(item) for item in value]
     return value
-
-
-def _other_family(found: str, wanted: str) -> str:
-    wanted = f"not a {FAMILIES[wanted]} model"
-    if found in FAMILIES:
-        source = "unilm" if found == "wavlm" else "fairseq"
-        return f"a {FAMILIES[found]} model, {wanted}; convert it with convert_{found}_from_{source}.py"
-    architecture = abbreviate(found or "unknown")
-    known = "only HuBERT, wav2vec 2.0 and WavLM can be converted"
-    return f"a model of the architecture {architecture}, {wanted}; {known}"

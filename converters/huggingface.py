@@ -13,40 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.cli import abbreviate, missing_package, some
+from utils.cli import missing_package
+from utils.compare import relative_difference
 from utils.files import UserError
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
 
 from . import safe_pickle
-from .common import (
-    FAMILIES,
-    MAX_LAYERS,
-    Options,
-    build,
-    conv_layers,
-    convert,
-    read_config,
-    rename,
-    require_floating_point,
-    script_arguments,
-    without_prefix,
-)
+from .common import FAMILIES, build, check_family, read_config, rename, require_values, run_converter
 
 TOLERANCE = 1e-4
 """The largest accepted difference of a hidden state, relative to its largest value."""
 
 CLASSES = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2", "wavlm": "WavLM"}
 """The names of transformers' classes begin with these."""
-
-IGNORED_OPTIONS = (
-    "auto_map",  # names code in the folder
-    "quantization_config",
-    "num_labels",  # of a head; transformers makes as many labels as this says
-    "id2label",
-    "label2id",
-)
-"""Options of a config that say nothing about the encoder and can do harm."""
 
 NAMES = {
     "num_layers": "num_hidden_layers",
@@ -65,6 +45,18 @@ NAMES = {
 }
 WAVLM_NAMES = {"encoder_num_buckets": "num_buckets", "encoder_max_distance": "max_bucket_distance"}
 
+ACCEPTED = {
+    "hidden_act": ("gelu", "gelu_python"),
+    "feat_extract_activation": ("gelu", "gelu_python"),
+    "feat_extract_norm": ("group", "layer"),
+    "layer_norm_eps": (1e-5,),
+    "conv_pos_batch_norm": (False,),
+    "feat_proj_layer_norm": (True,),
+    "add_adapter": (False,),
+    "adapter_attn_dim": (None,),
+}
+"""The values of options that the model here can compute."""
+
 TENSORS = {
     r"(feature_extractor\..*)": r"\1",
     r"feature_projection\.(.*)": r"encoder.feature_projection.\1",
@@ -80,18 +72,6 @@ WEIGHT_FILES = (
 )
 """The first one that exists is read; an index lists the files among which the weights are divided."""
 
-HEADS = (
-    "lm_head.",
-    "quantizer.",
-    "project_q.",
-    "project_hid.",
-    "projector.",
-    "classifier.",
-    "layer_weights",
-    "dropout_features.",
-)
-"""What the names of tensors beside the encoder begin with: CTC, pretraining and classification heads."""
-
 
 def main(family: str, model: str) -> None:
     """Runs a converter of one family.
@@ -100,18 +80,22 @@ def main(family: str, model: str) -> None:
         family: "hubert", "wav2vec2" or "wavlm".
         model: what ``--model`` is by default.
     """
-    description = f"Converts a {FAMILIES[family]} model of Hugging Face's transformers."
-    meaning = f"a folder or a hub's name, with or without a CTC head; by default {model}"
-    args = script_arguments(description, "--model", model, meaning)
-    convert("model", args.model, args.out, ".hf.pth", lambda name: load_huggingface(name, family))
+    run_converter(
+        f"Converts a {FAMILIES[family]} model of Hugging Face's transformers.",
+        "model",
+        f"a folder or a hub's name, with or without a CTC head; by default {model}",
+        ".hf.pth",
+        lambda name: load_huggingface(name, family),
+        default=model,
+    )
 
 
-def load_huggingface(name: str, family: str) -> tuple[Wav2Vec2Model, str]:
+def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Model, str]:
     """The encoder of a checkpoint in the format of ``transformers``, compared with that library's own model.
 
     Args:
         name: a folder or a hub's name.
-        family: "hubert", "wav2vec2" or "wavlm".
+        family: "hubert", "wav2vec2" or "wavlm"; None takes any of the three.
     Returns:
         The model in evaluation mode, and a remark on what the comparison found.
     Raises:
@@ -123,25 +107,16 @@ def load_huggingface(name: str, family: str) -> tuple[Wav2Vec2Model, str]:
     values = source.read_json("config.json")
     if values is None:
         raise UserError(f"{name}: {source.why_missing('config.json')}")
-    if values.get("model_type") != family:
-        raise UserError(f"{name}: {_other_family(values.get('model_type'), family)}")
-    options = {
-        key: value for key, value in values.items() if key not in IGNORED_OPTIONS and not key.startswith("_")
-    }
-    for key, value in options.items():  # transformers checks a list entry by entry, which takes its time
-        if isinstance(value, (list, dict)) and len(value) > MAX_LAYERS:
-            raise UserError(
-                f"{name}: the option {some([key])} of its config has {len(value):,} entries, more than any "
-                "model's; use the config it came with"
-            )
-    config_class = getattr(transformers, f"{CLASSES[family]}Config")
-    # Stated here, because a config could name a repository whose code computes the attention.
-    config = _call(name, config_class.from_dict, options, attn_implementation="eager")
-    normalized = normalizes_input(source, config)
-    config_from_options(config, name, normalized)  # refuses an impossible config before anything is built
-    model_class = getattr(transformers, f"{CLASSES[family]}Model")
-    original = build_original(model_class, config, source.read_weights(), name)
-    model = import_huggingface_model(original, normalized, name)
+    found = str(values.get("model_type"))
+    check_family(found, family, name, "hf")
+    # A config can name code in its folder, and a repository whose code computes the attention.
+    values = {key: value for key, value in values.items() if key != "auto_map" and not key.startswith("_")}
+    config_class = getattr(transformers, f"{CLASSES[found]}Config")
+    config = _call(name, config_class.from_dict, values, attn_implementation="eager")
+    normalized = _normalizes_input(source, config)
+    weights = _encoder_weights(source.read_weights(), found, name)
+    model = build(config_from_options(config, name, normalized), rename(weights, TENSORS, name), name)
+    original = _build_original(getattr(transformers, f"{CLASSES[found]}Model"), config, weights, name)
     error = largest_difference(model, original)
     if not error <= TOLERANCE:
         raise UserError(
@@ -168,8 +143,8 @@ def import_huggingface_model(
     """
     original = original.base_model
     config = config_from_options(original.config, source, normalize_waveform)
-    tensors = {key: tensor.detach() for key, tensor in original.state_dict().items()}
-    return build(config, rename(tensors, TENSORS, source), source)
+    weights = {key: tensor.detach() for key, tensor in original.state_dict().items()}
+    return build(config, rename(weights, TENSORS, source), source)
 
 
 def config_from_options(config, source: str, normalize_waveform: bool) -> dict:
@@ -183,27 +158,16 @@ def config_from_options(config, source: str, normalize_waveform: bool) -> dict:
         UserError: an option is impossible, or stands for something that the model here cannot compute; the
             option is named.
     """
-    options = Options(vars(config), source)
-    family = config.model_type
-    for name in ("hidden_act", "feat_extract_activation"):
-        options.require(name, ("gelu", "gelu_python"), "gelu")
-    options.require("layer_norm_eps", (1e-5,), 1e-5)
-    options.require("feat_extract_norm", ("group", "layer"), "group")
-    if family == "hubert":
-        options.require("conv_pos_batch_norm", (False,), False)
-        options.require("feat_proj_layer_norm", (True,), True)
-    else:
-        options.require("add_adapter", (False,), False)
-    if family != "wavlm":
-        options.require("adapter_attn_dim", (None,), None)
-    layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
+    wavlm = config.model_type == "wavlm"
+    require_values(vars(config), ACCEPTED, source)
     return read_config(
-        options,
-        NAMES | (WAVLM_NAMES if family == "wavlm" else {}),
-        conv_layers(layers, "(conv_dim, conv_kernel, conv_stride)", source),
-        config.feat_extract_norm == "layer",
-        normalize_waveform,
-        family == "wavlm",
+        vars(config),
+        NAMES | (WAVLM_NAMES if wavlm else {}),
+        source,
+        list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
+        extractor_mode="layer_norm" if config.feat_extract_norm == "layer" else "group_norm",
+        normalize_waveform=normalize_waveform,
+        wavlm=wavlm,
     )
 
 
@@ -245,9 +209,9 @@ class Source:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a JSON file ({error}); copy it again") from error
+            raise UserError(f"{path} is damaged, or is not a JSON file ({error}); copy it again") from error
         if not isinstance(content, dict):
-            raise UserError(f"{path}: holds a {type(content).__name__} and no options; copy it again")
+            raise UserError(f"{path} holds no options, but a {type(content).__name__}; copy it again")
         return content
 
     def read_weights(self) -> dict[str, Tensor]:
@@ -265,32 +229,24 @@ class Source:
             path = self.path(file) if Path(file).name == file else None
             if path is None:
                 raise UserError(f"{self.name}: {self.why_missing(repr(file[:200]))}")
-            weights |= read_tensors(path)
+            weights |= _read_tensors(path)
         return weights
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` or ``.bin`` file."""
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{path}: not a safetensors file, or a damaged one ({reason}); copy it again"
-            ) from error
-    tensors = safe_pickle.load(path)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
-    ):
-        raise UserError(f"{path}: holds something other than named tensors; copy it again")
-    return tensors
+        except SafetensorError as error:
+            raise safe_pickle.damaged(path) from error
+    return safe_pickle.named_tensors(safe_pickle.load(path), path)
 
 
-def normalizes_input(source: Source, config) -> bool:
+def _normalizes_input(source: Source, config) -> bool:
     """Whether the model expects waveforms of zero mean and unit variance.
 
     The options of its feature extractor say so, or else the convention of its architecture.
@@ -298,64 +254,40 @@ def normalizes_input(source: Source, config) -> bool:
     processor = source.read_json("processor_config.json") or {}
     extractor = processor.get("feature_extractor") or source.read_json("preprocessor_config.json") or {}
     given = extractor.get("do_normalize") if isinstance(extractor, dict) else None
-    if not isinstance(given, bool | None):
-        raise UserError(
-            f"{source.name}: the option do_normalize of its feature extractor is {abbreviate(given)}, which "
-            "it cannot be; use the files it came with"
-        )
     return config.feat_extract_norm == "layer" if given is None else given
 
 
-def build_original(model_class: type, config, weights: Mapping[str, Tensor], source: str) -> nn.Module:
-    """The model of ``transformers`` in float32 and evaluation mode, which shares the memory of its weights.
+def _encoder_weights(weights: Mapping[str, Tensor], family: str, source: str) -> dict[str, Tensor]:
+    """The tensors of the encoder in float32. Where there is a head, their names begin with the family."""
+    prefix = f"{family}."
+    if any(name.startswith(prefix) for name in weights):
+        weights = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{source}: its tensor {name} is of the type {tensor.dtype} and not floating-point; get the "
+                "file as it was published"
+            )
+    return {name.removeprefix(prefix): tensor.float() for name, tensor in weights.items()}
 
-    It is built without memory of its own, so a config that claims more than the weights hold takes none.
 
-    Args:
-        model_class: ``HubertModel``, say.
-        config: its config.
-        weights: the tensors of the checkpoint, with those of its head.
-        source: where they come from, named in errors.
-    Raises:
-        UserError: the model cannot be built, or a tensor is missing, left over or of another shape.
-    """
+def _build_original(model_class: type, config, weights: Mapping[str, Tensor], source: str) -> nn.Module:
+    """The model of ``transformers`` in evaluation mode, which shares the memory of the encoder's weights."""
     with torch.device("meta"):
         original = _call(source, model_class, config).eval()
-    expected = original.state_dict()
-    weights = without_prefix(weights, r"(hubert|wav2vec2|wavlm)\.", source)
-    names = {_old_spelling(key): key for key in expected}
-    weights = {
-        names.get(_old_spelling(key), key): tensor
-        for key, tensor in weights.items()
-        if not key.startswith(HEADS) and key != "masked_spec_embed"
-    }
-    if "masked_spec_embed" in expected:  # replaces masked frames in training, and not every checkpoint has it
-        weights["masked_spec_embed"] = torch.zeros(expected["masked_spec_embed"].shape)
-    for problem, keys in (
-        ("lacks the tensor", expected.keys() - weights.keys()),
-        ("has the unexpected tensor", weights.keys() - expected.keys()),
-    ):
-        if keys:
-            raise UserError(
-                f"{source}: the checkpoint {problem} {some(sorted(keys))}, so it does not belong to its "
-                "config"
-            )
-    for key in sorted(expected):
-        if weights[key].shape != expected[key].shape:
-            raise UserError(
-                f"{source}: the tensor {key} is {tuple(weights[key].shape)}, by the config it should be "
-                f"{tuple(expected[key].shape)}; use the config that the weights came with"
-            )
-    require_floating_point(weights, source)
-    original.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
+    names = {_old_spelling(name): name for name in original.state_dict()}
+    named = {names.get(_old_spelling(name), name): tensor for name, tensor in weights.items()}
+    if "masked_spec_embed" in names:  # replaces masked frames in training, and not every checkpoint has it
+        named.setdefault("masked_spec_embed", torch.zeros(config.hidden_size))
+    _call(source, original.load_state_dict, named, assign=True)
     return original
 
 
-def _old_spelling(key: str) -> str:
+def _old_spelling(name: str) -> str:
     """A tensor's name with the older name of a weight norm's part."""
     for new, old in WeightNormConv1d.NAMES.items():
-        key = key.replace(new, old)
-    return key
+        name = name.replace(new, old)
+    return name
 
 
 @torch.no_grad()
@@ -372,19 +304,19 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     time = torch.arange(16_000) / 16_000
     tones = torch.stack([torch.sin(2 * torch.pi * 220 * time), torch.sin(2 * torch.pi * 1370 * time)])
     waveforms = 0.1 * tones + 0.05 * torch.randn(2, 16_000, generator=generator)
-    largest = 0.0
+    found, expected = [], []
     for lengths in (None, torch.tensor([16_000, 11_200])):
         mask = None if lengths is None else torch.arange(16_000) < lengths.unsqueeze(-1)
         inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
-        expected = _hidden_states(original, inputs, mask)
+        theirs = _hidden_states(original, inputs, mask)
         states, frames = model.extract_features(waveforms, lengths)
-        for ours, theirs in zip([*states, model(waveforms, lengths)[0]], expected, strict=True):
-            if frames is not None:
-                valid = torch.arange(ours.size(1)) < frames.unsqueeze(-1)
-                ours, theirs = ours[valid], theirs[valid]
-            error = (ours - theirs).abs().max() / theirs.abs().max()
-            largest = max(largest, error.nan_to_num(float("inf"), float("inf")).item())
-    return largest
+        ours = [*states, model(waveforms, lengths)[0]]
+        if frames is not None:
+            valid = torch.arange(states[0].size(1)) < frames.unsqueeze(-1)
+            ours, theirs = ([state[valid] for state in states] for states in (ours, theirs))
+        found += ours
+        expected += theirs
+    return relative_difference(found, expected)
 
 
 def _hidden_states(original: nn.Module, waveforms: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -393,16 +325,13 @@ def _hidden_states(original: nn.Module, waveforms: Tensor, mask: Tensor | None) 
     Hooks collect them, since it depends on the release which of them ``output_hidden_states`` lists.
     """
     states: list[Tensor] = []
-    encoder = original.encoder
-    hooks = [
-        encoder.pos_conv_embed.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].clone()))
-    ]
-    for layer in encoder.layers:
-        hooks.append(
-            layer.register_forward_hook(
-                lambda _, __, output: states.append(output[0] if isinstance(output, tuple) else output)
-            )
-        )
+
+    def keep(_module, _inputs, output) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    first = original.encoder.pos_conv_embed
+    hooks = [first.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].clone()))]
+    hooks += [layer.register_forward_hook(keep) for layer in original.encoder.layers]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -413,21 +342,12 @@ def _hidden_states(original: nn.Module, waveforms: Tensor, mask: Tensor | None) 
     return [*states, output[0]]
 
 
-def _other_family(found, wanted: str) -> str:
-    if isinstance(found, str) and found in CLASSES:
-        script = f"convert_{found}_from_hf.py"
-        return f"a {FAMILIES[found]} model, not a {FAMILIES[wanted]} model; convert it with {script}"
-    known = "only HuBERT, wav2vec 2.0 and WavLM models can be converted"
-    return f"a model of the type {abbreviate(found)}; {known}"
-
-
 def _call(name: str, function, *args, **kwargs):
     """Calls ``function`` of transformers, which raises many kinds of errors for a config that it refuses."""
     try:
         return function(*args, **kwargs)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 300 else reason[:300] + " ..."
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{name}: transformers refuses its config ({type(error).__name__}: {reason}); use the config it "
             "came with"

@@ -86,37 +86,6 @@ def refused(script, source, folder):
     return errors
 
 
-def refused_in_little_memory(script, sources, folder, megabytes=100):
-    """Has a process refuse each of ``sources``, which may need at most ``megabytes`` more than its imports.
-
-    Returns:
-        The sentences.
-    """
-    flag, out = "--model" if "from_hf" in script else "--ckpt", str(folder / "out.pth")
-    code = f"""
-import resource, runpy, sys
-import torch, converters.huggingface, converters.fairseq
-if "from_hf" in {script!r}:
-    converters.huggingface.import_transformers()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for source in {[str(source) for source in sources]}:
-    sys.argv = [{script!r}, {flag!r}, source, "--out", {out!r}]
-    try:
-        runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
-    except SystemExit as error:
-        print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    command, environment = [sys.executable, "-c", code], ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    needed = dict(zip(sources, (line.split() for line in process.stdout.splitlines()), strict=True))
-    assert {status for status, _ in needed.values()} == {"2"}, process.stderr
-    assert all(int(kilobytes) < 1024 * megabytes for _, kilobytes in needed.values()), needed
-    assert not (folder / "out.pth").exists()
-    sentences = process.stderr.splitlines()
-    assert len(sentences) == len(sources), process.stderr
-    return sentences
-
-
 def run_with_torch_alone(folder, *command, site=None):
     """Runs Python where no third-party package but torch and what torch depends on can be imported.
 
