@@ -106,12 +106,12 @@ def main(family: str, model: str) -> None:
     convert("model", args.model, args.out, ".hf.pth", lambda name: load_huggingface(name, family))
 
 
-def load_huggingface(name: str, family: str) -> tuple[Wav2Vec2Model, str]:
+def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Model, str]:
     """The encoder of a checkpoint in the format of ``transformers``, compared with that library's own model.
 
     Args:
         name: a folder or a hub's name.
-        family: "hubert", "wav2vec2" or "wavlm".
+        family: "hubert", "wav2vec2" or "wavlm"; None takes any of the three.
     Returns:
         The model in evaluation mode, and a remark on what the comparison found.
     Raises:
@@ -123,8 +123,9 @@ def load_huggingface(name: str, family: str) -> tuple[Wav2Vec2Model, str]:
     values = source.read_json("config.json")
     if values is None:
         raise UserError(f"{name}: {source.why_missing('config.json')}")
-    if values.get("model_type") != family:
-        raise UserError(f"{name}: {_other_family(values.get('model_type'), family)}")
+    found = values.get("model_type")
+    if found not in list(CLASSES) or family not in (None, found):
+        raise UserError(f"{name}: {_other_family(found, family)}")
     options = {
         key: value for key, value in values.items() if key not in IGNORED_OPTIONS and not key.startswith("_")
     }
@@ -134,12 +135,12 @@ def load_huggingface(name: str, family: str) -> tuple[Wav2Vec2Model, str]:
                 f"{name}: the option {some([key])} of its config has {len(value):,} entries, more than any "
                 "model's; use the config it came with"
             )
-    config_class = getattr(transformers, f"{CLASSES[family]}Config")
+    config_class = getattr(transformers, f"{CLASSES[found]}Config")
     # Stated here, because a config could name a repository whose code computes the attention.
     config = _call(name, config_class.from_dict, options, attn_implementation="eager")
     normalized = normalizes_input(source, config)
     config_from_options(config, name, normalized)  # refuses an impossible config before anything is built
-    model_class = getattr(transformers, f"{CLASSES[family]}Model")
+    model_class = getattr(transformers, f"{CLASSES[found]}Model")
     original = build_original(model_class, config, source.read_weights(), name)
     model = import_huggingface_model(original, normalized, name)
     error = largest_difference(model, original)
