@@ -22,12 +22,12 @@ from utils import run_record
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, nonnegative_int, number, positive, run_script
 from utils.files import UserError, atomic_write
-from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 
 with needs_extra("eval"):
     import numpy as np
 
+    from converters.huggingface import load_huggingface
     from dataset import SAMPLE_RATE
     from evaluation.classifier import RESAMPLES, judge
     from evaluation.data import load_audio, make_folds, read_examples
@@ -76,20 +76,14 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--picture shows the weights of models' layers: name models with --models or --hf")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is found; ask for cpu")
+    for folder in args.hf:
+        if not Path(folder).is_dir():  # a hub's name would be fetched
+            raise UserError(f"--hf {folder}: there is no such folder; give one that transformers saved")
     for flag, out in (("json", args.json), ("picture", args.picture)):
         for inputs in (*({"models": name} for name in args.models), *({"hf": name} for name in args.hf)):
             if out is not None:
                 run_record.refuse_overwriting(out, inputs, flag)
     return args
-
-
-def load_huggingface_folder(folder: str) -> Wav2Vec2Model:
-    """Loads the encoder of a folder that transformers wrote, converted in memory."""
-    from converters.huggingface import load_huggingface
-
-    if not Path(folder).is_dir():  # a hub's name would be fetched
-        raise UserError(f"--hf {folder}: there is no such folder; give one that transformers saved")
-    return load_huggingface(folder)[0]
 
 
 def main() -> None:
@@ -100,7 +94,7 @@ def main() -> None:
     examples = read_examples(args.data, args.task)
     folds, apart = make_folds(examples.labels, examples.speakers, args.folds, args.seed)
     models = [(name, load_model(name)) for name in args.models]
-    models += [(name, load_huggingface_folder(name)) for name in args.hf]
+    models += [(name, load_huggingface(name)[0]) for name in args.hf]
     waveforms = load_audio(examples.paths)
 
     clusters = examples.speakers if apart else np.arange(len(examples.labels))

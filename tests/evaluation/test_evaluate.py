@@ -113,6 +113,7 @@ def test_table_picture_and_json_show_every_model(sound, teacher):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_labels_by_the_toss_of_a_coin_are_only_guessed(monkeypatch, recordings, teacher, tmp_path):
     out = tmp_path / "coin.json"
     call(monkeypatch, "evaluate", "--data", recordings, "--task", "coin", "--models", teacher, "--json", out)
