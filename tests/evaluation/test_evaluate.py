@@ -146,7 +146,7 @@ def test_folders_are_labels_and_hf_folders_are_models(monkeypatch, recordings, t
     assert result["models"][1]["accuracy"] >= 0.85
 
 
-def test_folds_keep_speakers_apart_and_judge_every_recording_once():
+def test_folds_keep_speakers_apart_and_judge_each_once():
     random = np.random.default_rng(0)
     speakers = np.array([f"speaker {i % 7}" for i in range(140)])
     labels = random.permutation(np.array([f"label {i % 4}" for i in range(140)]))

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 from reporting.run import read_scalars
-from tests.helpers.models import LARGE, config_of, tiny_config
+from tests.helpers.models import config_of
 from tests.helpers.stages import call, flags, sentence_of
 from utils.checkpoint import save_checkpoint
 from utils.processes import available_cpus
@@ -272,33 +272,34 @@ def test_a_run_in_stage_3_and_what_is_recorded_of_it(
 
 
 @pytest.mark.slow
-def test_stage_1_of_a_large_model_is_reported_on_as_it_is(manifests, tmp_path, monkeypatch):
+def test_a_wavlm_without_validation_in_stages_1_and_2(manifests, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    teacher, root = tmp_path / "large.pth", tmp_path / "exp"
-    save_checkpoint(teacher, wav2vec2_model(**tiny_config(**LARGE)))
-    call(monkeypatch, "distill", *flags(manifests, teacher, root, **STAGE_1))
-    folders = as_words(root_dir=root, final_dir=root / "later", out=tmp_path / "out", repeats=1)
-    call(monkeypatch, "report", "--teacher_ckpt", teacher, *folders)
-    last = root / "ckpts" / "last.ckpt"
-    checkpoint = torch.load(last, weights_only=True)
-    content, page = read(tmp_path / "out")
+    teacher, root, data = tmp_path / "wavlm.pth", tmp_path / "exp", tmp_path / "data"
+    save_checkpoint(teacher, wav2vec2_model(**config_of("wavlm_large", **NO_GATES)))
+    data.mkdir()
+    shutil.copy(manifests / "train100.tsv", data)
+    call(monkeypatch, "distill", *flags(data, teacher, root, **STAGE_1))
+    last, pruned = root / "ckpts" / "last.ckpt", root / "ckpts" / NAME
+    more = as_words(teacher_ckpt=teacher, root_dir=root, repeats=1)
+    call(monkeypatch, "report", *more, *as_words(final_dir=root / "later", tsv_dir=manifests))
+    content, page = read(root / "later" / "report")
     assert content["student"]["path"] == str(last)
     assert "in stage 1, after update 10 of 10" in content["student"]["stage"]
     assert content["sizes"]["student"]["file_bytes"] is None and "not written yet" in page
+    state_dict = torch.load(last, weights_only=True)["state_dict"]
 
     def open_units(name):
-        log_alpha = checkpoint["state_dict"][f"student_model.{name}.log_alpha"].double()
+        log_alpha = state_dict[f"student_model.{name}.log_alpha"].double()
         expected = torch.sigmoid(log_alpha - 2 / 3 * math.log(0.1 / 1.1)).sum().item()
         return len(log_alpha) - round(len(log_alpha) - expected)
 
     layers = "encoder.transformer.layers"
-    kept = {
-        "conv_channels": [open_units(f"feature_extractor.conv_layers.{i}.hard_concrete") for i in range(7)],
-        "heads": [open_units(f"{layers}.{i}.attention.hard_concrete_for_heads") for i in range(3)],
-        "feed_forward": [
-            open_units(f"{layers}.{i}.feed_forward.hard_concrete_for_intermediate") for i in range(3)
-        ],
+    gates = {
+        "conv_channels": [f"feature_extractor.conv_layers.{i}.hard_concrete" for i in range(7)],
+        "heads": [f"{layers}.{i}.attention.hard_concrete_for_heads" for i in range(3)],
+        "feed_forward": [f"{layers}.{i}.feed_forward.hard_concrete_for_intermediate" for i in range(3)],
     }
+    kept = {kind: [open_units(name) for name in names] for kind, names in gates.items()}
     assert content["widths"]["student"] == kept
     assert sum(kept["feed_forward"]) < 3 * 64
     assert 0 < content["sparsity"]["expected"] < 1
@@ -306,25 +307,12 @@ def test_stage_1_of_a_large_model_is_reported_on_as_it_is(manifests, tmp_path, m
     assert len(content["distance"]["students"][0]["hidden_states"]) == 4
     assert check_page(page) == 3 + 4 + 2
 
-
-@pytest.mark.slow
-def test_a_wavlm_run_without_a_validation_set(manifests, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    teacher, root, data = tmp_path / "wavlm.pth", tmp_path / "exp", tmp_path / "data"
-    save_checkpoint(teacher, wav2vec2_model(**config_of("wavlm_base", **NO_GATES)))
-    data.mkdir()
-    shutil.copy(manifests / "train100.tsv", data)
-    call(monkeypatch, "distill", *flags(data, teacher, root, **STAGE_1))
-    distilled = root / "ckpts" / "last.ckpt"
-    call(monkeypatch, "prune", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
-    call(monkeypatch, "report", "--teacher_ckpt", teacher, "--root_dir", root, "--repeats", 1)
+    call(monkeypatch, "prune", *as_words(distilled_ckpt=last, original_ckpt=teacher))
+    call(monkeypatch, "report", *more)
     content, page = read(root / "report")
-    pruned = torch.load(root / "ckpts" / NAME, weights_only=True)
     assert content["student"]["stage"] == "after stage 2"
-    heads = [len(remaining) for remaining in pruned["config"]["encoder_remaining_heads"]]
-    used = pruned["config"]["encoder_use_attention"]
-    assert content["widths"]["student"]["heads"] == [n * use for n, use in zip(heads, used, strict=True)]
-    assert content["sizes"]["student"]["parameters"] == numel(pruned["state_dict"])
+    assert content["widths"]["student"] == kept
+    assert content["sizes"]["student"]["parameters"] == numel(load(pruned)[1])
     assert content["distance"] is None and "valid_loss" not in content["training"]["distill"]
     assert "Not measured: no" in page and "No validation loss was logged" in page
     assert check_page(page) == 3 + 4
