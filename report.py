@@ -1,15 +1,13 @@
 #!/usr/bin/env python3
-"""What a run of the four stages came to, as one page to read (report.html) and as numbers (report.json).
+"""Reports on a run of the four stages, as one page to read (report.html) and as numbers (report.json).
 
-The run may still be going on: the student is the last one that its folders hold, and what is not there yet is
-said to be missing.
+The run may still be going on: the report shows the last student that its folders hold, and says what is
+missing.
 """
 
 import argparse
 import json
-import math
 import platform
-import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, positive_int, run_script
 from utils.files import UserError, atomic_write
+from utils.processes import available_cpus, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 
@@ -36,27 +35,29 @@ def parse_args() -> argparse.Namespace:
         "--out", type=Path, help="folder to write to; default: report in --final_dir, or else --root_dir"
     )
     parser.add_argument(
-        "--tsv_dir", type=Path, help="folder of valid.tsv; default: what the run has recorded in run.json"
+        "--tsv_dir", type=Path, help="folder of valid.tsv; default: the one that the run has recorded"
     )
     parser.add_argument(
         "--student_ckpt",
         type=Path,
-        help="what stage 1 started from, while there is no pruned file; default: what the run has recorded, "
-        "or else the teacher",
+        help="file that stage 1 started from, while there is no pruned file; default: the one that the run "
+        "has recorded, or else the teacher",
     )
     parser.add_argument(
-        "--utterances", type=positive_int, default=32, help="of valid.tsv, to measure the distances on"
+        "--utterances",
+        type=positive_int,
+        default=32,
+        help="utterances of valid.tsv to measure the distances on",
     )
     parser.add_argument(
-        "--repeats", type=positive_int, default=5, help="timed runs, of which medians are taken"
+        "--repeats", type=positive_int, default=5, help="timed runs, whose medians are reported"
     )
     return parser.parse_args()
 
 
 def sparsity(run: Run, logs: dict, teacher: Wav2Vec2Model, student: Student) -> dict:
-    """1 - student / teacher, in what stage 1 counts: reached, wanted, and expected by gates not cut yet.
-
-    What is not known is None.
+    """1 - student / teacher in what stage 1 counts: what is reached, what gates that are not cut yet expect,
+    and the target; None where it is not known.
     """
     of = run.flag("distill", "sparsity_of") or "params"
     whole = COUNTS[of](teacher).total()
@@ -74,12 +75,11 @@ def sparsity(run: Run, logs: dict, teacher: Wav2Vec2Model, student: Student) -> 
 
 
 def utterances(args: argparse.Namespace, run: Run) -> measure.Utterances | None:
-    """Those of the run's validation set, or None where it has none."""
-    recorded = run.flag("distill", "tsv_dir") or run.flag("final_distill", "tsv_dir")
-    tsv_dir = args.tsv_dir or (Path(recorded) if recorded else None)
+    """Utterances of the run's validation set, or None where it has none."""
     if args.tsv_dir is not None and not args.tsv_dir.is_dir():
         raise UserError(f"--tsv_dir {args.tsv_dir}: no such folder; give the one that holds valid.tsv")
-    return None if tsv_dir is None else measure.choose_utterances(tsv_dir, args.utterances)
+    tsv_dir = args.tsv_dir or run.flag("distill", "tsv_dir") or run.flag("final_distill", "tsv_dir")
+    return measure.choose_utterances(Path(tsv_dir), args.utterances) if tsv_dir else None
 
 
 def collect(args: argparse.Namespace) -> dict:
@@ -92,14 +92,14 @@ def collect(args: argparse.Namespace) -> dict:
         "teacher": measure.sizes(teacher, args.teacher_ckpt),
         "student": measure.sizes(student.model, student.path if student.saved else None),
     }
-    widths = {"teacher": measure.widths(teacher), "student": measure.widths(student.model)}
+    widths = {"teacher": teacher.widths(), "student": student.model.widths()}
     logs = run.logs()
     validation = utterances(args, run)
     distance = None
     if validation is not None:
-        say(f"measuring distances on {len(validation.files)} utterances")
+        say(f"report.py: measuring distances on {len(validation.chosen)} utterances")
         distance = measure.distances(teacher, students, validation)
-    say("measuring speed")
+    say("report.py: measuring speed")
     rows = measure.speeds(teacher, student.model, args.repeats)
     return {
         "teacher": str(args.teacher_ckpt),
@@ -114,7 +114,7 @@ def collect(args: argparse.Namespace) -> dict:
         "report": {
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "flags": {name: None if value is None else str(value) for name, value in vars(args).items()},
-            "machine": f"{measure.available_cores()} cores, {measure.processor()}, {platform.platform()}",
+            "machine": f"{available_cpus()} cores, {measure.processor()}, {platform.platform()}",
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "matplotlib")},
@@ -123,34 +123,18 @@ def collect(args: argparse.Namespace) -> dict:
     }
 
 
-def say(text: str) -> None:
-    print(f"report.py: {text}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     args = parse_args()
     out = args.out or (args.final_dir or args.root_dir) / "report"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
     report = collect(args)
-    for name, text in (("report.json", to_json(report)), ("report.html", page.render(report))):
+    numbers = json.dumps(report, indent=1) + "\n"
+    for name, text in (("report.json", numbers), ("report.html", page.render(report))):
         with atomic_write(out / name) as path:
             path.write_text(text, encoding="utf-8")
     print(page.short_form(report))
     print(f"wrote {out / 'report.html'} and report.json beside it")
-
-
-def to_json(report: dict) -> str:
-    """``report`` as JSON, with null for what is not finite."""
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(report), indent=1, allow_nan=False) + "\n"
 
 
 if __name__ == "__main__":

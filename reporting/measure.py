@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import platform
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import SAMPLE_RATE, read_manifest
+from dataset import SAMPLE_RATE, AudioDataset
 from dataset.batches import MAX_SAMPLES, MIN_SAMPLES
-from dataset.manifest import format_complaint
-from utils.files import UserError
+from utils.processes import available_cpus
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, multiply_accumulates
 
@@ -30,10 +29,10 @@ SECONDS = (1, 10)
 
 
 def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
-    """Parameters, multiply-accumulates a second of audio by the utterance's seconds, and bytes of the file.
+    """Counts parameters, multiply-accumulates a second of audio by the utterance's seconds, and bytes.
 
     Args:
-        model: without gates.
+        model: a model without gates.
         path: the file that holds it, or None where there is none.
     """
     return {
@@ -41,24 +40,6 @@ def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
         "macs_per_second": {str(seconds): multiply_accumulates(model, seconds) for seconds in SECONDS},
         "file_bytes": None if path is None else path.stat().st_size,
     }
-
-
-def widths(model: Wav2Vec2Model) -> dict[str, list[int]]:
-    """Conv channels, heads and feed-forward widths, an entry a layer; 0 for an absent branch."""
-    layers = model.encoder.transformer.layers
-    return {
-        "conv_channels": [block.conv.out_channels for block in model.feature_extractor.conv_layers],
-        "heads": [0 if layer.attention is None else layer.attention.num_heads for layer in layers],
-        "feed_forward": [
-            0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
-            for layer in layers
-        ],
-    }
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
@@ -71,7 +52,7 @@ def processor() -> str:
 
 @torch.inference_mode()
 def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list[dict]:
-    """The computing time of one utterance on the CPU, the models in turn, as medians of ``repeats``.
+    """Times one utterance on the CPU, the models in turn, as medians of ``repeats`` runs.
 
     The real-time factor is computing time over audio time: below 1 is faster than the audio.
 
@@ -79,72 +60,60 @@ def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list
         For each number of seconds and of threads (one, and all cores), both models' seconds and real-time
         factor, and how many times faster the student is.
     """
-    models = {"teacher": teacher, "student": student}
-    for model in models.values():
-        model.eval().fold_weight_norm()
+    models = {"teacher": teacher.eval().fold_weight_norm(), "student": student.eval().fold_weight_norm()}
     generator = torch.Generator().manual_seed(0)
+    waveforms = 0.1 * torch.randn(1, max(SECONDS) * SAMPLE_RATE, generator=generator)
     before = torch.get_num_threads()
     rows = []
-    try:
-        for seconds in SECONDS:
-            waveforms = 0.1 * torch.randn(1, seconds * SAMPLE_RATE, generator=generator)
-            for threads in sorted({1, available_cores()}):
-                torch.set_num_threads(threads)
-                times: dict[str, list[float]] = {name: [] for name in models}
-                for _ in range(1 + repeats):
-                    for name, model in models.items():
-                        start = time.perf_counter()
-                        model(waveforms)
-                        times[name].append(time.perf_counter() - start)
-                row: dict = {"audio_seconds": seconds, "threads": threads}
-                for name in models:
-                    median = statistics.median(times[name][1:])
-                    row[name] = {"seconds": median, "real_time_factor": median / seconds}
-                row["times_faster"] = row["teacher"]["seconds"] / row["student"]["seconds"]
-                rows.append(row)
-    finally:
-        torch.set_num_threads(before)
+    for seconds, threads in itertools.product(SECONDS, sorted({1, available_cpus()})):
+        torch.set_num_threads(threads)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(1 + repeats):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(waveforms[:, : seconds * SAMPLE_RATE])
+                times[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+        rows.append(
+            {
+                "audio_seconds": seconds,
+                "threads": threads,
+                **{name: {"seconds": t, "real_time_factor": t / seconds} for name, t in medians.items()},
+                "times_faster": medians["teacher"] / medians["student"],
+            }
+        )
+    torch.set_num_threads(before)
     return rows
 
 
 @dataclass
 class Utterances:
-    """Some utterances of a manifest.
+    """Some utterances of ``valid.tsv``.
 
-    Args:
+    Attributes:
         tsv: the manifest.
-        files: those chosen.
+        audio: all its utterances.
+        chosen: the indices of those to use.
         out_of: the number of those to choose from.
     """
 
     tsv: Path
-    files: list[Path]
+    audio: AudioDataset
+    chosen: list[int]
     out_of: int
 
     def waveforms(self) -> Iterator[Tensor]:
-        """Each utterance, (1, time).
-
-        Raises:
-            UserError: a file cannot be read, or is not 16 kHz mono.
-        """
-        for path in self.files:
-            try:
-                with soundfile.SoundFile(path) as audio:
-                    complaint = format_complaint(audio)
-                    samples = None if complaint else audio.read(dtype="float32")
-            except (soundfile.SoundFileError, OSError) as error:
-                raise UserError(f"{path}, of {self.tsv}: cannot be read ({error}); mend it") from error
-            if complaint:
-                raise UserError(f"{path}, of {self.tsv}: {complaint}; make the manifest again")
-            yield torch.from_numpy(samples).unsqueeze(0)
+        """Reads each utterance, (1, time); a file that cannot be read is an AudioError."""
+        for index in self.chosen:
+            yield self.audio[index, 0, int(self.audio.lengths[index])].unsqueeze(0)
 
 
 def choose_utterances(tsv_dir: Path, most: int) -> Utterances | None:
-    """Utterances of ``valid.tsv``, evenly spread over it, of the lengths that validation uses.
+    """Chooses utterances of ``valid.tsv``, evenly spread over it, of the lengths that validation uses.
 
     Args:
         tsv_dir: the folder of the manifest.
-        most: as many at most.
+        most: the largest number of them.
     Returns:
         None where there is no ``valid.tsv``, or no utterance in it to use.
     Raises:
@@ -153,41 +122,25 @@ def choose_utterances(tsv_dir: Path, most: int) -> Utterances | None:
     tsv = tsv_dir / "valid.tsv"
     if not tsv.is_file():
         return None
-    manifest = read_manifest(tsv_dir, "valid")
-    usable = np.flatnonzero((manifest.lengths >= MIN_SAMPLES) & (manifest.lengths <= MAX_SAMPLES))
+    audio = AudioDataset(tsv_dir, "valid")
+    usable = np.flatnonzero((audio.lengths >= MIN_SAMPLES) & (audio.lengths <= MAX_SAMPLES))
     if not len(usable):
         return None
     places = np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(int)
-    files = [Path(manifest.root) / manifest.paths[usable[place]] for place in places]
-    return Utterances(tsv, files, len(usable))
+    return Utterances(tsv, audio, usable[places].tolist(), len(usable))
 
 
-class _Distance:
-    """The distance of two sequences of frames, added up over utterances."""
-
-    def __init__(self) -> None:
-        self.frames = 0
-        self.cosine = self.error = self.norm = 0.0
-
-    def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Adds an utterance: (1, frame, feature) each."""
-        student, teacher = student.double(), teacher.double()
-        self.frames += teacher.size(1)
-        self.cosine += F.cosine_similarity(student, teacher, dim=-1).sum().item()
-        self.error += (student - teacher).square().sum().item()
-        self.norm += teacher.square().sum().item()
-
-    def result(self, layer: int) -> dict:
-        return {
-            "layer": layer,
-            "cosine": self.cosine / self.frames,
-            "relative_error": (self.error / self.norm) ** 0.5,
-        }
+def _sums(student: Tensor, teacher: Tensor) -> Tensor:
+    """What the distance of two sequences of frames, (1, frame, feature), adds up from: (4,) float64."""
+    student, teacher = student.double(), teacher.double()
+    cosine = F.cosine_similarity(student, teacher, dim=-1).sum()
+    frames = torch.tensor(float(teacher.size(1)))
+    return torch.stack([cosine, frames, (student - teacher).square().sum(), teacher.square().sum()])
 
 
 @torch.inference_mode()
 def distances(teacher: Wav2Vec2Model, students: Sequence[Student], utterances: Utterances) -> dict:
-    """How far the hidden states of ``students`` are from the teacher's, layer by layer.
+    """Measures how far the hidden states of ``students`` are from the teacher's, layer by layer.
 
     The cosine is the mean over all frames; the relative error is the norm of the difference over the norm of
     the teacher's hidden states, over all frames and features.
@@ -196,31 +149,39 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], utterances: U
         What was measured on, and for each student the layers' distances: of the hidden states as they are,
         empty where the models' features differ in number, and of those that training projects.
     """
-    plain: list[dict[int, _Distance]] = [{} for _ in students]
-    projected: list[dict[int, _Distance]] = [{} for _ in students]
+    sums: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
     samples = 0
     for waveforms in utterances.waveforms():
         samples += waveforms.numel()
         wanted, _ = teacher.extract_features(waveforms)
         for i, student in enumerate(students):
             states, _ = student.model.extract_features(waveforms)
-            if states[0].size(-1) == wanted[0].size(-1):
-                for layer, pair in enumerate(zip(states, wanted, strict=False)):
-                    plain[i].setdefault(layer, _Distance()).add(*pair)
-            for layer, projection in student.projections.items():
-                source = states[-1 if student.reads_last_layer else layer]
-                projected[i].setdefault(layer, _Distance()).add(projection(source), wanted[layer])
+            last = states[-1]
+            compared = {"hidden_states": dict(enumerate(states[: len(wanted)])), "projected": {}}
+            if last.size(-1) != wanted[-1].size(-1):
+                compared["hidden_states"] = {}
+            for layer, projection in sorted(student.projections.items()):
+                source = last if student.reads_last_layer else states[layer]
+                compared["projected"][layer] = projection(source)
+            for kind, layers in compared.items():
+                found = sums[i, kind]
+                for layer, state in layers.items():
+                    found[layer] = found.get(layer, 0) + _sums(state, wanted[layer])
+
+    def result(i: int, kind: str) -> list[dict]:
+        return [
+            {"layer": layer, "cosine": cosine / frames, "relative_error": (error / norm) ** 0.5}
+            for layer, total in sums[i, kind].items()
+            for cosine, frames, error, norm in [total.tolist()]
+        ]
+
     return {
         "manifest": str(utterances.tsv),
-        "utterances": len(utterances.files),
+        "utterances": len(utterances.chosen),
         "out_of": utterances.out_of,
         "audio_seconds": samples / SAMPLE_RATE,
         "students": [
-            {
-                "stage": student.stage,
-                "hidden_states": [distance.result(layer) for layer, distance in plain[i].items()],
-                "projected": [distance.result(layer) for layer, distance in sorted(projected[i].items())],
-            }
+            {"stage": student.stage, **{kind: result(i, kind) for kind in ("hidden_states", "projected")}}
             for i, student in enumerate(students)
         ],
     }

@@ -1,4 +1,4 @@
-"""What a run of the four stages left in its folders: the models, the flags of the stages, and the logs."""
+"""Reads what a run of the four stages left in its folders: models, records of the stages, and logs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ FINAL_NAME = "pruned_hubert_base.pth"
 
 @dataclass
 class Student:
-    """A student, as far as the run has come.
+    """The student that a stage of the run has made.
 
     Args:
-        model: without gates, in evaluation mode.
+        model: the model without gates, in evaluation mode.
         path: the file that it was read from.
-        stage: which one made it, in words.
-        saved: the file holds this very model, so that its size means something.
+        stage: the stage that made it, in words.
+        saved: whether the file holds this very model, so that its size means something.
         gated: the model before it was cut in memory, where no file holds it cut.
-        projections: what leads a layer of it to a layer of the teacher in the loss, by the teacher's layer.
-        reads_last_layer: all projections read the student's last layer (``--distill_mode predlayer``).
+        projections: the training loss's projections of its layers, by the teacher's layer.
+        reads_last_layer: whether all projections read the last layer (``--distill_mode predlayer``).
     """
 
     model: Wav2Vec2Model
@@ -71,50 +71,47 @@ class Run:
         recorded = read_run(root_dir) | ({} if self.final_dir is None else read_run(self.final_dir))
         self.records: dict[str, dict | None] = {stage: recorded.get(stage) for stage in STAGES}
 
-    def _file(self, folder: Path | None, name: str) -> Path | None:
-        path = None if folder is None else folder / "ckpts" / name
-        return path if path is not None and path.is_file() else None
-
     def flag(self, stage: str, name: str):
         """The value of a flag of a stage, or None where it is not recorded."""
-        sessions = (self.records[stage] or {}).get("sessions") or [{}]
-        return sessions[-1].get("flags", {}).get(name)
+        record = self.records[stage]
+        return None if record is None else record["sessions"][-1]["flags"].get(name)
 
     def students(self, teacher_ckpt: Path, student_ckpt: Path | None) -> list[Student]:
         """The student after each stage whose file is there, the one to report on last.
 
         Args:
-            teacher_ckpt: what the run distils.
-            student_ckpt: what stage 1's student started from. It is asked only where there is no pruned file
-                yet; None stands for what stage 1 has recorded, or else for the teacher.
+            teacher_ckpt: the teacher of the run.
+            student_ckpt: the file that stage 1's student started from, needed while there is no pruned file;
+                None stands for the one that stage 1 has recorded, or else for the teacher.
         Raises:
             UserError: there is no student yet, or a file cannot be read.
         """
-        pruned = self._file(self.root_dir, FINAL_NAME)
-        distilled = self._file(self.root_dir, "last.ckpt")
-        again = self._file(self.final_dir, "last.ckpt")
-        final = self._file(self.final_dir, FINAL_NAME)
+        pruned = _checkpoint(self.root_dir, FINAL_NAME)
+        distilled = _checkpoint(self.root_dir, "last.ckpt")
+        again = _checkpoint(self.final_dir, "last.ckpt")
+        final = _checkpoint(self.final_dir, FINAL_NAME)
         students = []
+        handed_on: dict = {}
         if pruned is not None:
-            students.append(Student(load_model(pruned).eval(), pruned, "after stage 2"))
+            content = read_checkpoint(pruned)
+            model = build_model(content["config"], content["state_dict"], pruned)
+            students.append(Student(model.eval(), pruned, "after stage 2"))
+            handed_on = content.get("distill_linear_projs", {})
         if final is not None:
             students.append(Student(load_model(final).eval(), final, "after stage 4"))
-        if again is not None and (final is not None or pruned is not None):
+        if again is not None and students:
             content = read_distilled(again)
             if final is None:
-                stage = f"in stage 3, after update {content['global_step']:,}{_of(content)}"
                 weights = part(content["state_dict"], "student_model.")
-                model = build_model(
-                    students[-1].model.config, weights, f"{again} with the config of {pruned}"
+                source = f"{again} with the config of {pruned}"
+                model = build_model(students[-1].model.config, weights, source)
+                students.append(
+                    Student(model.eval(), again, f"in stage 3, {_progress(content)}", saved=False)
                 )
-                students.append(Student(model.eval(), again, stage, saved=False))
-            settings = content["hyper_parameters"]
-            add_projections(students[-1], part(content["state_dict"], "distill_linear_projs."), settings)
+            add_projections(students[-1], part(content["state_dict"], "distill_linear_projs."), content)
+            # Stage 3 distils the layers of stage 1, whose projections stage 2 hands on.
             if pruned is not None:
-                # Stage 3 distils the layers of stage 1, whose projections stage 2 hands on.
-                add_projections(
-                    students[0], read_checkpoint(pruned).get("distill_linear_projs", {}), settings
-                )
+                add_projections(students[0], handed_on, content)
         if students:
             return students
         if distilled is None:
@@ -122,11 +119,10 @@ class Run:
                 f"--root_dir {self.root_dir}: has no ckpts/last.ckpt and no ckpts/{FINAL_NAME}; wait until "
                 "stage 1 has saved (every --save_interval updates), or give another run's folder"
             )
-        return [self._cut_in_memory(distilled, student_ckpt or self._started_from() or teacher_ckpt)]
-
-    def _started_from(self) -> Path | None:
         recorded = self.flag("distill", "student_ckpt")
-        return Path(recorded) if recorded is not None and Path(recorded).is_file() else None
+        if student_ckpt is None:
+            student_ckpt = Path(recorded) if recorded and Path(recorded).is_file() else teacher_ckpt
+        return [self._cut_in_memory(distilled, student_ckpt)]
 
     def _cut_in_memory(self, distilled: Path, original: Path) -> Student:
         """Stage 1's student as stage 2 would cut it now."""
@@ -137,10 +133,9 @@ class Run:
             model.prune()
         except PruningError as error:
             raise UserError(f"{distilled}: {error}") from error
-        stage = f"in stage 1, after update {content['global_step']:,}{_of(content)}, cut as its gates stand"
+        stage = f"in stage 1, {_progress(content)}, cut as its gates stand"
         student = Student(model, distilled, stage, saved=False, gated=gated)
-        settings = content["hyper_parameters"]
-        add_projections(student, part(content["state_dict"], "distill_linear_projs."), settings)
+        add_projections(student, part(content["state_dict"], "distill_linear_projs."), content)
         return student
 
     def logs(self) -> dict[str, dict[str, dict[str, list]]]:
@@ -152,16 +147,21 @@ class Run:
         }
 
 
-def _of(content: dict) -> str:
+def _checkpoint(folder: Path | None, name: str) -> Path | None:
+    path = None if folder is None else folder / "ckpts" / name
+    return path if path is not None and path.is_file() else None
+
+
+def _progress(content: dict) -> str:
     updates = content["hyper_parameters"].get("max_updates")
-    return "" if updates is None else f" of {updates:,}"
+    return f"after update {content['global_step']:,}" + ("" if updates is None else f" of {updates:,}")
 
 
 def read_distilled(path: Path) -> dict:
     """The ``last.ckpt`` of a distillation.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is something else.
     """
     content = read_trained(path)
     if not content["state_dict"] or type(content.get("global_step")) is not int:
@@ -169,14 +169,15 @@ def read_distilled(path: Path) -> dict:
     return content
 
 
-def add_projections(student: Student, tensors: dict, settings: dict) -> None:
+def add_projections(student: Student, tensors: dict, content: dict) -> None:
     """Gives ``student`` its projections, where it is known which layers they read.
 
     Args:
-        student: gets them.
-        tensors: theirs, by the names of a module list.
-        settings: ``distill_layers`` and ``distill_mode`` of the run, or neither.
+        student: the student whose hidden states they read.
+        tensors: the projections' tensors, by the names of a module list.
+        content: the distillation's checkpoint, whose settings name the layers.
     """
+    settings = content["hyper_parameters"]
     layers, mode = settings.get("distill_layers"), settings.get("distill_mode")
     if not layers or not mode or not tensors:
         return
@@ -191,7 +192,7 @@ def add_projections(student: Student, tensors: dict, settings: dict) -> None:
 
 
 def read_scalars(folder: Path) -> dict[str, dict[str, list]]:
-    """What TensorBoard's event files hold: for each name the ``step`` and ``value`` of its points.
+    """Reads TensorBoard's event files: for each name the ``step`` and ``value`` of its points.
 
     A run that was resumed from a checkpoint logs the updates after it a second time, and a run that was
     started anew logs all of them again; the later one counts. A value that is not finite becomes None.

@@ -9,10 +9,13 @@ import soundfile
 import soxr
 import torch
 
-import evaluate
+from evaluation.classifier import interval, judge
+from evaluation.data import make_folds, read_examples
+from evaluation.features import make_batches, model_features
 from tests.helpers.models import tiny_config
-from tests.helpers.stages import run
-from utils.checkpoint import save_checkpoint
+from tests.helpers.stages import call, run, sentence_of
+from utils.checkpoint import load_model, save_checkpoint
+from utils.files import UserError
 from wav2vec2 import wav2vec2_model
 
 SPEAKERS = {"ann": 1.0, "bob": 1.03, "cid": 1.06, "dee": 1.09}
@@ -74,7 +77,7 @@ def sound(recordings, teacher, other, tmp_path_factory):
     return json.loads((out / "made" / "sound.json").read_text()), process, out / "sound.png"
 
 
-def test_what_differs_audibly_is_told_apart_on_voices_not_trained_on(sound, teacher, other):
+def test_hums_and_hisses_are_told_apart_on_new_voices(sound, teacher, other):
     result, _, _ = sound
     assert result["speakers_kept_apart"]
     assert result["folds"] == len(SPEAKERS)
@@ -85,7 +88,7 @@ def test_what_differs_audibly_is_told_apart_on_voices_not_trained_on(sound, teac
         assert 0 <= low <= row["accuracy"] <= high <= 1
 
 
-def test_the_table_the_picture_and_the_json_tell_of_every_model(sound, teacher, other):
+def test_table_picture_and_json_show_every_model(sound, teacher):
     result, process, picture = sound
     assert result["recordings"] == 96
     assert result["labels"] == {"hiss": 48, "hum": 48}
@@ -110,48 +113,24 @@ def test_the_table_the_picture_and_the_json_tell_of_every_model(sound, teacher, 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Runs the script in this process, which has imported everything already."""
-
-    def evaluate_here(*args):
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, args)])
-        evaluate.run_script(evaluate.main)
-
-    return evaluate_here
-
-
-@pytest.fixture
-def mistake(here, capsys):
-    """Runs the script in this process; returns its one sentence about the mistake in the flags."""
-
-    def evaluate_wrong(*args):
-        with pytest.raises(SystemExit) as exit:
-            here(*args)
-        assert exit.value.code == 2
-        (error,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
-        return error
-
-    return evaluate_wrong
-
-
-def test_labels_by_the_toss_of_a_coin_are_guessed_no_better_than_that(here, recordings, teacher, tmp_path):
+@pytest.mark.slow
+def test_labels_by_the_toss_of_a_coin_are_only_guessed(monkeypatch, recordings, teacher, tmp_path):
     out = tmp_path / "coin.json"
-    here("--data", recordings, "--task", "coin", "--models", teacher, "--json", out)
+    call(monkeypatch, "evaluate", "--data", recordings, "--task", "coin", "--models", teacher, "--json", out)
     for row in json.loads(out.read_text())["models"]:
         assert 0.25 < row["accuracy"] < 0.75
 
 
-def test_a_speaker_to_be_recognised_is_judged_on_other_recordings(here, recordings, tmp_path, capsys):
+def test_speakers_are_recognised_on_other_recordings(monkeypatch, recordings, tmp_path, capsys):
     out = tmp_path / "voice.json"
-    here("--data", recordings, "--task", "voice", "--folds", "5", "--json", out)
+    call(monkeypatch, "evaluate", "--data", recordings, "--task", "voice", "--folds", "5", "--json", out)
     result = json.loads(out.read_text())
     assert (result["folds"], result["speakers_kept_apart"]) == (5, False)
     assert result["bootstrap"]["over"] == "recordings"
     assert "5 folds over recordings" in capsys.readouterr().out
 
 
-def test_folders_are_labels_and_a_folder_of_transformers_is_a_model(here, recordings, tmp_path):
+def test_folders_are_labels_and_hf_folders_are_models(monkeypatch, recordings, tmp_path):
     transformers = pytest.importorskip("transformers")
     for label in ("hum", "hiss"):
         shutil.copytree(recordings / label, tmp_path / "data" / label)
@@ -160,66 +139,66 @@ def test_folders_are_labels_and_a_folder_of_transformers_is_a_model(here, record
     small |= {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
     transformers.HubertModel(transformers.HubertConfig(**small)).save_pretrained(tmp_path / "hf")
     out = tmp_path / "out.json"
-    here("--data", tmp_path / "data", "--hf", tmp_path / "hf", "--json", out)
+    call(monkeypatch, "evaluate", "--data", tmp_path / "data", "--hf", tmp_path / "hf", "--json", out)
     result = json.loads(out.read_text())
     assert (result["speakers"], result["labels"]) == (None, {"hiss": 48, "hum": 48})
     assert result["models"][1]["layers"] == 3
     assert result["models"][1]["accuracy"] >= 0.85
 
 
-def test_folds_keep_speakers_apart_and_judge_every_recording_once():
+def test_folds_keep_speakers_apart_and_judge_each_once():
     random = np.random.default_rng(0)
     speakers = np.array([f"speaker {i % 7}" for i in range(140)])
     labels = random.permutation(np.array([f"label {i % 4}" for i in range(140)]))
-    folds, apart = evaluate.make_folds(labels, speakers, 5, seed=0)
+    folds, apart = make_folds(labels, speakers, 5, seed=0)
     assert (len(folds), apart) == (5, True)
     for train, judged in folds:
         assert not set(speakers[train]) & set(speakers[judged])
         assert sorted([*train, *judged]) == list(range(140))
     assert sorted(np.concatenate([judged for _, judged in folds])) == list(range(140))
-    assert len(evaluate.make_folds(labels, speakers, 10, seed=0)[0]) == 7
+    assert len(make_folds(labels, speakers, 10, seed=0)[0]) == 7
 
-    folds, apart = evaluate.make_folds(speakers, speakers, 5, seed=0)
+    folds, apart = make_folds(speakers, speakers, 5, seed=0)
     assert (len(folds), apart) == (5, False)
     assert all(set(speakers[judged]) == set(speakers) for _, judged in folds)
-    assert not evaluate.make_folds(labels, None, 5, seed=0)[1]
+    assert not make_folds(labels, None, 5, seed=0)[1]
 
 
-def test_a_recordings_features_do_not_depend_on_what_is_read_with_it(teacher):
+def test_features_do_not_depend_on_what_is_read_beside(teacher):
     generator = torch.Generator().manual_seed(0)
     waveforms = [0.1 * torch.randn(400 + 320 * n, generator=generator) for n in (9, 4, 9, 6, 4, 9)]
     lengths = [len(waveform) for waveform in waveforms]
-    assert list(evaluate.make_batches(lengths, 1)) == [[1, 4], [3], [0, 2, 5]]
-    assert list(evaluate.make_batches(lengths, 2 * 3_280 / 16_000)) == [[1, 4], [3], [0, 2], [5]]
-    model, cpu = evaluate.load_model(teacher), torch.device("cpu")
-    together = evaluate.model_features(model, waveforms, 30, cpu, "model")
-    alone = [evaluate.model_features(model, [waveform], 30, cpu, "model")[0] for waveform in waveforms]
+    assert list(make_batches(lengths, 1)) == [[1, 4], [3], [0, 2, 5]]
+    assert list(make_batches(lengths, 2 * 3_280 / 16_000)) == [[1, 4], [3], [0, 2], [5]]
+    model, cpu = load_model(teacher), torch.device("cpu")
+    together = model_features(model, waveforms, 30, cpu, "model")
+    alone = [model_features(model, [waveform], 30, cpu, "model")[0] for waveform in waveforms]
     np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         states, _ = model.extract_features(waveforms[3][None])
     np.testing.assert_allclose(together[3], torch.stack([s[0].mean(0) for s in states]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_weights_of_the_layers_find_the_one_that_knows():
+def test_the_layer_weights_find_the_layer_that_knows():
     random = np.random.default_rng(0)
     labels = np.arange(120) % 3
     features = random.standard_normal((120, 4, 6)).astype(np.float32)
     features[np.arange(120), 2, labels] += 100
     features[:, 2] *= 1e-3
-    folds, _ = evaluate.make_folds(labels, None, 4, seed=0)
-    correct, weights = evaluate.judge(features, labels, folds, c=1.0)
+    folds, _ = make_folds(labels, None, 4, seed=0)
+    correct, weights = judge(features, labels, folds, c=1.0)
     assert correct.all()
     assert (weights.argmax(1) == 2).all()
     assert weights.min(0)[2] > 0.5
 
 
-def test_the_interval_is_wider_over_speakers_who_differ_than_over_recordings():
+def test_the_interval_is_wider_over_speakers_who_differ():
     """Half of ten speakers are always recognised: the mean varies as that of ten tosses, not of 1,000."""
     speakers = np.repeat(np.arange(10), 100)
     correct = (speakers % 2).astype(float)
-    low, high = evaluate.interval(correct, speakers, seed=0)
+    low, high = interval(correct, speakers, seed=0)
     assert (low, high) == (pytest.approx(0.2, abs=0.01), pytest.approx(0.8, abs=0.01))
-    low, high = evaluate.interval(correct, np.arange(1000), seed=0)
+    low, high = interval(correct, np.arange(1000), seed=0)
     assert (low, high) == (pytest.approx(0.469, abs=0.005), pytest.approx(0.531, abs=0.005))
 
 
@@ -239,45 +218,49 @@ def test_the_interval_is_wider_over_speakers_who_differ_than_over_recordings():
         ),
     ],
 )
-def test_a_manifest_that_cannot_be_judged_is_one_sentence(name, lines, words, tmp_path):
+def test_a_manifest_that_cannot_be_judged_is_refused(name, lines, words, tmp_path):
     (tmp_path / "task.tsv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(evaluate.UserError) as error:
-        examples = evaluate.read_examples(tmp_path, None)
-        evaluate.make_folds(examples.labels, examples.speakers, 10, 0)
+    with pytest.raises(UserError) as error:
+        examples = read_examples(tmp_path, None)
+        make_folds(examples.labels, examples.speakers, 10, 0)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_read_is_named_together_and_nothing_is_written(recordings, tmp_path):
+def test_unusable_recordings_are_named_together(monkeypatch, capsys, recordings, tmp_path):
     shutil.copytree(recordings / "hum", tmp_path / "hum")
     shutil.copytree(recordings / "hiss", tmp_path / "hiss")
     (tmp_path / "hum" / "text.wav").write_text("no audio\n")
     soundfile.write(tmp_path / "hiss" / "short.wav", np.zeros(100), 16_000)
-    process = run("evaluate.py", "--data", tmp_path, "--json", tmp_path / "out.json", check=False)
-    message = process.stderr.splitlines()[-1]
-    assert process.returncode == 2
-    assert "Traceback" not in process.stderr
-    assert message.startswith("evaluate.py: error: these recordings cannot be used")
-    assert "text.wav" in message
+    soundfile.write(tmp_path / "hiss" / "loud.wav", np.full(1_000, np.inf), 16_000, subtype="FLOAT")
+    flags = ("--data", tmp_path, "--json", tmp_path / "out.json")
+    message = sentence_of(monkeypatch, capsys, "evaluate", *flags)
+    assert "these recordings cannot be used: " in message
+    assert "text.wav: Format not recognised" in message
     assert "short.wav (shorter than 25 ms)" in message
+    assert "loud.wav (holds samples that are not finite)" in message
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_mistake_in_flags_is_one_sentence(mistake, recordings, teacher, tmp_path):
-    assert "coin, sound, voice" in mistake("--data", recordings)
-    assert "there is no" in mistake("--data", recordings, "--task", "colour")
-    assert "nowhere" in mistake("--data", tmp_path / "nowhere")
-    assert "neither a manifest" in mistake("--data", tmp_path)
-    assert "missing.pth" in mistake("--data", recordings, "--task", "sound", "--models", "missing.pth")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--data DATA", "coin, sound, voice"),
+        ("--data DATA --task colour", "there is no"),
+        ("--data nowhere", "nowhere"),
+        ("--data TMP", "neither a manifest"),
+        ("--data DATA --task sound --models missing.pth", "missing.pth: no such file"),
+        ("--data DATA --task sound --models TMP/fairseq.pt", "convert it with one of"),
+        ("--data DATA --task sound --hf TMP", "a model of the type bert"),
+        ("--data DATA --task sound --hf nowhere", "--hf nowhere: there is no such folder"),
+        ("--data DATA --models TEACHER --picture weights.txt", ".png"),
+        ("--data DATA --task sound --folds 1", "--folds"),
+    ],
+)
+def test_a_mistake_in_flags_is_one_sentence(flags, words, monkeypatch, capsys, recordings, teacher, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "'bert'" in mistake("--data", recordings, "--task", "sound", "--hf", tmp_path)
-    assert ".png" in mistake("--data", recordings, "--models", teacher, "--picture", "weights.txt")
-    assert "--folds" in mistake("--data", recordings, "--task", "sound", "--folds", "1")
-
-
-def test_a_checkpoint_of_another_sort_is_named(mistake, recordings, tmp_path):
     torch.save({"model": {}, "args": None}, tmp_path / "fairseq.pt")
-    message = mistake("--data", recordings, "--task", "sound", "--models", tmp_path / "fairseq.pt")
-    assert "fairseq.pt" in message
-    assert "convert" in message
+    for name, path in (("DATA", recordings), ("TMP", tmp_path), ("TEACHER", teacher)):
+        flags = flags.replace(name, str(path))
+    assert words in sentence_of(monkeypatch, capsys, "evaluate", *flags.split())

@@ -1,0 +1,189 @@
+"""Labelled recordings: which there are, how they are divided into folds, and their samples."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset import SAMPLE_RATE, AudioError, open_audio
+from dataset.manifest import leaves_root, samples_complaint
+from utils.cli import some
+from utils.files import UserError
+
+WINDOW, HOP = 400, 320
+"""Samples that a frame of the models reads, and from one frame to the next: 25 and 20 ms."""
+
+AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
+
+
+@dataclass
+class Examples:
+    """Recordings with their labels; ``speakers`` is None where they are not known."""
+
+    paths: list[Path]
+    labels: np.ndarray
+    speakers: np.ndarray | None
+
+
+def read_examples(data: Path, task: str | None) -> Examples:
+    """Finds the recordings of a folder, by its manifest or by its folders, one for each label.
+
+    Args:
+        data: the folder.
+        task: the manifest is ``data/task.tsv``. If None, it is the only ``.tsv`` file of the folder, and
+            where there is no such file, the names of the sub-folders are the labels.
+    Raises:
+        UserError: there are no recordings of two labels, or the manifest is malformed.
+    """
+    if not data.is_dir():
+        raise UserError(f"there is no folder {data}: give the recordings' folder with --data")
+    manifests = sorted(data.glob("*.tsv"))
+    if task is not None or manifests:
+        names = ", ".join(path.stem for path in manifests) or "none"
+        if task is None and len(manifests) > 1:
+            raise UserError(f"{data} has several manifests: choose one of {names} with --task")
+        source = manifests[0] if task is None else data / f"{task}.tsv"
+        if not source.is_file():
+            raise UserError(f"--task {task}: there is no {source}; this folder's tasks: {names}")
+        rows = read_manifest(source)
+    else:
+        source = data
+        rows = [
+            (path, folder.name)
+            for folder in sorted(data.iterdir())
+            if folder.is_dir() and not folder.name.startswith(".")
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+        ]
+        if not rows:
+            raise UserError(
+                f"{data} has neither a manifest (NAME.tsv with path<TAB>label) nor a folder of audio for "
+                "each label: add one of the two"
+            )
+    labels = {row[1] for row in rows}
+    if len(labels) < 2:
+        found = f"only the label {labels.pop()!r}" if labels else "no recording"
+        raise UserError(f"{source} has {found}: a classifier needs recordings of two labels or more")
+    paths, *columns = zip(*rows, strict=True)
+    speakers = np.array(columns[1]) if len(columns) == 2 else None
+    return Examples(list(paths), np.array(columns[0]), speakers)
+
+
+def read_manifest(manifest: Path) -> list[tuple]:
+    """Reads the lines of a manifest as (path, label) or (path, label, speaker)."""
+    try:
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{manifest} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+    rows: list[tuple] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{manifest}, line {number}"
+        path, *columns = (column.strip() for column in line.split("\t"))
+        if len(columns) not in (1, 2) or not all([path, *columns]):
+            raise UserError(f"{place}: not path<TAB>label or path<TAB>label<TAB>speaker")
+        if rows and len(columns) + 1 != len(rows[0]):
+            raise UserError(f"{place}: name the speaker in every line or in none")
+        if leaves_root(path):
+            raise UserError(
+                f"{place}: {path!r:.300} does not lie under the manifest's folder: give a path relative to "
+                "it, without .."
+            )
+        if path in seen:
+            # One fold would train on it and another judge it, so its label would be known beforehand.
+            raise UserError(f"{place}: {path} is also in line {seen[path]}; keep one of the two lines")
+        seen[path] = number
+        rows.append((manifest.parent / path, *columns))
+    return rows
+
+
+def make_folds(
+    labels: np.ndarray, speakers: np.ndarray | None, folds: int, seed: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
+    """Splits recordings for cross-validation: each is judged once, by a classifier not trained on it.
+
+    Speakers are kept apart where they are known, so that no voice is both trained on and judged. The
+    exception is a task in which every label has a single speaker, because there the speaker is what is to be
+    recognised.
+
+    Args:
+        labels: one for each recording.
+        speakers: one for each recording, or None.
+        folds: the largest number of folds, if there are as many speakers, or recordings of the rarest label.
+        seed: decides the shuffling.
+    Returns:
+        (training indices, indices to judge) of each fold, and whether speakers are kept apart.
+    Raises:
+        UserError: a label has too few recordings or speakers.
+    """
+    label_speakers = defaultdict(set)
+    for label, speaker in zip(labels, labels if speakers is None else speakers, strict=True):
+        label_speakers[label].add(speaker)
+    alone = sorted(label for label, names in label_speakers.items() if len(names) == 1)
+    apart = speakers is not None and len(alone) < len(label_speakers)
+    if apart:
+        if alone:
+            raise UserError(
+                f"the label {alone[0]!r} has one speaker only, so it cannot be judged on a voice that was "
+                "not trained on: add speakers, or leave the label or the column of speakers out"
+            )
+        folds = min(folds, len(set(speakers)))
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    else:
+        rarest, count = min(Counter(labels.tolist()).items(), key=lambda item: (item[1], item[0]))
+        if count < 2:
+            raise UserError(
+                f"the label {rarest!r} has one recording only, too few to train and to judge: add "
+                "recordings, or leave the label out"
+            )
+        folds = min(folds, count)
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    split = list(splitter.split(labels, labels, speakers if apart else None))
+    for train, judged in split:
+        untrained = sorted(set(labels[judged]) - set(labels[train]))
+        if untrained:
+            raise UserError(
+                f"with {folds} folds all speakers of the label {untrained[0]!r} fall into one of them: ask "
+                "for more --folds, or add speakers of this label"
+            )
+    return split, apart
+
+
+def load_audio(paths: list[Path]) -> list[Tensor]:
+    """Reads each recording as 16 kHz mono, cut to whole frames.
+
+    What is cut off, less than 20 ms, is in no frame of the models. Without it, recordings with as many frames
+    are of one length, so that they can be read together without padding, which some models' norms would see.
+
+    Raises:
+        UserError: some recordings cannot be read; it names them together.
+    """
+    waveforms, problems = [], []
+    for path in tqdm(paths, desc="audio", unit=" files"):
+        try:
+            with open_audio(path) as audio:
+                samples, rate = audio.read(dtype="float32", always_2d=True), audio.samplerate
+        except AudioError as error:
+            problems.append(str(error))
+            continue
+        # soxr filters properly at any ratio of two rates, without a filter of this project's own design.
+        samples = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
+        if len(samples) < WINDOW:
+            problems.append(f"{path} (shorter than 25 ms)")
+        elif complaint := samples_complaint(samples):
+            problems.append(f"{path} ({complaint})")
+        waveforms.append(torch.from_numpy(samples[: len(samples) - (len(samples) - WINDOW) % HOP]))
+    if problems:
+        raise UserError(f"these recordings cannot be used: {some(problems)}; mend them, or leave them out")
+    return waveforms
