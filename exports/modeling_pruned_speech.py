@@ -5,6 +5,8 @@ export_to_hf.py copies this file beside the project's own modules, where its rel
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,7 +111,10 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         layer_drop = transformer.layer_drop if self.training else 0.0
         # The encoder returns the outputs of its layers; what the first layer reads comes out of the dropout.
         first: list[Tensor] = []
-        with transformer.dropout.register_forward_hook(lambda *call: first.append(call[-1])):
+        hook = nullcontext()
+        if output_hidden_states:
+            hook = transformer.dropout.register_forward_hook(lambda *call: first.append(call[-1]))
+        with hook:
             _, *states = self.encoder(features, frames, layer_drop=layer_drop)
         if transformer.layer_norm_first:
             states[-1] = transformer.layer_norm(states[-1])
