@@ -110,6 +110,7 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         features, frames = self.feature_extractor(input_values.to(self.dtype), lengths)
         layer_drop = transformer.layer_drop if self.training else 0.0
         # The encoder returns the outputs of its layers; what the first layer reads comes out of the dropout.
+        # The hook is put on only where it is needed, as torch.compile cannot trace it.
         first: list[Tensor] = []
         hook = nullcontext()
         if output_hidden_states:

@@ -153,6 +153,14 @@ def test_half_precision_is_near_to_float32(dtype, tolerance, tmp_path):
 
 
 @torch.no_grad()
+def test_torch_compile_finds_one_graph(tmp_path):
+    model = load(export(with_absent_branches("wavlm_base"), tmp_path / "model"))
+    waveforms, mask = batch()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert largest_difference(compiled(waveforms, mask)[0], model(waveforms, mask)[0]) < 1e-5
+
+
+@torch.no_grad()
 def test_an_output_layer_becomes_the_ctc_head(tmp_path):
     model = wav2vec2_model(**config_of("hubert_large", **NO_GATES, aux_num_out=7)).eval()
     folder = export(model, tmp_path / "model")
