@@ -1,11 +1,14 @@
-"""Entries of ``torch.hub.load(REPOSITORY_OR_FOLDER, ENTRY, ...)``, and an upstream for s3prl."""
+"""Entries of ``torch.hub.load(REPOSITORY_OR_FOLDER, ENTRY, ...)``, and an upstream for s3prl.
+
+Of this project, only ``wav2vec2`` is imported: whoever calls torch.hub may have a ``utils`` of their own.
+"""
 
 import math as _math
 
 import torch as _torch
 
-from utils.checkpoint import load_model as _load_model
-from wav2vec2 import (
+import wav2vec2 as _wav2vec2
+from wav2vec2 import (  # noqa: F401
     hubert_base,
     hubert_large,
     hubert_xlarge,
@@ -15,39 +18,34 @@ from wav2vec2 import (
     wavlm_base,
     wavlm_large,
 )
-from wav2vec2.model import Wav2Vec2Model as _Wav2Vec2Model
 
 dependencies = ["torch"]
 
-__all__ = [
-    "compressed",
-    "hubert_base",
-    "hubert_large",
-    "hubert_xlarge",
-    "s3prl_upstream",
-    "wav2vec2_base",
-    "wav2vec2_large",
-    "wav2vec2_large_lv60k",
-    "wavlm_base",
-    "wavlm_large",
-]
 
-
-def compressed(ckpt_path: str) -> _Wav2Vec2Model:
+def compressed(ckpt_path: str) -> _wav2vec2.Wav2Vec2Model:
     """The model of a checkpoint (compressed, converted or of an earlier stage) in evaluation mode.
 
     Args:
         ckpt_path: a file with ``config`` and ``state_dict``.
     Raises:
-        UserError: it cannot be read, or its tensors do not belong to its config.
+        ValueError: the file is no such checkpoint.
     """
-    return _load_model(ckpt_path).eval()
+    try:
+        checkpoint = _torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        model = _wav2vec2.wav2vec2_model(**checkpoint["config"])
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:
+        raise ValueError(
+            f"{ckpt_path} cannot be loaded as a checkpoint of this project ({type(error).__name__}): check "
+            "the path, or copy the file again"
+        ) from error
+    return model.eval()
 
 
 class _Upstream(_torch.nn.Module):
     """A model behind the interface of an upstream in s3prl, the toolkit of the SUPERB benchmark."""
 
-    def __init__(self, model: _Wav2Vec2Model) -> None:
+    def __init__(self, model: _wav2vec2.Wav2Vec2Model) -> None:
         super().__init__()
         self.model = model
 
@@ -79,6 +77,6 @@ def s3prl_upstream(ckpt: str, **options) -> _Upstream:
         ckpt: a file with ``config`` and ``state_dict``.
         options: what else s3prl gives every upstream (``model_config``, ``refresh``); of no use here.
     Raises:
-        UserError: as :func:`compressed`.
+        ValueError: as for :func:`compressed`.
     """
     return _Upstream(compressed(ckpt)).eval()

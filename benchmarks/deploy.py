@@ -35,7 +35,8 @@ from common import (
 )
 from torch import Tensor, nn
 
-from export_to_onnx import export, relative_error, samples_of
+from exports.common import samples_of
+from exports.onnx import export, relative_error
 from training import onednn
 from utils.checkpoint import save_checkpoint
 from utils.cli import fraction, nonnegative_int, positive, positive_int, run_script
@@ -202,9 +203,9 @@ def main() -> None:
             for seconds, waveforms in zip(args.seconds, noise, strict=True):
                 with torch.inference_mode():
                     for name, model in (("teacher", teacher), ("student", student)):
-                        expected = model(waveforms)[0].numpy()
+                        expected = model(waveforms)[0]
                         for way in args.ways:
-                            actual = runs[f"{name}, {way}"](waveforms).numpy()
+                            actual = runs[f"{name}, {way}"](waveforms)
                             rows[f"{name}, {way}"]["error %"] = 100 * relative_error(actual, expected)
                 for name, (wall, cpu) in take_turns(runs, waveforms, args.warmup, args.repeats).items():
                     setting = f"{seconds:g} s, {threads} thread" + "s" * (threads > 1)

@@ -17,7 +17,7 @@ import torch
 from common import SAMPLE_RATE, describe, print_machine, print_table, write_json
 from torch import Tensor
 
-from export_to_onnx import samples_of
+from exports.common import samples_of
 from utils.checkpoint import load_model
 from utils.cli import nonnegative, positive, positive_int, run_script
 from utils.files import UserError

@@ -9,6 +9,15 @@ from transformers import PretrainedConfig
 
 from .config import NO_GATES, Wav2Vec2Config, base_config
 
+CTC = {
+    "vocab_size": 32,
+    "final_dropout": 0.0,
+    "ctc_loss_reduction": "sum",
+    "ctc_zero_infinity": False,
+    "initializer_range": 0.02,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
 
 class PrunedSpeechConfig(PretrainedConfig):
     """A pruned or whole wav2vec 2.0, HuBERT or WavLM.
@@ -20,7 +29,6 @@ class PrunedSpeechConfig(PretrainedConfig):
         ctc_zero_infinity: an utterance too short for its labels has the loss 0 instead of an infinite one.
         initializer_range: standard deviation of the weights of a new CTC head.
         pad_token_id: the blank of CTC.
-        bos_token_id, eos_token_id: of a tokenizer that has them.
         kwargs: the keys of ``Wav2Vec2Config`` in config.py, which documents each (HuBERT Base's values are
             the defaults), and what every config of transformers takes. ``normalize_waveform`` is a note of
             what the feature extractor does; the model reads what it is given.
@@ -37,28 +45,10 @@ class PrunedSpeechConfig(PretrainedConfig):
         "layerdrop": "encoder_layer_drop",
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 32,
-        final_dropout: float = 0.0,
-        ctc_loss_reduction: str = "sum",
-        ctc_zero_infinity: bool = False,
-        initializer_range: float = 0.02,
-        pad_token_id: int | None = 0,
-        bos_token_id: int | None = 1,
-        eos_token_id: int | None = 2,
-        **kwargs,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.final_dropout = final_dropout
-        self.ctc_loss_reduction = ctc_loss_reduction
-        self.ctc_zero_infinity = ctc_zero_infinity
-        self.initializer_range = initializer_range
-        for key, default in _defaults(wavlm=kwargs.get("encoder_remaining_heads") is not None).items():
+    def __init__(self, **kwargs) -> None:
+        for key, default in {**CTC, **_defaults(kwargs.get("encoder_remaining_heads"))}.items():
             setattr(self, key, kwargs.pop(key, default))
-        super().__init__(
-            pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs
-        )
+        super().__init__(**{**TOKENS, **kwargs})
 
     def architecture(self) -> Wav2Vec2Config:
         """What the model is built from.
@@ -66,14 +56,13 @@ class PrunedSpeechConfig(PretrainedConfig):
         Raises:
             ValueError: a value is impossible, or two do not go together; the sentence names the key.
         """
-        wavlm = getattr(self, "encoder_remaining_heads", None) is not None
-        keys = {key: getattr(self, key) for key in _defaults(wavlm)}
-        return Wav2Vec2Config.from_dict({**keys, "aux_num_out": None})
+        keys = _defaults(getattr(self, "encoder_remaining_heads", None))
+        return Wav2Vec2Config.from_dict({**{key: getattr(self, key) for key in keys}, "aux_num_out": None})
 
 
-def _defaults(wavlm: bool) -> dict:
+def _defaults(remaining_heads: list[list[int]] | None) -> dict:
     """HuBERT Base's or WavLM Base's config, without gates and without what the CTC head stands for here."""
-    config = base_config(wavlm=wavlm)
+    config = base_config(wavlm=remaining_heads is not None)
     return {key: value for key, value in config.items() if key not in NO_GATES and key != "aux_num_out"}
 
 

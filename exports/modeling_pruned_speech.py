@@ -5,8 +5,7 @@ export_to_hf.py copies this file beside the project's own modules, where its rel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from .components import FeatureExtractor, WavLMSelfAttention
+from .components import EncoderLayer, WavLMSelfAttention
 from .config import Wav2Vec2Config  # noqa: F401
 from .configuration_pruned_speech import PrunedSpeechConfig
 from .cost import count_parameters  # noqa: F401
@@ -27,29 +26,36 @@ from .pruning import PruningError  # noqa: F401
 # What is imported and not used is named because transformers 4.48 fetches only what this file itself imports.
 
 
+class CheckpointedLayer(EncoderLayer):
+    """A layer that the backward pass computes again where gradient checkpointing is on, to save memory."""
+
+    gradient_checkpointing = False  # transformers sets it, and _gradient_checkpointing_func with it
+
+    def forward(self, *args: Tensor | None) -> Tensor:
+        """As for :class:`EncoderLayer`."""
+        if not (self.gradient_checkpointing and self.training):
+            return super().forward(*args)
+        # Reentrant checkpoints, the default of transformers 4.48, lose the gradients of a layer whose input
+        # needs none.
+        return self._gradient_checkpointing_func(super().forward, *args, use_reentrant=False)
+
+
 class PrunedSpeechPreTrainedModel(PreTrainedModel):
     config_class = PrunedSpeechConfig
     base_model_prefix = "pruned_speech"
     main_input_name = "input_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["EncoderLayer"]
+    _no_split_modules = ["CheckpointedLayer"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises a module that the loaded file has no tensors for; a new CTC head, as a rule."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, nn.Conv1d) and not nn.utils.parametrize.is_parametrized(module):
-            nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, FeatureExtractor):
-            nn.init.ones_(module.dummy_weight)
-        elif isinstance(module, WavLMSelfAttention):
-            nn.init.ones_(module.gru_rel_pos_const)
-        if isinstance(getattr(module, "bias", None), Tensor):
             nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
     def _get_feat_extract_output_lengths(self, input_lengths: Tensor | int) -> Tensor | int:
         """Samples -> frames."""
@@ -66,7 +72,8 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         model = Wav2Vec2Model(config.architecture())
         self.feature_extractor = model.feature_extractor
         self.encoder = model.encoder
-        self.gradient_checkpointing = False
+        for layer in self.encoder.transformer.layers:
+            layer.__class__ = CheckpointedLayer  # which differs in its forward alone
         _use_names_that_transformers_loads(self)
         self.post_init()
 
@@ -99,13 +106,16 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         transformer = self.encoder.transformer
-        transformer.activation_checkpointing = self.gradient_checkpointing and self.training
         lengths = None if attention_mask is None else attention_mask.sum(-1)
         features, frames = self.feature_extractor(input_values.to(self.dtype), lengths)
         layer_drop = transformer.layer_drop if self.training else 0.0
         # The encoder returns the outputs of its layers; what the first layer reads comes out of the dropout.
+        # The hook is put on only where it is needed, as torch.compile cannot trace it.
         first: list[Tensor] = []
-        with _appending_output(transformer.dropout, first) if output_hidden_states else nullcontext():
+        hook = nullcontext()
+        if output_hidden_states:
+            hook = transformer.dropout.register_forward_hook(lambda *call: first.append(call[-1]))
+        with hook:
             _, *states = self.encoder(features, frames, layer_drop=layer_drop)
         if transformer.layer_norm_first:
             states[-1] = transformer.layer_norm(states[-1])
@@ -182,16 +192,6 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
                 reduction=self.config.ctc_loss_reduction,
                 zero_infinity=self.config.ctc_zero_infinity,
             )
-
-
-@contextmanager
-def _appending_output(module: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
-    """Appends to ``outputs`` what ``module`` returns meanwhile."""
-    hook = module.register_forward_hook(lambda _, __, output: outputs.append(output))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _use_names_that_transformers_loads(model: PrunedSpeechModel) -> None:

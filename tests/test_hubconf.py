@@ -3,17 +3,14 @@
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.models import tiny_config
+from tests.helpers.models import GOLDEN, recorded, tiny_config
+from tests.helpers.stages import ROOT, assert_equal_to_the_bit
 from utils.checkpoint import save_checkpoint
 from wav2vec2 import wav2vec2_model
-
-ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
 
 # torchaudio's factories of the same names have 512 fewer, for want of dummy_weight.
 ENTRIES = {
@@ -28,54 +25,75 @@ ENTRIES = {
 }
 
 
-@pytest.fixture
-def student(tmp_path):
-    golden = torch.load(GOLDEN / "prune_wavlm.pt", weights_only=True)
-    torch.save(
-        {"config": golden["pruned_config"], "state_dict": golden["pruned_state_dict"]},
-        tmp_path / "student.pth",
-    )
-    return golden
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A file with the recorded model after pruning."""
+    golden = recorded("prune_wavlm")
+    path = tmp_path_factory.mktemp("student") / "student.pth"
+    torch.save({"config": golden["pruned_config"], "state_dict": golden["pruned_state_dict"]}, path)
+    return path
 
 
-def test_a_compressed_model_is_one_line_and_in_evaluation_mode(student, tmp_path):
-    model = torch.hub.load(str(ROOT), "compressed", str(tmp_path / "student.pth"), source="local")
-    assert not any(module.training for module in model.modules())
-    with torch.no_grad():
-        states, _ = model.extract_features(student["waveforms"])
-    torch.testing.assert_close(states, student["hidden_states_pruned"], rtol=1e-5, atol=1e-5)
-    assert sum(parameter.numel() for parameter in model.parameters()) == student["pruned_params"]
+PROGRAM = """
+import sys
+import dataset, exports, training, utils  # the program's own
+import torch
+
+repository, path, golden = sys.argv[1:]
+golden = torch.load(golden, weights_only=True)
+model = torch.hub.load(repository, "compressed", path, source="local")
+assert not any(module.training for module in model.modules())
+with torch.no_grad():
+    states, _ = model.extract_features(golden["waveforms"])
+torch.testing.assert_close(states, golden["hidden_states_pruned"], rtol=1e-5, atol=1e-5)
+assert sum(parameter.numel() for parameter in model.parameters()) == golden["pruned_params"]
+"""
 
 
-def test_it_loads_from_another_folder_in_a_process_of_its_own(student, tmp_path):
-    code = f"import torch; m = torch.hub.load({str(ROOT)!r}, 'compressed', 'student.pth', source='local'); "
-    code += "print(m.training, sum(p.numel() for p in m.parameters()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert (done.stdout, done.stderr) == (f"False {student['pruned_params']}\n", "")
+def test_a_program_with_a_utils_of_its_own_loads_a_model(student, tmp_path):
+    for name in ("dataset", "exports", "training", "utils"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py", ROOT, student, GOLDEN / "prune_wavlm.pt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_entries_are_the_compressed_model_and_the_known_architectures():
+def test_both_spellings_of_the_weight_norm_load(student, tmp_path):
+    content = torch.load(student, weights_only=True)
+    tensors, prefix = content["state_dict"], "encoder.transformer.pos_conv_embed.conv."
+    for ours, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        tensors[f"{prefix}parametrizations.weight.{new}"] = tensors.pop(prefix + ours)
+    torch.save(content, tmp_path / "new.pth")
+    models = [
+        torch.hub.load(str(ROOT), "compressed", path, source="local")
+        for path in (student, tmp_path / "new.pth")
+    ]
+    assert_equal_to_the_bit(models[0].state_dict(), models[1].state_dict())
+
+
+def test_the_entries_are_models_and_nothing_else():
     found = runpy.run_path(str(ROOT / "hubconf.py"))
-    listed = [name for name, value in found.items() if callable(value) and not name.startswith("_")]
-    assert sorted(listed) == sorted(found["__all__"]) == sorted(["compressed", "s3prl_upstream", *ENTRIES])
+    entries = {name for name, value in found.items() if callable(value) and not name.startswith("_")}
+    assert entries == {"compressed", "s3prl_upstream", *ENTRIES}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_an_architectures_entry_has_its_size_and_takes_overrides(entry):
+def test_an_architecture_has_its_size_and_takes_overrides(entry):
     with torch.device("meta"):
-        model = torch.hub.load(str(ROOT), entry, source="local")
-        assert sum(parameter.numel() for parameter in model.parameters()) == ENTRIES[entry]
-        assert (
-            torch.hub.load(str(ROOT), entry, source="local", encoder_dropout=0.25).config["encoder_dropout"]
-            == 0.25
-        )
+        model = torch.hub.load(str(ROOT), entry, source="local", encoder_dropout=0.25)
+    assert sum(parameter.numel() for parameter in model.parameters()) == ENTRIES[entry]
+    assert model.config["encoder_dropout"] == 0.25
 
 
-def test_a_file_that_is_no_checkpoint_is_named_in_one_sentence(tmp_path):
+def test_a_file_that_is_no_checkpoint_is_named_in_one_sentence(student, tmp_path):
     (tmp_path / "text.pth").write_text("nothing to see here\n")
-    for name in ("text.pth", "missing.pth"):
+    torch.save({"model": {}}, tmp_path / "foreign.pth")
+    content = torch.load(student, weights_only=True)
+    content["state_dict"].popitem()
+    torch.save(content, tmp_path / "incomplete.pth")
+    for name in ("text.pth", "missing.pth", "foreign.pth", "incomplete.pth"):
         with pytest.raises(ValueError, match=name) as error:
             torch.hub.load(str(ROOT), "compressed", str(tmp_path / name), source="local")
         assert "\n" not in str(error.value)
@@ -100,7 +118,7 @@ def some_waveforms(*lengths):
     return [0.1 * torch.randn(length, generator=generator) for length in lengths]
 
 
-def test_an_upstream_of_s3prl_gives_every_layer_at_320_samples_a_frame(upstream_of):
+def test_the_upstream_gives_every_layer_at_320_samples_a_frame(upstream_of):
     upstream = upstream_of()
     assert not upstream.training
     assert upstream.get_downsample_rates("hidden_states") == 320
@@ -113,7 +131,7 @@ def test_an_upstream_of_s3prl_gives_every_layer_at_320_samples_a_frame(upstream_
     torch.testing.assert_close(result["hidden_states"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_upstreams_waveforms_give_in_a_batch_what_they_give_alone(upstream_of):
+def test_the_upstreams_batch_gives_what_waveforms_give_alone(upstream_of):
     """With layer norms; a group norm over time sees the padding."""
     upstream = upstream_of(extractor_mode="layer_norm", normalize_waveform=True)
     waveforms = some_waveforms(16_000, 9_000, 4_321)
@@ -124,7 +142,7 @@ def test_an_upstreams_waveforms_give_in_a_batch_what_they_give_alone(upstream_of
                 torch.testing.assert_close(batched[place, : alone.size(1)], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_an_upstream_can_be_fine_tuned(upstream_of):
+def test_the_upstream_can_be_fine_tuned(upstream_of):
     upstream = upstream_of()
     states = upstream.train()(some_waveforms(8_000, 6_000))["hidden_states"]
     torch.stack(states).square().mean().backward()

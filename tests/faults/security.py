@@ -278,9 +278,9 @@ def mutated(read, good):
 
 
 def read_model(path):
-    import hubconf
+    from utils.checkpoint import load_model
 
-    hubconf.compressed(path)
+    load_model(path)
 
 
 def read_fairseq(path):

@@ -87,3 +87,21 @@ def pruned(family, seed=2):
             gate.log_alpha.data.fill_(4.0)
     model.prune()
     return model
+
+
+def with_absent_branches(family):
+    """A pruned model without attention in its second layer and without a feed-forward in its third; in
+    WavLM's first layer the attention has no heads left, and stays for its position bias."""
+    model = randomly_gated(family, seed=2, closed=0.4).eval()
+    layers = model.encoder.transformer.layers
+    for gate in model.gates():
+        if gate.n_in == 1:
+            gate.log_alpha.data.fill_(4.0)
+    closed = [layers[1].attention.hard_concrete_for_layer, layers[2].feed_forward.hard_concrete_for_layer]
+    if "wavlm" in family:
+        closed.append(layers[0].attention.hard_concrete_for_heads)
+    for gate in closed:
+        gate.log_alpha.data.fill_(-20.0)
+    model.prune()
+    assert layers[1].attention is None and layers[2].feed_forward is None
+    return model

@@ -160,7 +160,7 @@ def test_a_config_that_asks_for_too_much_is_refused_at_once(good, changes, tmp_p
     content = torch.load(path, weights_only=True)
     content["config"] |= changes
     torch.save(content, path)
-    command = "import sys, hubconf; hubconf.compressed(sys.argv[1])"
+    command = "import sys; from utils.checkpoint import load_model; load_model(sys.argv[1])"
     process = subprocess.run(
         [sys.executable, "-c", command, str(path)],
         env=ENVIRONMENT,

@@ -1,0 +1,349 @@
+"""Exports for Hugging Face: what transformers computes with them, fine-tuning, and what is refused.
+
+They test the release of transformers that the Python has which runs them; docs/huggingface.md says how to run
+them with an older one.
+"""
+
+import argparse
+import ast
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
+
+from converters.huggingface import import_huggingface_model
+from exports import huggingface
+from tests.helpers.convert import CLASSES, hf_model
+from tests.helpers.models import FAMILIES, config_of, randomly_gated, ungated, with_absent_branches
+from tests.helpers.stages import ENVIRONMENT, call, sentence_of
+from utils.checkpoint import save_checkpoint
+from utils.files import UserError
+from utils.run_record import RunLog
+from wav2vec2 import wav2vec2_model
+from wav2vec2.config import NO_GATES
+from wav2vec2.model import normalize
+
+transformers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Support for mismatched key_padding_mask",  # transformers' own WavLM
+    "ignore:.*is deprecated and will be removed in v6",
+)
+
+
+def export(model, folder):
+    huggingface.export(model.eval(), folder, {})
+    return folder
+
+
+def load(folder, auto=AutoModel, **options):
+    return auto.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def batch():
+    """Two utterances of 1 s and 0.7 s, and their attention mask."""
+    torch.manual_seed(1)
+    waveforms = 0.1 * torch.randn(2, 16_000)
+    mask = (torch.arange(16_000) < torch.tensor([[16_000], [11_200]])).long()
+    return waveforms * mask, mask
+
+
+def largest_difference(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("family", CLASSES)
+@torch.no_grad()
+def test_an_unpruned_export_equals_the_model_of_transformers(family, size, tmp_path):
+    original = hf_model(family, size)
+    exported = load(export(import_huggingface_model(original, size == "large"), tmp_path / "model"))
+    waveforms, mask = batch()
+    for attention_mask in (None, mask):
+        theirs = original(waveforms, attention_mask=attention_mask, output_hidden_states=True)
+        output = exported(waveforms, attention_mask=attention_mask, output_hidden_states=True)
+        # Releases differ in whether the last entry has been through the final layer norm; ours has.
+        expected = [*theirs.hidden_states[:-1], theirs.last_hidden_state]
+        assert len(output.hidden_states) == len(expected) == 4
+        for state, state_of_theirs in zip(output.hidden_states, expected, strict=True):
+            assert largest_difference(state, state_of_theirs) < 1e-5
+        assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
+        as_tuple = exported(waveforms, attention_mask, output_hidden_states=True, return_dict=False)
+        assert torch.equal(as_tuple[0], output[0]) and len(as_tuple[1]) == 4
+    lengths = original._get_feat_extract_output_lengths(mask.sum(-1))
+    assert torch.equal(exported._get_feat_extract_output_lengths(mask.sum(-1)), lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_pruned_export_equals_the_checkpoint(family, tmp_path):
+    model = with_absent_branches(family)
+    folder = export(model, tmp_path / "model")
+    extractor, exported = AutoFeatureExtractor.from_pretrained(folder), load(folder)
+    waveforms, mask = batch()
+    lengths = mask.sum(-1)
+    inputs = extractor(
+        [w[:n].numpy() for w, n in zip(waveforms, lengths, strict=True)],
+        sampling_rate=16_000,
+        padding=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(inputs.attention_mask.long(), mask)
+    normalized = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
+    # The two normalisations differ by the constants that they add to the variance.
+    assert (inputs.input_values - normalized).abs().max() < 0.005
+    states, frames = model.extract_features(waveforms, lengths)
+    output = exported(normalized, mask, output_hidden_states=True)
+    for state, ours in zip(output.hidden_states[1:-1], states[1:-1], strict=True):
+        assert largest_difference(state, ours) < 1e-5
+    assert largest_difference(output.last_hidden_state, model(waveforms, lengths)[0]) < 1e-5
+    assert torch.equal(exported._get_feat_extract_output_lengths(lengths), frames)
+    assert largest_difference(exported(**inputs).last_hidden_state, output.last_hidden_state) < 0.02
+
+
+def test_checkpointing_recomputes_and_keeps_the_gradients(tmp_path):
+    model = load(export(ungated("wavlm_large"), tmp_path / "model")).train()
+    waveforms, mask = batch()
+    computed, gradients = [], []
+    for layer in model.encoder.transformer.layers:
+        layer.feed_forward.register_forward_pre_hook(lambda *_: computed.append(1))
+
+    def train_once():
+        computed.clear()
+        model.zero_grad()
+        output = model(waveforms, mask, output_hidden_states=True)
+        sum(state.square().mean() for state in output.hidden_states).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        return len(computed)
+
+    assert train_once() == 3
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing and train_once() == 6
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-8), name
+        assert gradient.abs().max() > 0 or name.endswith("k_proj.bias"), name
+    assert not any("dummy_weight" in name for name in gradients[0])
+    model.freeze_feature_encoder()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name in gradients[0] if name.startswith("feature_extractor.")}
+    # Nothing before the last layer is trained, as with adapters.
+    model.requires_grad_(False).encoder.transformer.layers[-1].requires_grad_(True)
+    assert train_once() == 4
+    for name, gradient in gradients[2].items():
+        assert torch.allclose(gradient, gradients[0][name], rtol=1e-5, atol=1e-8), name
+    model.gradient_checkpointing_disable()
+    assert train_once() == 3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+@torch.no_grad()
+def test_half_precision_is_near_to_float32(dtype, tolerance, tmp_path):
+    folder = export(ungated("wavlm_large"), tmp_path / "model")
+    waveforms, mask = batch()
+    half = load(folder, torch_dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    actual = half(waveforms, mask).last_hidden_state
+    assert actual.dtype == dtype
+    assert largest_difference(actual.float(), load(folder)(waveforms, mask).last_hidden_state) < tolerance
+
+
+@torch.no_grad()
+def test_torch_compile_finds_one_graph(tmp_path):
+    model = load(export(with_absent_branches("wavlm_base"), tmp_path / "model"))
+    waveforms, mask = batch()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert largest_difference(compiled(waveforms, mask)[0], model(waveforms, mask)[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_an_output_layer_becomes_the_ctc_head(tmp_path):
+    model = wav2vec2_model(**config_of("hubert_large", **NO_GATES, aux_num_out=7)).eval()
+    folder = export(model, tmp_path / "model")
+    waveforms, mask = batch()
+    exported = load(folder, AutoModelForCTC)
+    assert exported.config.vocab_size == 7
+    normalized = normalize(waveforms, mask.sum(-1))
+    logits = exported(normalized, mask).logits
+    assert largest_difference(logits, model(waveforms, mask.sum(-1))[0]) < 1e-5
+    assert torch.equal(model.aux(load(folder)(normalized, mask).last_hidden_state), logits)
+
+
+TONES = (300, 700, 1500, 3000)
+"""What the utterances below are made of: token 1 is the first tone, and so on."""
+
+
+def utterances():
+    """Six waveforms of three to five tones with silence between, and their tokens."""
+    generator = np.random.default_rng(0)
+    waveforms, labels = [], []
+    time = np.arange(1600) / 16_000
+    for number in range(6):
+        tokens = generator.integers(1, len(TONES) + 1, size=3 + number % 3)
+        parts = [np.zeros(400)]
+        for token in tokens:
+            parts += [0.3 * np.sin(2 * np.pi * TONES[token - 1] * time), np.zeros(960)]
+        waveform = np.concatenate(parts)
+        waveforms.append((waveform + 0.01 * generator.standard_normal(len(waveform))).astype(np.float32))
+        labels.append(tokens.tolist())
+    return waveforms, labels
+
+
+def decode(logits, frames):
+    """The tokens of the best path of CTC."""
+    paths = [torch.unique_consecutive(row[:n]) for row, n in zip(logits.argmax(-1), frames, strict=True)]
+    return [path[path != 0].tolist() for path in paths]
+
+
+# What a user's program does with the fine-tuned model, where this project is not installed.
+READER = """
+import sys
+sys.modules["wav2vec2"] = None
+import torch
+from transformers import AutoModel, AutoModelForCTC
+
+inputs = torch.load("inputs.pt")
+model = AutoModelForCTC.from_pretrained("tuned", trust_remote_code=True).eval()
+encoder = AutoModel.from_pretrained("tuned", trust_remote_code=True).eval()
+with torch.no_grad():
+    outputs = model(**inputs).logits, encoder(**inputs).last_hidden_state
+torch.save(outputs, "outputs.pt")
+"""
+
+
+def test_a_ctc_head_learns_and_predicts_the_same_loaded_again(tmp_path):
+    torch.manual_seed(0)
+    folder = export(with_absent_branches("wavlm_base"), tmp_path / "model")
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    ctc = {"vocab_size": len(TONES) + 1, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True}
+    model = load(folder, AutoModelForCTC, **ctc, layerdrop=0.0)
+    assert model.config.encoder_layer_drop == 0.0 and model.lm_head.weight.std() < 0.03
+    waveforms, labels = utterances()
+    dataset = [{"audio": w, "labels": tokens} for w, tokens in zip(waveforms, labels, strict=True)]
+
+    def extract(waveforms):
+        return extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors="pt")
+
+    def collate(items):
+        tokens = [torch.tensor(item["labels"]) for item in items]
+        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-100)
+        return {**extract([item["audio"] for item in items]), "labels": padded}
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=150,
+            learning_rate=1e-2,
+            warmup_steps=20,
+            per_device_train_batch_size=6,
+            gradient_checkpointing=True,
+            remove_unused_columns=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=collate,
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.05
+    after = model.state_dict()
+    untouched = {name for name in before if before[name].numel() and torch.equal(before[name], after[name])}
+    # The gate of the position bias has no head to act on in the first layer.
+    not_trained = ("dummy_weight", "remaining_heads", "layers.0.attention.gru_rel_pos")
+    assert [name for name in untouched if not any(part in name for part in not_trained)] == []
+
+    model.eval()
+    inputs = extract(waveforms)
+    with torch.no_grad():
+        logits, states = model(**inputs).logits, model.pruned_speech(**inputs).last_hidden_state
+    frames = model._get_feat_extract_output_lengths(inputs.attention_mask.sum(-1))
+    assert decode(logits, frames) == labels
+
+    model.save_pretrained(tmp_path / "tuned")
+    torch.save(dict(inputs), tmp_path / "inputs.pt")
+    subprocess.run([sys.executable, "-c", READER], env=ENVIRONMENT, cwd=tmp_path, check=True, timeout=300)
+    loaded = torch.load(tmp_path / "outputs.pt")
+    assert torch.equal(loaded[0], logits) and torch.equal(loaded[1], states)
+
+
+def imports_of(file):
+    """The modules beside it that a Python file imports."""
+    nodes = ast.walk(ast.parse(file.read_text()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {name for node in imports for name in ([node.module] if node.module else [node.names[0].name])}
+
+
+def test_the_wrapper_itself_imports_all_exported_modules():
+    """transformers 4.48 fetches what this one file imports."""
+    imports = {file.stem: imports_of(file) for file in huggingface.CODE}
+    others = imports.keys() - {"modeling_pruned_speech"}
+    assert imports["modeling_pruned_speech"] == others
+    assert set().union(*imports.values()) == others
+
+
+def test_the_command_writes_a_model_card_of_the_run(tmp_path, monkeypatch, capsys):
+    model, exp = ungated("hubert_base"), tmp_path / "exp"
+    save_checkpoint(exp / "ckpts" / "final.pth", model)
+    flags = {"teacher_ckpt": "/home/someone/pretrained/hubert.pth", "target_sparsity": 0.75}
+    with RunLog(exp, {"stage": "distill", "flags": flags, "inputs": {}}, argparse.Namespace(**flags)):
+        pass
+    out = tmp_path / "student"
+    call(monkeypatch, "export_to_hf", "--ckpt", exp / "ckpts" / "final.pth", "--out", out)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{size:,} parameters, no CTC head" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert f"| parameters | {size:,} |" in card and "| feed forward | 64, 64, 64 |" in card
+    assert "### distill" in card and "- target_sparsity: `0.75`" in card and "- started: `20" in card
+    assert f"torch {torch.__version__}" in card and "- teacher_ckpt: `hubert.pth`" in card
+    assert "someone" not in card and platform.node() not in card
+    contents = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    written = {path.name: path for path in out.iterdir()}
+    assert written.keys() == contents | {path.name for path in huggingface.CODE}
+    assert {path.stat().st_mode & 0o777 for path in written.values()} == {0o644}
+    assert {path.name for path in tmp_path.iterdir()} == {"exp", "student"}
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "out", "words"),
+    [
+        ("gated.pth", "new", ("gated.pth", "prune.py", "save_final_ckpt.py")),
+        ("missing.pth", "new", ("missing.pth", "no such file")),
+        ("damaged/whole.pth", "new", ("run.json", "damaged")),
+        ("whole.pth", "full", ("full", "already there")),
+        ("whole.pth", "a.b", ("a.b", "a-b")),
+    ],
+)
+def test_mistakes_are_one_sentence_and_nothing_is_written(ckpt, out, words, tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "gated.pth", randomly_gated("hubert_base", seed=0))
+    save_checkpoint(tmp_path / "whole.pth", ungated("hubert_base"))
+    save_checkpoint(tmp_path / "damaged" / "whole.pth", ungated("hubert_base"))
+    (tmp_path / "damaged" / "run.json").write_text("[1")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    flags = ("--ckpt", tmp_path / ckpt, "--out", tmp_path / out)
+    sentence = sentence_of(monkeypatch, capsys, "export_to_hf", *flags)
+    assert all(word in sentence for word in words), sentence
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_that_computes_something_else_gets_no_name(tmp_path, monkeypatch):
+    def with_a_wrong_bias(*args):
+        exported = in_transformers(*args)
+        exported.encoder.transformer.layers[1].final_layer_norm.bias.data.fill_(0.01)
+        return exported
+
+    in_transformers = huggingface.in_transformers
+    monkeypatch.setattr(huggingface, "in_transformers", with_a_wrong_bias)
+    with pytest.raises(UserError, match="hidden states differ by"):
+        export(ungated("hubert_base"), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
