@@ -15,14 +15,14 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from utils.cli import needs_extra, run_script
+from utils import cli
 from utils.files import UserError
 from utils.processes import available_cpus
 
-with needs_extra("train"):
-    import soundfile
+with cli.needs_extra("train"):
     from tqdm import tqdm
 
+    from dataset.audio import AudioError, open_audio
     from dataset.manifest import SAMPLE_RATE, format_complaint, samples_complaint, write_manifests
 
 FILES_A_TASK = 64
@@ -31,7 +31,7 @@ FILES_A_TASK = 64
 def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
     """Finds the files under ``root`` whose names end in ``suffix`` in any case, through links too.
 
-    A folder or file that has several paths is listed under one, that without links where there is one.
+    A folder or file that has several paths is listed under one of them, without links where there is one.
 
     Returns:
         The paths relative to ``root``, sorted, and (path, reason) for what was left out.
@@ -40,21 +40,21 @@ def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]
     left_out: list[tuple[str, str]] = []
     linked_files: list[tuple[str, str]] = []
     linked_folders: list[tuple[str, str]] = []
-    walked: set[str] = set()
+    seen: set[str] = set()
     folders = [("", os.path.realpath(root))]
     while folders or linked_folders:
         if not folders:
             linked_folders.sort()
             folders.append(linked_folders.pop(0))
         prefix, real = folders.pop()
-        if real in walked:
+        if real in seen:
             left_out.append((prefix.rstrip("/"), "another name of a folder listed already"))
             continue
-        walked.add(real)
+        seen.add(real)
         try:
             entries = list(os.scandir(real))
         except OSError as error:
-            if real == os.path.realpath(root):
+            if not prefix:
                 raise
             left_out.append((prefix.rstrip("/"), f"cannot be read ({error.strerror})"))
             continue
@@ -78,10 +78,10 @@ def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]
         folder, name = os.path.split(real)
         if not os.path.isfile(real):
             left_out.append((path, "cannot be read (a link to no file)"))
-        elif real in walked or (folder in walked and name.lower().endswith(suffix)):
+        elif real in seen or (folder in seen and name.lower().endswith(suffix)):
             left_out.append((path, "another name of a file listed already"))
         else:
-            walked.add(real)
+            seen.add(real)
             found.append(path)
     return sorted(found), left_out
 
@@ -98,31 +98,29 @@ def inspect(root: str, path: str) -> int | str:
     """Reads a file's header, and float samples too: its number of samples, or the reason to leave it out."""
     full = os.path.join(root, path)
     try:
-        with soundfile.SoundFile(full) as audio:
+        with open_audio(full) as audio:
             complaint = format_complaint(audio)
             if complaint is None and audio.subtype in ("FLOAT", "DOUBLE"):
-                # Only these can hold what is no audio, so only these are read whole.
+                # Only float formats can hold samples that are not audio, so only these are read whole.
                 blocks = (samples_complaint(block) for block in audio.blocks(2**20, dtype="float32"))
                 complaint = next((found for found in blocks if found is not None), None)
             return complaint or audio.frames or "empty"
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        if os.path.exists(full) and os.path.getsize(full) == 0:
-            return "empty"
-        reason = getattr(error, "error_string", str(error)) if os.path.exists(full) else "no such file"
-        return f"cannot be read ({reason.rstrip('.')})"
+    except AudioError as error:
+        reason = str(error).removeprefix(f"cannot read {full}: ")
+        return "empty" if reason == "it is empty" else f"cannot be read ({reason})"
 
 
 def read_lengths(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[str, int | str]]:
     """Inspects files in parallel, with a progress bar: (path, samples or reason), in the order given."""
     num_tasks = -(-len(paths) // FILES_A_TASK)
-    # Processes: most of the time for a header is spent in Python, where threads wait for each other.
+    # Most of the time for a header is spent in Python, where threads would wait for each other.
     with ProcessPoolExecutor(min(num_workers, max(num_tasks, 1))) as pool:
         results = pool.map(partial(inspect, root), paths, chunksize=FILES_A_TASK)
         yield from zip(paths, tqdm(results, total=len(paths), unit=" files", desc="headers"), strict=True)
 
 
 def librispeech_sets(path: str) -> list[str]:
-    """Names the sets of a relative path; one with both ``train`` and ``dev`` in it goes by the first."""
+    """The sets that a relative path belongs to, by the first ``train`` or ``dev`` in it."""
     train, dev = path.find("train"), path.find("dev")
     if dev >= 0 and not 0 <= train < dev:
         return ["valid"]
@@ -132,7 +130,7 @@ def librispeech_sets(path: str) -> list[str]:
 
 
 def split_off(paths: list[str], share: float, seed: int) -> set[str]:
-    """Chooses the paths to validate on, by a hash of seed and path: files that come or go move few others."""
+    """Chooses the paths to validate on, by a hash of seed and path: adding or removing files moves few."""
     count = round(share * len(paths))
     if share > 0 and len(paths) > 1:
         count = min(max(count, 1), len(paths) - 1)
@@ -154,21 +152,17 @@ def prepare(
         raise UserError(f"{out} is a file: give a folder with --out")
     if suffix == ".":
         raise UserError("--extension is empty: give the end of the files' names, such as flac or wav")
-    if not 0 <= valid_share < 1:
-        raise UserError(f"--valid_share is {valid_share}: give 0 or more, and less than 1")
-    if num_workers < 1:
-        raise UserError(f"--num_workers is {num_workers}: give 1 or more")
 
     paths, left_out = find_audio(root, suffix)
     if layout == "librispeech":
-        in_sets = {path: librispeech_sets(path) for path in paths}
-        left_out = [(path, reason) for path, reason in left_out if librispeech_sets(path)]
-        if paths and not any(in_sets.values()):
+        in_sets = [path for path in paths if librispeech_sets(path)]
+        if paths and not in_sets:
             raise UserError(
                 f"none of the {len(paths)} {suffix} files under {data} has train or dev in its path: "
                 "give the folder above with --data, or --layout flat for another corpus"
             )
-        paths = [path for path in paths if in_sets[path]]
+        paths = in_sets
+        left_out = [(path, reason) for path, reason in left_out if librispeech_sets(path)]
     if not paths and not left_out:
         raise UserError(
             f"no {suffix} file under {data}: change --data, or --extension for other kinds of audio"
@@ -192,24 +186,20 @@ def prepare(
 
     if layout == "librispeech":
         sets = {
-            name: [(path, length) for path, length in lengths.items() if name in in_sets[path]]
+            name: {path: length for path, length in lengths.items() if name in librispeech_sets(path)}
             for name in ("train100", "train960", "valid")
         }
     else:
         valid = split_off(list(lengths), valid_share, seed)
         sets = {
-            "train": [(path, length) for path, length in lengths.items() if path not in valid],
-            "valid": [(path, length) for path, length in lengths.items() if path in valid],
+            "train": {path: length for path, length in lengths.items() if path not in valid},
+            "valid": {path: length for path, length in lengths.items() if path in valid},
         }
-    write_manifests(out, root, sets)
+    write_manifests(out, root, {name: list(chosen.items()) for name, chosen in sets.items()})
 
-    for name, utterances in sets.items():
-        hours = sum(length for _, length in utterances) / SAMPLE_RATE / 3600
-        what = (
-            f"{len(utterances)} files, {hours:.2f} hours"
-            if utterances
-            else "empty, this corpus has none for it"
-        )
+    for name, chosen in sets.items():
+        hours = sum(chosen.values()) / SAMPLE_RATE / 3600
+        what = f"{len(chosen)} files, {hours:.2f} hours" if chosen else "empty, this corpus has none for it"
         print(f"{os.path.join(out, name)}.tsv: {what}")
     if left_out:
         print(f"left out {len(left_out)}: {summary}")
@@ -220,8 +210,12 @@ def prepare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of the corpus; folders in it are searched too")
-    parser.add_argument("--out", default="data/librispeech", help="folder for the manifests")
+    parser.add_argument(
+        "--data", type=cli.path, required=True, help="folder of the corpus; folders in it are searched too"
+    )
+    parser.add_argument(
+        "--out", type=cli.path, default="data/librispeech", help="folder to write the manifests to"
+    )
     parser.add_argument("--extension", default="flac", help="end of the audio files' names")
     parser.add_argument(
         "--layout",
@@ -229,17 +223,14 @@ def main() -> None:
         default="librispeech",
         help="librispeech: sets by train-clean-100, train and dev in the path; flat: train and valid.tsv",
     )
+    flat = parser.add_argument_group("layout flat")
+    flat.add_argument("--valid_share", type=cli.fraction, default=0.01, help="share of files in valid.tsv")
+    flat.add_argument("--seed", type=cli.nonnegative_int, default=2022, help="chooses the files of valid.tsv")
     parser.add_argument(
-        "--valid_share", type=float, default=0.01, help="flat: share of the files in valid.tsv"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=2022, help="flat: what the choice for valid.tsv follows from"
-    )
-    parser.add_argument(
-        "--num_workers", type=int, default=available_cpus(), help="processes that read headers"
+        "--num_workers", type=cli.positive_int, default=available_cpus(), help="processes that read headers"
     )
     prepare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

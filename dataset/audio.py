@@ -1,4 +1,4 @@
-"""The one place that opens audio files."""
+"""Opening audio files, and errors of reading them."""
 
 import os
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ from utils.files import UserError
 
 
 class LoaderError(UserError):
-    """What keeps a loader's process from giving a batch, in one sentence."""
+    """A process that reads audio cannot give its batch."""
 
     def __init__(self, message: str):
-        # A DataLoader raises a worker's error again with the whole traceback as its message, ours at the end.
+        # A DataLoader raises a worker's error again, with a traceback in front of its message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class AudioError(LoaderError):
-    """An audio file that is missing, broken, or not what its manifest says, in one sentence that names it."""
+    """An audio file is missing, broken, or not what its manifest says."""
 
 
 @contextmanager
 def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """An open audio file for the length of a block, whose errors of reading are this one's.
+    """Opens an audio file for a block.
 
     Raises:
-        AudioError: ``cannot read PATH: REASON``, with no full stop at its end.
+        AudioError: the file cannot be opened, or not be read in the block: ``cannot read PATH: REASON``.
     """
     try:
         with soundfile.SoundFile(path) as audio:
@@ -35,8 +35,8 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         if not os.path.exists(path):
             reason = "no such file"
+        elif os.path.getsize(path) == 0:
+            reason = "it is empty"
         else:
-            reason = (
-                "it is empty" if os.path.getsize(path) == 0 else getattr(error, "error_string", str(error))
-            )
-        raise AudioError(f"cannot read {path}: {reason.rstrip('.')}") from error
+            reason = getattr(error, "error_string", str(error)).rstrip(".")
+        raise AudioError(f"cannot read {path}: {reason}") from error

@@ -21,8 +21,8 @@ from .workers import leave_signals_to_training, start_method
 MIN_SAMPLES = 32_000
 MAX_SAMPLES = 250_000
 
+# 0.2 s. Libraries for GPUs prepare for each new shape of a batch, so there must be few shapes.
 GPU_CROP_MULTIPLE = 3_200
-"""0.2 s: libraries for GPUs prepare for each new shape of a batch, so that there must be few of them."""
 
 Crop = tuple[int, int, int]
 
@@ -30,7 +30,7 @@ Crop = tuple[int, int, int]
 def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
     """Hashes whole numbers, arrays element by element, to 64 random bits: SplitMix64 (Steele et al. 2014).
 
-    Unlike a generator's, a hash's number does not depend on what was drawn before it.
+    A hash, unlike the next number of a generator, does not depend on what was drawn before.
     """
     bits = np.zeros(1, dtype=np.uint64)
     for key in keys:
@@ -43,7 +43,7 @@ def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
     return bits
 
 
-# What a random number is for: batch 7's place and utterance 7's crop must not be drawn alike.
+# One key of every hash says what the number is for, so that batch 7's place and utterance 7's crop differ.
 _FOR_ORDER, _FOR_CROPS = 0, 1
 
 
@@ -51,39 +51,36 @@ class BucketBatchSampler(Sampler[list[Crop]]):
     """The batches of one rank: lists of crops ``(utterance, first sample, number of samples)``.
 
     ``sampler[n]`` is the n-th batch of a run that goes through the data epoch by epoch. It follows from n
-    and the arguments alone: there is nothing to wind forward when a run is resumed.
+    and the arguments alone, so a resumed run starts at its batch at once.
 
     Utterances of ``min_samples`` to ``max_samples`` (both included) are sorted into ``num_buckets`` equal
-    ranges of length, and stay in their order within one. From the shortest bucket to the longest, a batch
+    ranges of length, and keep their order within one. From the shortest bucket to the longest, a batch
     takes utterances until the next would bring the sum of their whole lengths above ``seconds_per_batch``;
-    an utterance longer than that is a batch of its own. A batch is cropped to its shortest member, or to the
-    multiple of ``crop_multiple`` below it. Where a crop starts follows from the seed, the epoch, the
-    utterance and the room that the crop leaves in it, not from rank or worker.
+    an utterance longer than that is a batch of its own. A batch is cropped to its shortest member, rounded
+    down to a multiple of ``crop_multiple``. The start of a crop follows from the seed, the epoch, the
+    utterance and the number of possible starts.
 
-    All ranks have the same number of batches, and an epoch has every utterance once: where the batches
-    cannot be shared out evenly, those of the most utterances are halved until they can. Only where every
-    batch has come down to one utterance, and the ranks still differ, are some batches given twice.
+    All ranks have the same number of batches, and an epoch has every utterance once: where the number of
+    batches is no multiple of ``world_size``, the largest batches are halved until it is. Only where every
+    batch has come down to one utterance are some batches given twice instead.
 
     Args:
         lengths: (utterance,), in samples.
         seconds_per_batch: the most seconds of audio in a batch, before cropping.
         min_samples: the shortest utterance to use.
         max_samples: the longest utterance to use.
-        num_buckets: how many ranges of length to sort by.
+        num_buckets: the number of ranges of length.
         crop_multiple: lengths of crops are multiples of this number of samples.
         shuffle: whether batches and crops change with the epoch. Without it, batches come from short to long
-            and crops are those of epoch 0 at any epoch, so that validation always sees the same samples.
-        seed: what the order and the crops follow from.
+            and every epoch has the crops of epoch 0, so that validation always sees the same samples.
+        seed: determines the order of batches and the crops.
         rank: which of the ``world_size`` shares of the batches to give.
-        world_size: how many processes share the batches.
+        world_size: the number of processes that share the batches.
         run: the numbers of the batches that iterating gives; without it, those of one epoch.
 
     Attributes:
-        batches_an_epoch: how many batches this rank, as every other, has in an epoch.
-        num_utterances: how many utterances are in the range of lengths, over all ranks.
-
-    Raises:
-        UserError: ``seconds_per_batch`` is not above 0.
+        batches_an_epoch: the number of batches that each rank has in an epoch.
+        num_utterances: the number of utterances in the range of lengths, over all ranks.
     """
 
     def __init__(
@@ -101,10 +98,6 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         world_size: int = 1,
         run: range | None = None,
     ):
-        if not seconds_per_batch > 0:
-            raise UserError(f"seconds_per_batch is {seconds_per_batch}: give more than 0 seconds")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size}")
         self.crop_multiple = crop_multiple
         self.shuffle = shuffle
         self.seed = seed
@@ -115,7 +108,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         usable = np.flatnonzero((self._lengths >= min_samples) & (self._lengths <= max_samples))
         self.num_utterances = len(usable)
         self._utterances = usable[np.argsort(self._buckets(usable, num_buckets), kind="stable")]
-        # Batch n is _utterances[_bounds[n]:_bounds[n + 1]], so halving one is one more bound.
+        # Batch n is _utterances[_bounds[n]:_bounds[n + 1]], so that halving a batch is adding a bound.
         self._bounds = self._fill(seconds_per_batch * SAMPLE_RATE)
         self._halve_largest_until_even()
         self.batches_an_epoch = -(-(len(self._bounds) - 1) // world_size)
@@ -149,17 +142,14 @@ class BucketBatchSampler(Sampler[list[Crop]]):
             self._bounds = np.insert(self._bounds, largest + 1, middle)
 
     def __len__(self) -> int:
-        """Where ``run`` ends, and so its length where it starts at 0.
-
-        A Trainer that resumes counts the batches before the start as given, and stops at this number.
-        """
+        """The end of ``run``: a Trainer that resumes counts the batches before the start of ``run`` too."""
         return self.run.stop
 
     def __iter__(self) -> Iterator[list[Crop]]:
         return map(self.__getitem__, self.run)
 
     def __getitem__(self, number: int) -> list[Crop]:
-        """This rank's batch of that number, counted from 0 at the start of epoch 0."""
+        """This rank's batch ``number``, counted from 0 at the start of epoch 0."""
         epoch, place = divmod(number, self.batches_an_epoch)
         if not self.shuffle:
             epoch = 0
@@ -167,7 +157,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         return self._crops(self._utterances[self._bounds[batch] : self._bounds[batch + 1]], epoch)
 
     def _batches_of(self, epoch: int) -> np.ndarray:
-        """The batches of an epoch that this rank gets, in order."""
+        """This rank's batches of an epoch, in order."""
         if self._order is None or self._order[0] != epoch:
             batches = np.arange(len(self._bounds) - 1)
             if self.shuffle:
@@ -212,7 +202,7 @@ class AudioDataset(Dataset[Tensor]):
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """Where the utterance is."""
+        """The path of an utterance's file."""
         return os.path.join(self.root, self.paths[index])
 
     def __getitem__(self, crop: Crop) -> Tensor:
@@ -223,7 +213,7 @@ class AudioDataset(Dataset[Tensor]):
 
         Raises:
             AudioError: the file is missing or broken, has changed since the manifest was made, or holds
-                samples that are no audio.
+                samples that cannot be audio.
         """
         index, start, length = crop
         path = self.path(index)
@@ -255,14 +245,14 @@ def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
         The waveforms (batch, time) float32 and their lengths in samples (batch,) int64.
 
     Raises:
-        LoaderError: this is a loader's process, and there is no shared memory to hand the batch over.
+        LoaderError: in a reading process, where no shared memory is left to hand the batch over.
     """
     stacked = torch.stack(waveforms)
     batch = stacked, torch.full((len(stacked),), stacked.shape[1], dtype=torch.long)
     if get_worker_info() is None:
         return batch
     try:
-        # Otherwise the queue does it, and where that fails it drops the batch, for which training would wait.
+        # The queue would do the same, but where it fails it drops the batch, and training waits for ever.
         return tuple(tensor.share_memory_() for tensor in batch)
     except (RuntimeError, OSError) as error:
         raise LoaderError(
@@ -291,15 +281,9 @@ def make_loader(
     Args:
         tsv_dir: the folder of the manifest.
         name: the manifest's name without ``.tsv``.
-        seconds_per_batch: the most seconds of audio in a batch, before cropping.
-        num_workers: how many processes read audio, kept from epoch to epoch; 0 reads in this one.
-        shuffle: True for training, False for validation, as in ``BucketBatchSampler``.
-        seed: what the order and the crops follow from.
-        rank: which share of the batches to give.
-        world_size: how many processes share the batches.
-        for_gpu: whether to put batches where a GPU fetches them faster, with lengths that are multiples of
-            ``GPU_CROP_MULTIPLE``.
-        run: the batches to give, counted from the start of the run; without it, one epoch.
+        num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
+        for_gpu: whether to pin batches in memory and crop them to multiples of ``GPU_CROP_MULTIPLE``.
+        seconds_per_batch, shuffle, seed, rank, world_size, run: see ``BucketBatchSampler``.
 
     Returns:
         The loader. Without ``shuffle`` its length is 0 where no utterance can be used.
@@ -307,8 +291,6 @@ def make_loader(
     Raises:
         UserError: the manifest is missing or malformed, or with ``shuffle`` no utterance in it can be used.
     """
-    if num_workers < 0:
-        raise UserError(f"num_workers is {num_workers}: give 0 or more")
     dataset = AudioDataset(tsv_dir, name)
     batches = BucketBatchSampler(
         dataset.lengths,
@@ -335,6 +317,6 @@ def make_loader(
         worker_init_fn=leave_signals_to_training,
         multiprocessing_context=start_method() if num_workers else None,
         pin_memory=for_gpu,
-        # Every iterator draws a seed: from the global generator, that would shift what training draws.
+        # Every iterator draws a seed, which must not come from the generator that training draws from.
         generator=torch.Generator().manual_seed(seed),
     )

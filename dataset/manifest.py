@@ -34,7 +34,7 @@ def format_complaint(audio: soundfile.SoundFile) -> str | None:
 def samples_complaint(samples: np.ndarray) -> str | None:
     """Says why samples cannot be audio in [-1, 1], or returns None.
 
-    Float formats can hold a little more than 1, which does no harm, and anything else, which does.
+    Float formats can hold any number. Values a little above 1 are common and do no harm.
     """
     largest = np.abs(samples).max(initial=0)
     if not np.isfinite(largest):
@@ -45,7 +45,7 @@ def samples_complaint(samples: np.ndarray) -> str | None:
 
 
 def leaves_root(path: str) -> bool:
-    """Whether a path of a manifest, which anyone may have written, is not one below the manifest's root."""
+    """Whether a path in a manifest, which anyone may have written, is not below the manifest's root."""
     return path.startswith("/") or ".." in path.split("/") or "\0" in path
 
 
@@ -62,8 +62,7 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
     if not tsv.is_file():
         present = ", ".join(sorted(file.name for file in Path(tsv_dir).glob("*.tsv"))) or "no manifest"
         raise UserError(f"there is no {tsv} ({tsv_dir} has {present}): prepare_data.py makes manifests")
-    paths: list[str] = []
-    lengths: list[int] = []
+    lengths: dict[str, int] = {}
     try:
         # Only a line feed ends a line: a carriage return or a Unicode line separator may be part of a name.
         with open(tsv, encoding="utf-8-sig", newline="\n") as file:
@@ -80,25 +79,21 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
                         f"{tsv}, line {number}: {path!r:.300} does not lie under the root folder of line "
                         "1: give a path relative to it, without .."
                     )
-                paths.append(path)
-                lengths.append(int(samples))
+                if path in lengths:
+                    raise UserError(
+                        f"{tsv}, line {number}: lists {path!r:.300} a second time, after line "
+                        f"{list(lengths).index(path) + 2}: leave one of them out"
+                    )
+                lengths[path] = int(samples)
     except UnicodeDecodeError as error:
-        raise UserError(f"{tsv}, line {len(paths) + 2} or later: not UTF-8 text ({error.reason})") from None
+        raise UserError(f"{tsv}, line {len(lengths) + 2} or later: not UTF-8 text ({error.reason})") from None
+    if lengths and not root:
+        raise UserError(f"{tsv}, line 1: the root folder is missing: make it again with prepare_data.py")
     if root and ("\0" in root or not os.path.isdir(root)):
         raise UserError(
             f"{tsv}, line 1: there is no folder {root!r:.300}: make the manifest again with prepare_data.py"
         )
-    if paths and not root:
-        raise UserError(f"{tsv}, line 1: the root folder is missing: make it again with prepare_data.py")
-    if len(set(paths)) < len(paths):
-        first: dict[str, int] = {}
-        for number, path in enumerate(paths, start=2):
-            if (earlier := first.setdefault(path, number)) != number:
-                raise UserError(
-                    f"{tsv}, line {number}: lists {path!r:.300} a second time, after line {earlier}: "
-                    "leave one of them out"
-                )
-    return Manifest(root, paths, np.array(lengths, dtype=np.int64))
+    return Manifest(root, list(lengths), np.array(list(lengths.values()), dtype=np.int64))
 
 
 def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[str, int]]]) -> None:
@@ -118,6 +113,3 @@ def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[s
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                 file.write(f"{root}\n")
                 file.writelines(f"{path}\t{samples}\n" for path, samples in utterances)
-                file.flush()
-                # A full disk may show only here, and after this block the first manifest is replaced.
-                os.fsync(file.fileno())

@@ -1,12 +1,10 @@
 """The processes that read audio: how they start, and which signals they heed."""
 
-from __future__ import annotations
-
-import multiprocessing
 import os
 import signal
+import sys
 import threading
-from multiprocessing import connection
+from multiprocessing import connection, context
 
 from utils.files import UserError
 
@@ -14,39 +12,25 @@ SECONDS, ATTEMPTS = 10.0, 5
 """For how long a new process may be silent, and how often another one is started in its place."""
 
 
-def start_method() -> multiprocessing.context.BaseContext | None:
-    """How a ``DataLoader`` starts its processes; None leaves it to Python, where Python does not fork."""
-    return ForkThatArrives() if multiprocessing.get_context().get_start_method() == "fork" else None
+def start_method() -> context.BaseContext | None:
+    """How a ``DataLoader`` starts its processes: by fork on Linux, elsewhere as Python does by default."""
+    return ForkThatArrives() if sys.platform == "linux" else None
 
 
-if hasattr(os, "fork"):
-    from multiprocessing import context, popen_fork
-
-    _report: tuple[int, int] | None = None
-
-    def _arrive() -> None:
-        global _report
-        if _report is not None:
-            os.write(_report[1], b"1")
-            for end in _report:
-                os.close(end)
-            _report = None
-
-    os.register_at_fork(after_in_child=_arrive)
+if sys.platform == "linux":
+    from multiprocessing import popen_fork
 
     class _Popen(popen_fork.Popen):
-        def _launch(self, process) -> None:
-            global _report
+        def _launch(self, process: "_Process") -> None:
             for _ in range(ATTEMPTS):
-                _report = heard, said = os.pipe()
+                arrival, process.report = os.pipe()
                 try:
                     super()._launch(process)
                 finally:
-                    _report = None
-                    os.close(said)
-                # One that ends at once closes its end, and is found to have ended by those who wait for it.
-                arrived = connection.wait([heard], SECONDS)
-                os.close(heard)
+                    os.close(process.report)
+                # A process that ends at once closes its end too: whoever waits for it finds out.
+                arrived = connection.wait([arrival], SECONDS)
+                os.close(arrival)
                 if arrived:
                     return
                 os.kill(self.pid, signal.SIGKILL)
@@ -58,9 +42,11 @@ if hasattr(os, "fork"):
             )
 
     class _Process(context.ForkProcess):
-        @staticmethod
-        def _Popen(process) -> _Popen:
-            return _Popen(process)
+        _Popen = _Popen
+
+        def _bootstrap(self, *args, **kwargs) -> int:
+            os.close(self.report)
+            return super()._bootstrap(*args, **kwargs)
 
     class ForkThatArrives(context.ForkContext):
         """Python's fork, tried again where the new process stands still.
@@ -69,15 +55,19 @@ if hasattr(os, "fork"):
         waiting for this lock. Up to Python 3.11 there is one that starting and ending threads take, as those
         of a distributed run do at any moment. The child then stands still before it runs a line, and heeds no
         signal but SIGKILL.
+
+        Python's forkserver has no such fault, but it starts seconds later, its readers hold twice the memory,
+        it dies of signals to the whole run, and the readers outlive a training process that was killed.
         """
 
         Process = _Process
 
 
 def leave_signals_to_training(worker: int) -> None:
-    """A signal that asks training to save and stop reaches all its processes: the readers have to go on.
+    """A ``worker_init_fn`` for readers that have to go on while training saves and stops.
 
-    A SIGTERM of training's own is how Python ends what is left of them, so it has to be told from others'.
+    A signal that asks for this reaches all processes of a run. Python ends its remaining readers by SIGTERM
+    too, so only a SIGTERM from the training process counts.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

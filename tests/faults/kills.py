@@ -9,7 +9,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.table import MOMENTS, SEED, Case, Fork, Outcome, finished, same_checkpoint, wait_until
+from tests.faults.table import (
+    MOMENTS,
+    PATIENCE,
+    SEED,
+    Case,
+    Fork,
+    Outcome,
+    finished,
+    same_checkpoint,
+    wait_until,
+)
 from tests.helpers.stages import ENVIRONMENT, RECIPE, ROOT
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -18,13 +28,11 @@ WAYS = {
     "two workers": {"num_workers": 2, "accum_grad": 2},
     "two ranks": {"num_workers": 1},
 }
-PATIENCE = 20
-"""Seconds that two ranks wait for each other (--dist_timeout)."""
 
 
 def start(world, stage: str, way: str, exp: Path, log: Path) -> list[Fork]:
     """Starts a stage; one process, or one for each rank."""
-    arguments = getattr(world, stage)(exp, save_interval=2, dist_timeout=PATIENCE, **WAYS[way])
+    arguments = getattr(world, stage)(exp, save_interval=2, **WAYS[way])
     if way != "two ranks":
         return [world.warm.start(f"{stage}.py", arguments, log)]
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "faults"}
@@ -160,14 +168,14 @@ CASES = [
             f"{signal.Signals(n).name} {seed + 1} of {stage}.py, {way}",
             killed(stage, way, n, seed),
             finished(),
-        )._replace(slow=True)
+        )
         for stage in ("distill", "final_distill")
         for way in WAYS
         for n in SIGNALS
         for seed in range(MOMENTS)
     ),
     *(
-        Case(f"{signal.Signals(n).name} {seed + 1} of run.sh", killed_recipe(n, seed), finished(), slow=True)
+        Case(f"{signal.Signals(n).name} {seed + 1} of run.sh", killed_recipe(n, seed), finished())
         for n in SIGNALS
         for seed in range((MOMENTS + 3) // 4)
     ),

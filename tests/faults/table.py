@@ -25,6 +25,8 @@ from tests.helpers.stages import ENVIRONMENT, ROOT, assert_equal_to_the_bit, fla
 MOMENTS = int(os.environ.get("FAULT_MOMENTS", "20"))
 MUTATIONS = int(os.environ.get("FAULT_MUTATIONS", "3000"))
 SEED = int(os.environ.get("FAULT_SEED", "0"))
+PATIENCE = 20
+"""Seconds that the ranks of a run wait for each other."""
 
 
 class Outcome(NamedTuple):
@@ -41,13 +43,11 @@ class Case(NamedTuple):
         name: what is attacked with what.
         do: makes the attack.
         wanted: looks at the outcome and asserts what must have come out.
-        slow: it takes more than a second or two.
     """
 
     name: str
     do: Callable[["World"], Outcome]
     wanted: Callable[[Outcome], None]
-    slow: bool = False
 
 
 def refused(*words: str) -> Callable[[Outcome], None]:

@@ -9,6 +9,7 @@ import os
 import runpy
 import select
 import sys
+from datetime import timedelta
 
 
 def answer(**content) -> None:
@@ -43,6 +44,10 @@ if __name__ == "__main__":
 
     import final_distill  # noqa: F401
     import prune  # noqa: F401
+    from tests.faults.table import PATIENCE
+    from training import hardware
+
+    hardware.DIST_TIMEOUT = timedelta(seconds=PATIENCE)
 
     request = serve()
     os.setsid()
