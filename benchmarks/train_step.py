@@ -46,7 +46,7 @@ from torch._dynamo.utils import counters
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import onednn
 from training.half_precision import cast_frozen_weights, prepare_gpu
-from training.trainer import compile_models
+from training.hardware import compile_models
 from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
