@@ -76,7 +76,7 @@ def main() -> None:
     args = parse_args()
     new_gates = gates(args.pruning_units)
     with open_run("distill", args) as run:
-        if run.finished:
+        if run is None:
             return
         torch.manual_seed(args.seed)
         teacher = load_model(args.teacher_ckpt)

@@ -42,21 +42,21 @@ def check_same_teaching(args: argparse.Namespace, record: Mapping) -> None:
     pruned = run_record.made_by(args.student_ckpt)
     if pruned is None or "distilled" not in pruned:
         return
-    then = run_record.excerpt(
-        pruned["distilled"], "distill_layers", "distill_mode", teacher_ckpt="teacher_ckpt"
-    )
+    flags, inputs = pruned["distilled"]["flags"], pruned["distilled"]["inputs"]
+    then = {
+        "flags": {name: flags[name] for name in ("distill_layers", "distill_mode")},
+        "inputs": {"teacher_ckpt": inputs["teacher_ckpt"]},
+    }
     remedy = "Give the teacher and the layers of stage 1"
-    run_record.check_unchanged(
-        run_record.differences(then, record), args.student_ckpt, args.allow_changed, remedy
-    )
+    run_record.check_unchanged(then, record, args.student_ckpt, args.allow_changed, remedy)
 
 
 def main() -> None:
     args = parse_args()
     with open_run("final_distill", args) as run:
-        check_same_teaching(args, run.record)
-        if run.finished:
+        if run is None:
             return
+        check_same_teaching(args, run.record)
         torch.manual_seed(args.seed)
         pruned = read_checkpoint(args.student_ckpt)
         teacher = load_model(args.teacher_ckpt)

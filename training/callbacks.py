@@ -43,22 +43,20 @@ class AfterUpdates(pl.Callback):
         """Update ``self.step``, counted from 1, has been made."""
 
 
+GPU_INTERVAL = 10
+"""Updates between looks at what is on a GPU, since each look waits for the GPU."""
+
+
 class StopOnSignal(AfterUpdates):
     """Ends the run after the update in which one of its processes got one of ``processes.SIGNALS``.
 
     Attributes:
         signal: the number of the signal that ends the run, the same on all processes; 0 without one.
         received: the number of the signal that this process got; 0 without one.
-
-    Args:
-        interval: updates between the questions of GPUs whether another process has got one, since each waits
-            for the GPU. A process alone, and processes on the CPU, look after each update.
     """
 
-    def __init__(self, interval: int = 10) -> None:
-        self.signal = 0
-        self.interval = interval
-        self.received = 0
+    def __init__(self) -> None:
+        self.signal = self.received = 0
         self._handlers: dict = {}
 
     def _on_signal(self, number: int, frame) -> None:
@@ -76,7 +74,7 @@ class StopOnSignal(AfterUpdates):
     def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         received = self.received
         if trainer.world_size > 1:
-            if module.device.type == "cuda" and self.step % self.interval:
+            if module.device.type == "cuda" and self.step % GPU_INTERVAL:
                 return
             # A signal may have reached some processes only, and all have to stop after the same update.
             received = torch.tensor(received, device=trainer.strategy.root_device)
@@ -109,17 +107,14 @@ class StopOnNonFinite(AfterUpdates):
 
     Args:
         last: the last checkpoint, for the message.
-        interval: updates between looks at the numbers, since each look waits for the GPU. On the CPU, and
-            before a checkpoint is written, there is no waiting for the next one.
     """
 
     SKIPS = 24
 
-    def __init__(self, last: Path, interval: int = 10) -> None:
+    def __init__(self, last: Path) -> None:
         self.last = last
-        self.interval = interval
         self._loss: Tensor | float = 0.0
-        self._unseen: list[tuple[int, Tensor]] = []
+        self._unseen: dict[int, Tensor] = {}
         self._in_a_row = 0
 
     def on_train_batch_end(
@@ -129,10 +124,9 @@ class StopOnNonFinite(AfterUpdates):
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        numbers = torch.stack([self._loss.double(), module.gradient_norm.double()])
-        self._unseen.append((self.step, numbers))
+        self._unseen[self.step] = torch.stack([self._loss.double(), module.gradient_norm.double()])
         self._loss = 0.0
-        if module.device.type == "cpu" or len(self._unseen) >= self.interval:
+        if module.device.type == "cpu" or len(self._unseen) >= GPU_INTERVAL:
             self._look(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
@@ -141,14 +135,14 @@ class StopOnNonFinite(AfterUpdates):
     def _look(self, trainer: pl.Trainer) -> None:
         if not self._unseen:
             return
-        numbers = torch.stack([numbers for _, numbers in self._unseen])
+        updates, numbers = list(self._unseen), torch.stack([*self._unseen.values()])
+        self._unseen = {}
         bad = (~torch.isfinite(numbers)).any(dim=1).double()
         if trainer.world_size > 1:
             bad = trainer.strategy.reduce(bad, reduce_op="max")
         tolerated = self.SKIPS if trainer.precision == "16-mixed" else 0
-        unseen, self._unseen = self._unseen, []
         rows = torch.cat([numbers, bad.unsqueeze(1)], dim=1).tolist()
-        for (update, _), (loss, norm, is_bad) in zip(unseen, rows, strict=True):
+        for update, (loss, norm, is_bad) in zip(updates, rows, strict=True):
             self._in_a_row = self._in_a_row + 1 if is_bad else 0
             if self._in_a_row > tolerated:
                 self._stop(trainer, update, loss, norm)
@@ -173,51 +167,37 @@ class StopOnNonFinite(AfterUpdates):
 
 
 class LastCheckpoint(AfterUpdates):
-    """Keeps ``path`` up to date: every ``interval`` updates and when the run ends or is stopped.
+    """Keeps the run's ``last.ckpt`` up to date: every --save_interval updates, and when the run ends.
 
-    Args:
-        path: replaced as :class:`training.resume.RunCheckpointIO` says.
-        interval: updates.
-        record: what the run is made with, which becomes a part of the checkpoint.
-        resumed: the file that the run goes on from. Where ``path`` is neither this nor a successor of it, it
-            gets another name, for good.
+    A ``last.ckpt`` that is neither what the run goes on from nor a successor of that gets another name.
     """
 
-    def __init__(self, path: Path, interval: int, record: dict, resumed: Path | None) -> None:
-        self.path = path
-        self.interval = interval
-        self.record = record
-        self.resumed = resumed
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_train_start(trainer, module)
-        if not is_first() or self.resumed is None or not self.path.exists():
-            return
-        if not self.path.samefile(self.resumed):
-            names = (self.path.with_name(f"last.{number}.ckpt") for number in itertools.count(1))
+        last, resumed = self.run.last, self.run.resumed
+        if is_first() and resumed is not None and last.exists() and not last.samefile(resumed):
+            names = (last.with_name(f"last.{number}.ckpt") for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())
-            self.path.replace(aside)
-            say(f"kept {self.path} as {aside}")
+            last.replace(aside)
+            say(f"kept {last} as {aside}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint["run"] = self.record
+        checkpoint["run"] = self.run.record
 
     def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.should_stop or self.step % self.interval == 0 or self.step >= trainer.max_steps:
-            trainer.save_checkpoint(self.path)
+        due = self.step % self.run.args.save_interval == 0
+        if due or trainer.should_stop or self.step >= trainer.max_steps:
+            trainer.save_checkpoint(self.run.last)
 
 
 class Progress(AfterUpdates):
-    """A bar over all updates: loss, sparsity, its target, speed; lines without a terminal.
+    """Shows loss, sparsity, its target and speed: a bar over all updates, or lines without a terminal."""
 
-    Args:
-        run: its ``validated`` is kept up to date.
-        interval: updates between lines.
-    """
-
-    def __init__(self, run: Run, interval: int) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self.interval = interval
         self._bar: tqdm | None = None
         self._samples = 0
         self._since = self._paused = 0.0
@@ -226,13 +206,8 @@ class Progress(AfterUpdates):
         super().on_train_start(trainer, module)
         self._samples, self._since = 0, time.monotonic()
         if is_first() and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=trainer.max_steps,
-                initial=self.step,
-                unit="update",
-                dynamic_ncols=True,
-                smoothing=0.05,
-            )
+            total, options = trainer.max_steps, {"dynamic_ncols": True, "smoothing": 0.05}
+            self._bar = tqdm(total=total, initial=self.step, unit="update", **options)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx: int
@@ -243,7 +218,7 @@ class Progress(AfterUpdates):
 
     def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         elapsed = time.monotonic() - self._since
-        due = self.step % self.interval == 0 or self.step >= trainer.max_steps
+        due = self.step % self.run.args.log_interval == 0 or self.step >= trainer.max_steps
         logged = trainer.callback_metrics
         if "train_loss" in logged and (due or (self._bar is not None and elapsed >= 1)):
             speed = self._samples / 16_000 / elapsed

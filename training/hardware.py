@@ -117,7 +117,7 @@ def prepare_models(module: DistillModule, args: argparse.Namespace, precision: s
     Args:
         module: its teacher and student.
         args: the flags.
-        precision: Lightning's name for --precision.
+        precision: what --precision comes to here, by Lightning's name.
     """
     module.student_model.encoder.transformer.activation_checkpointing = args.activation_checkpointing
     if args.compile:

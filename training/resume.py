@@ -49,7 +49,6 @@ class Run:
         record: what it is made with (run_record.make_record).
         resumed: the file that it goes on from, or None.
         content: what is in that file, until the trainer has taken it.
-        finished: there is nothing left to do.
         validated: the update after which validation came last, or None.
         stopper: knows the signal that has ended the run.
     """
@@ -58,7 +57,6 @@ class Run:
     record: dict
     resumed: Path | None = None
     content: dict | None = None
-    finished: bool = False
     validated: int | None = None
     stopper: StopOnSignal = field(default_factory=StopOnSignal)
 
@@ -72,8 +70,8 @@ class Run:
 
 
 @contextmanager
-def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run]:
-    """The stage's run in ``args.exp_dir``: a new one, one that goes on, or one that is finished.
+def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
+    """The stage's run in ``args.exp_dir``: a new one, one that goes on, or None where it is finished.
 
     What lies in the folder decides, or ``--resume_checkpoint``. No other run gets into the folder meanwhile,
     and ``run.json`` there says how the work went. A signal that has stopped the run ends this process with
@@ -91,9 +89,8 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run]:
     batches = world_size(args) * args.accum_grad
     run = Run(args, run_record.make_record(stage, args, inputs, batches_an_update=batches))
     with lock_folder(Path(args.exp_dir)):
-        _find_checkpoint(run)
-        if run.finished:
-            yield run
+        if is_finished(run):
+            yield None
             return
         log = run_record.RunLog(Path(args.exp_dir), run.record, args) if is_first() else nullcontext()
         with log:
@@ -115,11 +112,6 @@ def lock_folder(exp_dir: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
-    if exp_dir.exists() and not exp_dir.is_dir():
-        raise UserError(f"--exp_dir {exp_dir} is a file: name a folder")
-    for path in (last_of(exp_dir), previous_of(exp_dir)):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, where the checkpoint has to be written: move it away")
     path = exp_dir / ".lock"
     try:
         exp_dir.mkdir(parents=True, exist_ok=True)
@@ -151,31 +143,31 @@ def lock_folder(exp_dir: Path) -> Iterator[None]:
         yield
 
 
-def _find_checkpoint(run: Run) -> None:
-    """Reads what the run goes on from, which has to be a checkpoint of this very stage."""
+def is_finished(run: Run) -> bool:
+    """Reads what the run goes on from, if there is anything; whether there is nothing left to do.
+
+    Raises:
+        UserError: this is no checkpoint of this very stage.
+    """
     if run.args.resume_checkpoint is not None:
         run.resumed = Path(run.args.resume_checkpoint)
         run.content = read_training_checkpoint(run.resumed)
     else:
         run.resumed, run.content = newest_checkpoint(run.args.exp_dir)
     if run.content is None:
-        return
+        return False
     then, now = run.content["run"], run.record
     if then["stage"] != now["stage"]:
         raise UserError(
             f"{run.resumed} is a checkpoint of {then['stage']}.py, not of {now['stage']}.py: give this stage "
             "an --exp_dir of its own"
         )
-    run_record.check_unchanged(
-        run_record.differences(then, now),
-        run.resumed,
-        run.args.allow_changed,
-        "Give what it was made with, choose another --exp_dir for a new run",
-    )
+    remedy = "Give what it was made with, choose another --exp_dir for a new run"
+    run_record.check_unchanged(then, now, run.resumed, run.args.allow_changed, remedy)
     done = run.content["global_step"]
     if done >= run.args.max_updates:
         say(f"{now['stage']}.py: this stage is finished: {run.resumed} is at update {done}")
-        run.finished = True
+    return done >= run.args.max_updates
 
 
 def newest_checkpoint(exp_dir: str | Path) -> tuple[Path, dict] | tuple[None, None]:

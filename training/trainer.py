@@ -27,7 +27,6 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
     """
     args = run.args
     quieten()
-    prepare_models(module, args, PRECISIONS[args.precision])
     checkpoints = RunCheckpointIO(None if run.resumed is None else resume_state(run, module))
     if not data.has_validation():
         say(f"{args.tsv_dir}/valid.tsv is missing or has no utterance to use: no validation")
@@ -41,12 +40,7 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
         gradient_clip_val=args.clip_norm,
         log_every_n_steps=args.log_interval,
         logger=TensorBoardLogger(args.exp_dir, name="", version="logs"),
-        callbacks=[
-            run.stopper,
-            StopOnNonFinite(run.last),
-            LastCheckpoint(run.last, args.save_interval, run.record, run.resumed),
-            Progress(run, args.log_interval),
-        ],
+        callbacks=[run.stopper, StopOnNonFinite(run.last), LastCheckpoint(run), Progress(run)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -58,6 +52,7 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
         val_check_interval=data.batches_an_epoch(world_size(args)),
     )
     leave_signals_to_us(trainer)
+    prepare_models(module, args, trainer.precision)
     return trainer
 
 

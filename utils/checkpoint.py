@@ -142,11 +142,20 @@ def read_checkpoint(path: str | Path) -> dict:
         UserError: it cannot be read or lacks one of the two.
     """
     content = read_file(path)
-    for key in ("config", "state_dict"):
-        if not isinstance(content.get(key), dict):
-            hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
-            raise UserError(f'{path}: has no "{key}", so it is not a checkpoint of this project{hint}')
+    if not isinstance(content.get("config"), dict) or not is_state_dict(content.get("state_dict")):
+        hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
+        raise UserError(
+            f'{path}: has no "config" and "state_dict", so it is not a checkpoint of this project{hint}'
+        )
     return content
+
+
+def is_state_dict(value: object) -> bool:
+    """Whether what was read from a file is a dictionary of named floating-point tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        for name, tensor in value.items()
+    )
 
 
 def build_model(
@@ -164,11 +173,6 @@ def build_model(
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
-    if not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
-        for key, tensor in state_dict.items()
-    ):
-        raise UserError(f"{source}: the state dict holds more than tensors of floating-point numbers")
     try:
         with torch.device("meta"):
             model = wav2vec2_model(**config)

@@ -104,24 +104,10 @@ def _is_input(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("path", "sha256"))
 
 
-def excerpt(record: Mapping, *flags: str, **inputs: str) -> dict:
-    """What of a stage's record another stage's is compared with.
-
-    Args:
-        record: the earlier stage's.
-        flags: the names of flags that both stages have.
-        inputs: by the name that the other stage has for it, an input of this one.
-    """
-    return {
-        "flags": {name: record["flags"][name] for name in flags if name in record["flags"]},
-        "inputs": {name: record["inputs"][old] for name, old in inputs.items() if old in record["inputs"]},
-    }
-
-
 def differences(then: Mapping, now: Mapping) -> dict[str, str]:
-    """What two records of a stage differ in: by its name, what it was and what it is.
+    """What two records differ in: by its name, what it was and what it is.
 
-    A flag that only one of them knows, since one of them is of another version, is no difference.
+    A flag or input that only one of them has is no difference.
     """
     found = {}
     for name in then["flags"].keys() & now["flags"].keys():
@@ -138,24 +124,23 @@ def _file(entry: Mapping[str, str]) -> str:
     return f"{abbreviate(entry['path'])} (sha256 {abbreviate(entry['sha256'][:12])})"
 
 
-def check_unchanged(found: Mapping[str, str], source: str | Path, allow_changed: str, remedy: str) -> None:
-    """Raises an error that lists the differences ``found`` of which ``--allow_changed`` does not speak.
+def check_unchanged(then: Mapping, now: Mapping, source: str | Path, allow_changed: str, remedy: str) -> None:
+    """Raises an error that lists the differences of two records of which ``--allow_changed`` does not speak.
 
     Args:
-        found: what :func:`differences` gave.
-        source: the file that was made with something else.
+        then, now: as for :func:`differences`.
+        source: the file that was made with ``then``.
         allow_changed: the flag, a comma list. run.sh gives all stages the same, so it may name what this
             stage does not have.
         remedy: what to do instead of allowing it.
     """
-    allowed = {name.strip() for name in allow_changed.split(",")}
-    for name in sorted(found.keys() & allowed):
+    found, allowed = differences(then, now), {name.strip() for name in allow_changed.split(",")}
+    for name in found.keys() & allowed:
         say(f"--allow_changed {name}: {name} {found[name]}")
-    refused = [name for name in found if name not in allowed]
+    refused = [f"{name} {change}" for name, change in found.items() if name not in allowed]
     if refused:
-        listed = "; ".join(f"{name} {found[name]}" for name in refused)
         raise UserError(
-            f"{source} was made with something else: {listed}. {remedy}, or go on anyway with "
+            f"{source} was made with something else: {'; '.join(refused)}. {remedy}, or go on anyway with "
             f"--allow_changed {','.join(found)}"
         )
 
@@ -239,13 +224,8 @@ class RunLog:
         self.outcome = "finished"
         self._begin = time.monotonic()
         self._session = {
-            "started": _now(),
-            "ended": None,
-            "seconds": None,
-            "outcome": "running",
-            "machine": _machine(),
-            "versions": _versions(),
-            "flags": dict(vars(args)),
+            **{"started": _now(), "ended": None, "seconds": None, "outcome": "running"},
+            **{"machine": _machine(), "versions": _versions(), "flags": dict(vars(args))},
         }
         earlier = read_run(folder).get(record["stage"], {})
         self._new = dict(record)
@@ -287,9 +267,4 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> dict[str, object]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "host": platform.node(),
-        "system": platform.platform(),
-        "cores": available_cpus(),
-        "gpus": gpus,
-    }
+    return {"host": platform.node(), "system": platform.platform(), "cores": available_cpus(), "gpus": gpus}

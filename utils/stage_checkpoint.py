@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils import run_record
-from utils.checkpoint import build_model, read_checkpoint, read_file
+from utils.checkpoint import build_model, is_state_dict, read_checkpoint, read_file
 from utils.files import UserError
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.model import Wav2Vec2Model
@@ -78,10 +78,9 @@ def check_student(trained: Mapping, output: Output, flag: str, source: str, allo
         allow_changed: the flag.
     """
     if "run" in trained:
-        then = run_record.excerpt(trained["run"], **{flag: "student_ckpt"})
+        then = {"flags": {}, "inputs": {flag: trained["run"]["inputs"]["student_ckpt"]}}
         remedy = f"Give --{flag} what {trained['run']['stage']}.py had as --student_ckpt"
-        found = run_record.differences(then, output.record)
-        run_record.check_unchanged(found, source, allow_changed, remedy)
+        run_record.check_unchanged(then, output.record, source, allow_changed, remedy)
 
 
 def read_trained(path: str | Path) -> dict:
@@ -94,10 +93,8 @@ def read_trained(path: str | Path) -> dict:
         UserError: it cannot be read, or is damaged.
     """
     content = {"state_dict": {}, "hyper_parameters": {}, **read_file(path)}
-    dicts = isinstance(content["state_dict"], dict) and isinstance(content["hyper_parameters"], dict)
-    if not dicts or not all(isinstance(name, str) for name in content["state_dict"]):
-        raise UserError(f"{path} is damaged: make it or copy it again")
-    if "run" in content and not run_record.is_record(content["run"]):
+    good = is_state_dict(content["state_dict"]) and isinstance(content["hyper_parameters"], dict)
+    if not good or ("run" in content and not run_record.is_record(content["run"])):
         raise UserError(f"{path} is damaged: make it or copy it again")
     return content
 
