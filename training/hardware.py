@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -15,6 +16,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from lightning import DistillModule
 from training import onednn
 from training.half_precision import HALF, cast_frozen_weights, prepare_gpu
+from training.joined_weights import join_projections, narrowed_together
+from training.layers import checkpoint_activations, compile_layers
 from utils.files import UserError
 from utils.processes import say
 
@@ -112,39 +115,21 @@ def prepared_process(args: argparse.Namespace) -> Iterator[None]:
 
 
 def prepare_models(module: DistillModule, args: argparse.Namespace, precision: str) -> None:
-    """Sets the models up as --activation_checkpointing, --compile, --precision and several processes ask for.
+    """Sets the models up for the device and as --activation_checkpointing, --compile and --precision ask for.
 
     Args:
         module: its teacher and student.
         args: the flags.
         precision: what --precision comes to here, by Lightning's name.
     """
-    module.student_model.encoder.transformer.activation_checkpointing = args.activation_checkpointing
-    if args.compile:
-        compile_models(module)
-    if world_size(args) > 1:
-        # The gradients of a quarter of a Base model are sent while those of the layers below are computed.
-        module.student_model.layers_together = 3
+    student = module.student_model
+    if devices_per_node(args)[0] == "gpu":
+        join_projections(student)
+        # Several processes send the gradients of a quarter of a Base model while others are computed.
+        module.narrow = partial(narrowed_together, layers=3 if world_size(args) > 1 else 12)
     if precision in HALF:
         cast_frozen_weights(module.teacher_model, HALF[precision])
-
-
-def compile_models(module: DistillModule) -> None:
-    """Compiles in place what is not a convolution: transformer layers, norms of conv blocks, and the losses.
-
-    Layers are compiled one by one, as they share a few graphs. Widths are variables in these, for a gated
-    student's change with every update, and a pruned one's from layer to layer. Convolutions are left out: a
-    graph with one is good for a single length. Names in the state dict stay.
-    """
-    config = torch._dynamo.config
-    config.recompile_limit = max(64, config.recompile_limit)
-    config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
-    module.distill_loss.compile(dynamic=True)
-    if module.use_reg:
-        module.student_cost.compile()
-    for model in (module.teacher_model, module.student_model):
-        for block in model.feature_extractor.conv_layers:
-            if block.layer_norm is not None:
-                block.finish = torch.compile(block.finish, dynamic=True)
-        for layer in model.encoder.transformer.layers:
-            layer.compile(dynamic=True)
+    if args.activation_checkpointing:
+        checkpoint_activations(student)
+    if args.compile:
+        compile_layers(module)
