@@ -173,10 +173,13 @@ def build_model(
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
+    if any(isinstance(value, (list, tuple)) and len(value) > len(state_dict) for value in config.values()):
+        raise UserError(f"{source}: its config has more layers than its state dict has tensors")
     try:
         with torch.device("meta"):
             model = wav2vec2_model(**config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        # torch raises a RuntimeError where a size cannot be.
         raise UserError(f"{source}: {error}") from error
     expected, given = model.state_dict(), _our_names(state_dict)
     absent = expected.keys() - given.keys()
