@@ -142,7 +142,7 @@ def read_checkpoint(path: str | Path) -> dict:
         UserError: it cannot be read or lacks one of the two.
     """
     content = read_file(path)
-    if not isinstance(content.get("config"), dict) or not is_state_dict(content.get("state_dict")):
+    if not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
         hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
         raise UserError(
             f'{path}: has no "config" and "state_dict", so it is not a checkpoint of this project{hint}'
@@ -152,7 +152,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def is_state_dict(value: object) -> bool:
     """Whether what was read from a file is a dictionary of named floating-point tensors."""
-    return isinstance(value, dict) and all(
+    return isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
         for name, tensor in value.items()
     )
@@ -173,6 +173,8 @@ def build_model(
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
+    if not is_state_dict(state_dict):
+        raise UserError(f"{source}: its state dict holds more than tensors of floating-point numbers")
     if any(isinstance(value, (list, tuple)) and len(value) > len(state_dict) for value in config.values()):
         raise UserError(f"{source}: its config has more layers than its state dict has tensors")
     try:
