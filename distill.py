@@ -9,6 +9,8 @@ if __name__ == "__main__":
 
 import argparse
 
+import torch
+
 from utils.checkpoint import load_model
 from utils.cli import fraction, needs_extra, nonnegative_int, path, positive, run_script
 from utils.files import UserError
@@ -17,7 +19,42 @@ from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 
 with needs_extra("train"):
     from lightning import DistillModule
-    from training import trainer
+    from training.arguments import add_arguments, data_module, distillation
+    from training.resume import open_run
+    from training.trainer import make_trainer
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument(
+        "--student_ckpt",
+        type=path,
+        default="pretrained/hubert-base-ls960.hf.pth",
+        help="the student starts from this",
+    )
+    pruning.add_argument(
+        "--pruning_units", default="conv,head,interm,attlayer,ffnlayer", help="what gets gates, a comma list"
+    )
+    pruning.add_argument(
+        "--reg_learning_rate", type=positive, default=0.02, help="peak rate for gates and multipliers"
+    )
+    pruning.add_argument(
+        "--target_sparsity", type=fraction, default=0.75, help="1 - wanted cost / teacher's cost"
+    )
+    pruning.add_argument(
+        "--sparsity_of",
+        choices=COUNTS,
+        default="params",
+        help=f"the cost: parameters, or multiply-accumulates for an utterance of {UTTERANCE_SECONDS} s",
+    )
+    pruning.add_argument(
+        "--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates to the full target"
+    )
+    return parser.parse_args()
 
 
 def gates(pruning_units: str) -> dict[str, bool]:
@@ -35,59 +72,30 @@ def gates(pruning_units: str) -> dict[str, bool]:
     return {key: unit in units for unit, key in PRUNING_UNITS.items()}
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    trainer.add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
-    pruning = parser.add_argument_group("pruning")
-    pruning.add_argument(
-        "--student_ckpt",
-        type=path,
-        default="pretrained/hubert-base-ls960.hf.pth",
-        help="the student starts from this",
-    )
-    pruning.add_argument(
-        "--pruning_units", default="conv,head,interm,attlayer,ffnlayer", help="what gets gates, a comma list"
-    )
-    pruning.add_argument("--reg_learning_rate", type=positive, default=0.02, help="of gates and multipliers")
-    pruning.add_argument(
-        "--target_sparsity", type=fraction, default=0.75, help="1 - wanted cost / teacher's cost"
-    )
-    pruning.add_argument(
-        "--sparsity_of",
-        choices=COUNTS,
-        default="params",
-        help=f"the cost: parameters, or multiply-accumulates of an utterance of {UTTERANCE_SECONDS} s",
-    )
-    pruning.add_argument(
-        "--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates to the full target"
-    )
-    pruning.add_argument(
-        "--no_skip", action="store_true", help="compute closed units too: the same result for more work"
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
     args = parse_args()
     new_gates = gates(args.pruning_units)
-    with trainer.open_run("distill", args) as run:
-        if run.finished:
+    with open_run("distill", args) as run:
+        if run is None:
             return
-        trainer.seed(args.seed)
+        torch.manual_seed(args.seed)
         teacher = load_model(args.teacher_ckpt)
         student = load_model(args.student_ckpt, **new_gates)
-        student.skip_closed_gates = not args.no_skip
         module = DistillModule(
-            **trainer.module_arguments(args, teacher, student),
+            **distillation(args, teacher, student),
             use_reg=True,
             reg_learning_rate=args.reg_learning_rate,
             target_sparsity=args.target_sparsity,
             sparsity_warmup_updates=args.sparsity_warmup_updates,
             sparsity_of=args.sparsity_of,
         )
-        trainer.train(module, run)
+        data = data_module(args)
+        trainer = make_trainer(run, module, data)
+        if run.resumed is None:
+            trainer.validate(module, data, verbose=False)
+        trainer.fit(module, data, ckpt_path=run.resumed, weights_only=True)
+        if not run.stopped and run.validated != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,27 @@ if __name__ == "__main__":
     processes.quit_on_signals()
 
 import argparse
+from collections.abc import Mapping
 
+import torch
+
+from utils import run_record
 from utils.checkpoint import build_model, load_model, read_checkpoint
 from utils.cli import needs_extra, path, run_script
 from utils.files import UserError
 
 with needs_extra("train"):
     from lightning import DistillModule
-    from training import trainer
-    from utils import run_record
+    from training.arguments import add_arguments, data_module, distillation
+    from training.resume import open_run
+    from training.trainer import make_trainer
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    trainer.add_arguments(parser, learning_rate=1e-4, warmup_updates=5_000, max_updates=25_000)
+    add_arguments(parser, learning_rate=1e-4, warmup_updates=5_000, max_updates=25_000)
     parser.add_argument(
         "--student_ckpt",
         type=path,
@@ -32,41 +37,46 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_same_teaching(args: argparse.Namespace, record: dict) -> None:
+def check_same_teaching(args: argparse.Namespace, record: Mapping) -> None:
     """Refuses another teacher or other layers than stage 1's, whose projections this stage goes on with."""
     pruned = run_record.made_by(args.student_ckpt)
     if pruned is None or "distilled" not in pruned:
         return
-    run_record.check_record(pruned["distilled"], args.student_ckpt)
-    then = run_record.excerpt(
-        pruned["distilled"], "distill_layers", "distill_mode", teacher_ckpt="teacher_ckpt"
-    )
+    flags, inputs = pruned["distilled"]["flags"], pruned["distilled"]["inputs"]
+    then = {
+        "flags": {name: flags[name] for name in ("distill_layers", "distill_mode")},
+        "inputs": {"teacher_ckpt": inputs["teacher_ckpt"]},
+    }
     remedy = "Give the teacher and the layers of stage 1"
-    run_record.check_unchanged(
-        run_record.differences(then, record), args.student_ckpt, args.allow_changed, remedy
-    )
+    run_record.check_unchanged(then, record, args.student_ckpt, args.allow_changed, remedy)
 
 
 def main() -> None:
     args = parse_args()
-    with trainer.open_run("final_distill", args) as run:
-        check_same_teaching(args, run.record)
-        if run.finished:
+    with open_run("final_distill", args) as run:
+        if run is None:
             return
-        trainer.seed(args.seed)
-        checkpoint = read_checkpoint(args.student_ckpt)
+        check_same_teaching(args, run.record)
+        torch.manual_seed(args.seed)
+        pruned = read_checkpoint(args.student_ckpt)
         teacher = load_model(args.teacher_ckpt)
-        student = build_model(checkpoint["config"], checkpoint["state_dict"], args.student_ckpt)
-        arguments = trainer.module_arguments(args, teacher, student)
+        student = build_model(pruned["config"], pruned["state_dict"], args.student_ckpt)
+        arguments = distillation(args, teacher, student)
         try:
-            arguments["distill_linear_projs"].load_state_dict(checkpoint.get("distill_linear_projs", {}))
-        except (RuntimeError, TypeError, AttributeError) as error:
+            arguments["distill_linear_projs"].load_state_dict(pruned.get("distill_linear_projs", {}))
+        except RuntimeError as error:
             raise UserError(
                 f"{args.student_ckpt}: its projections are not those of --distill_mode {args.distill_mode} "
                 f"--distill_layers {args.distill_layers}; give the flags of stage 1, and stage 2's file"
             ) from error
         module = DistillModule(**arguments, use_reg=False)
-        trainer.train(module, run)
+        data = data_module(args)
+        trainer = make_trainer(run, module, data)
+        if run.resumed is None:
+            trainer.validate(module, data, verbose=False)
+        trainer.fit(module, data, ckpt_path=run.resumed, weights_only=True)
+        if not run.stopped and run.validated != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from torch._dynamo.utils import counters
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import onednn
 from training.half_precision import cast_frozen_weights, prepare_gpu
-from training.trainer import compile_models
+from training.layers import compile_layers
 from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
@@ -154,7 +154,7 @@ class Step:
         if self.dtype != torch.float32 and variant.kind != "baseline":
             cast_frozen_weights(self.module.teacher_model, self.dtype)
         if variant.compile:
-            compile_models(self.module)
+            compile_layers(self.module)
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
         self.scheduler = schedule["scheduler"]
         if variant.kind == "baseline":

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from .batches import AudioDataset, BucketBatchSampler, make_loader
+from .batches import make_loader
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -16,9 +16,9 @@ class SpeechDataModule(pl.LightningDataModule):
 
     Args:
         tsv_dir, train_subset: manifests ``tsv_dir/train_subset.tsv`` and ``valid.tsv``.
-        seconds_per_batch: of a batch on one device, before cropping.
-        num_workers: loader processes a device.
-        seed: what the order of batches and the crops follow from.
+        seconds_per_batch: seconds of audio in a batch on one device, before cropping.
+        num_workers: processes per device that read audio.
+        seed: the order of batches and the crops follow from it.
 
     Attributes:
         first_update: where training starts: 0, or the update of the checkpoint that is resumed.
@@ -47,8 +47,7 @@ class SpeechDataModule(pl.LightningDataModule):
         """Whether ``valid.tsv`` is there and has an utterance to use."""
         if not (Path(self.tsv_dir) / "valid.tsv").exists():
             return False
-        lengths = AudioDataset(self.tsv_dir, "valid").lengths
-        return BucketBatchSampler(lengths, self.seconds_per_batch).num_utterances > 0
+        return len(make_loader(self.tsv_dir, "valid", self.seconds_per_batch, 0, shuffle=False)) > 0
 
     def train_dataloader(self) -> DataLoader:
         """The batches of the updates from ``first_update`` to the trainer's last one.

@@ -11,10 +11,10 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from prune import gated_student, gated_tensors, part, read_trained
 from utils.checkpoint import build_model, load_model, read_checkpoint
 from utils.files import UserError
 from utils.run_record import read_run
+from utils.stage_checkpoint import gated_student, gated_tensors, part, read_trained
 from wav2vec2 import PruningError, Wav2Vec2Model
 
 STAGES = {

@@ -8,9 +8,9 @@ import soundfile
 import torch
 
 from tests.helpers.models import tiny_config
-from tests.helpers.stages import ENVIRONMENT, ROOT, flags, run, sentence_of
+from tests.helpers.stages import ENVIRONMENT, ROOT, call, flags, sentence_of
 from utils.checkpoint import read_checkpoint, save_checkpoint
-from utils.files import UserError, atomic_write
+from utils.files import atomic_write
 from wav2vec2 import wav2vec2_model
 
 
@@ -38,13 +38,10 @@ MISTAKES = [
     ({"learning_rate": "fast"}, "'fast' is not a number above 0"),
     ({"l1_weight": 0, "cos_weight": 0}, "are all 0"),
     ({"resume_checkpoint": "no/last.ckpt"}, "no/last.ckpt: no such file"),
-    ({"precision": "8"}, "invalid choice: '8'"),
     ({"seconds_per_batch": "-1"}, "is not a number above 0"),
     ({"max_updates": 10**19}, "is not a whole number above 0 (and below 2^31)"),
-    ({"accum_grad": 10**19}, "is not a whole number above 0 (and below 2^31)"),
     ({"teacher_ckpt": ""}, "--teacher_ckpt: is empty"),
-    ({"exp_dir": " "}, "--exp_dir: is empty"),
-    ({"exp_dir": __file__}, "test_mistakes.py is a file: name a folder"),
+    ({"exp_dir": __file__}, "cannot be written to (File exists)"),
     ({"exp_dir": f"{__file__}/exp"}, "cannot be written to (Not a directory)"),
 ]
 
@@ -60,71 +57,7 @@ def test_a_damaged_checkpoint_is_named(fails, manifests, teacher, tmp_path):
     text = broken(tmp_path, "text.pth", b"not a checkpoint")
     for path in (truncated, text):
         sentence = fails("distill", *flags(manifests, teacher, tmp_path / "exp", teacher_ckpt=path))
-        assert f"{path}: not a checkpoint, or a damaged one" in sentence
-
-
-@pytest.mark.parametrize("name", ["last.ckpt", "previous.ckpt"])
-def test_a_checkpoint_that_is_a_folder_is_found_before_training(name, fails, manifests, teacher, tmp_path):
-    (tmp_path / "ckpts" / name).mkdir(parents=True)
-    sentence = fails("distill", *flags(manifests, teacher, tmp_path))
-    assert f"{tmp_path}/ckpts/{name} is a folder" in sentence
-
-
-def test_missing_and_unexpected_tensors_and_keys_are_named(fails, manifests, teacher, tmp_path):
-    checkpoint = read_checkpoint(teacher)
-    key = "encoder.transformer.layers.1.attention.q_proj.bias"
-
-    def variant(name, change):
-        content = {"config": dict(checkpoint["config"]), "state_dict": dict(checkpoint["state_dict"])}
-        change(content)
-        torch.save(content, tmp_path / name)
-        return fails("distill", *flags(manifests, teacher, tmp_path / "exp", teacher_ckpt=tmp_path / name))
-
-    assert key in variant("missing.pth", lambda c: c["state_dict"].pop(key))
-    assert "extra.weight" in variant(
-        "extra.pth", lambda c: c["state_dict"].update({"extra.weight": torch.ones(1)})
-    )
-    wide = variant("wide.pth", lambda c: c["config"].update(encoder_ff_interm_features=[64, 65, 64]))
-    assert "layers.1.feed_forward" in wide and "65" in wide
-    assert "encoder_embed_dim" in variant("lacks.pth", lambda c: c["config"].pop("encoder_embed_dim"))
-    assert "prune_everything" in variant("unknown.pth", lambda c: c["config"].update(prune_everything=True))
-
-
-def test_more_gpus_than_there_are_is_an_error_and_none_is_a_warning(monkeypatch, capsys):
-    from training import trainer
-
-    class Flags:
-        gpus, num_nodes = 4, 1
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="--gpus 4: this machine has 2"):
-        trainer.hardware(Flags)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert trainer.hardware(Flags)["accelerator"] == "cpu"
-    assert "warning: no GPU is found" in capsys.readouterr().err
-
-
-def test_tasks_that_slurm_has_bound_to_a_gpu_each_take_the_one_they_see(monkeypatch):
-    from training import trainer
-
-    class Flags:
-        gpus, num_nodes, dist_timeout = 4, 1, 600
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    slurm = {"PROCID": 3, "LOCALID": 3, "NODEID": 0, "NTASKS": 4, "NTASKS_PER_NODE": 4}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
-    assert trainer.devices_a_node(Flags) == ("gpu", 4)
-    assert trainer.hardware(Flags)["devices"] == 1
-    [environment] = trainer.cluster(Flags)
-    assert (environment.local_rank(), environment.global_rank(), environment.world_size()) == (0, 3, 4)
-    environment.validate_settings(num_devices=1, num_nodes=1)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
-    with pytest.raises(UserError, match="SLURM has started 2 tasks a node; give srun --ntasks-per-node=4"):
-        trainer.devices_a_node(Flags)
+        assert f"{path} is damaged, or is not a checkpoint" in sentence
 
 
 def stage_1(teacher, tmp_path, log_alpha=3.0):
@@ -157,6 +90,7 @@ def test_stage_2_wants_stage_1s_file_and_its_teacher(fails, teacher, tmp_path):
     assert not (tmp_path / "pruned_hubert_base.pth").exists()
 
 
+@pytest.mark.slow
 def test_compiling_without_a_compiler_is_one_sentence(manifests, teacher, tmp_path):
     command = [sys.executable, ROOT / "distill.py", *flags(manifests, teacher, tmp_path / "exp"), "--compile"]
     environment = {
@@ -170,10 +104,10 @@ def test_compiling_without_a_compiler_is_one_sentence(manifests, teacher, tmp_pa
     assert "Traceback" not in process.stderr
 
 
-def test_out_names_another_file_and_an_existing_one_is_replaced_whole(teacher, tmp_path):
+def test_out_names_another_file_which_is_replaced_whole(monkeypatch, teacher, tmp_path):
     distilled = stage_1(teacher, tmp_path)
     out = tmp_path / "new" / "small.pth"
-    run("prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher, "--out", out)
+    call(monkeypatch, "prune", "--distilled_ckpt", distilled, "--original_ckpt", teacher, "--out", out)
     assert out.exists() and not (tmp_path / "pruned_hubert_base.pth").exists()
     assert [path.name for path in out.parent.iterdir()] == ["small.pth"]
     with pytest.raises(RuntimeError), atomic_write(out) as temporary:
@@ -183,12 +117,11 @@ def test_out_names_another_file_and_an_existing_one_is_replaced_whole(teacher, t
     assert [path.name for path in out.parent.iterdir()] == ["small.pth"]
 
 
-def test_stage_3_wants_the_projections_of_stage_1(fails, manifests, teacher, tmp_path):
+def test_stage_3_wants_the_projections_of_stage_1(monkeypatch, fails, manifests, teacher, tmp_path):
     distilled = stage_1(teacher, tmp_path)
-    run("prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
-    arguments = flags(manifests, teacher, tmp_path / "exp", student_ckpt=tmp_path / "pruned_hubert_base.pth")
-    place = arguments.index("--sparsity_warmup_updates")
-    del arguments[place : place + 2]
+    call(monkeypatch, "prune", "--distilled_ckpt", distilled, "--original_ckpt", teacher)
+    pruned = tmp_path / "pruned_hubert_base.pth"
+    arguments = flags(manifests, teacher, tmp_path / "exp", student_ckpt=pruned, sparsity_warmup_updates=None)
     sentence = fails("final_distill", *arguments)
     assert "its projections are not those of --distill_mode layer2layer --distill_layers 0.1,3" in sentence
 
@@ -199,7 +132,7 @@ def test_stage_4_wants_stage_3s_file(fails, teacher, tmp_path):
     assert not (tmp_path / "pruned_hubert_base.pth").exists()
 
 
-def test_an_audio_file_that_breaks_between_the_stages_is_named(fails, corpus, teacher, tmp_path):
+def test_an_audio_file_that_has_broken_is_named(fails, corpus, teacher, tmp_path):
     for number in range(3):
         samples, rate = soundfile.read(next(corpus.rglob("*.flac")))
         soundfile.write(tmp_path / f"{number}.wav", samples, rate)
@@ -211,19 +144,12 @@ def test_an_audio_file_that_breaks_between_the_stages_is_named(fails, corpus, te
     assert "1.wav" in sentence
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(teacher, tmp_path):
+def test_a_full_disk_leaves_what_was_there(teacher, tmp_path):
     """The limit on the size of a file stands in for the end of the disk."""
     distilled = stage_1(teacher, tmp_path)
     out = tmp_path / "pruned_hubert_base.pth"
     out.write_bytes(b"an earlier file")
-    command = [
-        sys.executable,
-        str(ROOT / "prune.py"),
-        "--distilled_ckpt",
-        distilled,
-        "--original_ckpt",
-        teacher,
-    ]
+    command = [sys.executable, ROOT / "prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher]
     limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
     limited += (
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
@@ -232,8 +158,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(teacher, tmp_path
         [sys.executable, "-c", limited, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert process.returncode == 2, process.stderr
-    assert (
-        process.stderr.strip().splitlines()[-1].endswith("could not be written; is there room on the disk?")
-    )
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.endswith("could not be written; is there room on the disk?")
     assert "Traceback" not in process.stderr
     assert out.read_bytes() == b"an earlier file" and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_stages_2_and_4_need_torch_alone():
+    """As where a model is made smaller on a machine that only has torch."""
+    hidden = ("numpy", "pytorch_lightning", "soundfile", "tensorboard", "tqdm", "transformers")
+    program = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import prune, save_final_ckpt"
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr

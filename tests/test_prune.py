@@ -5,7 +5,7 @@ import torch
 
 from lightning import DistillLoss, DistillModule, distill_projections
 from tests.helpers.models import config_of, ungated
-from tests.helpers.stages import call, checkpoint, flags, run
+from tests.helpers.stages import call, checkpoint, flags
 from utils.checkpoint import load_model, save_checkpoint
 from wav2vec2 import wav2vec2_model
 from wav2vec2.cost import COUNTS
@@ -15,7 +15,9 @@ from wav2vec2.cost import COUNTS
 def stage_1(request, manifests, teacher, tmp_path_factory):
     """What stage 1 counted, and the folder that it left."""
     exp_dir = tmp_path_factory.mktemp(f"stage 1 {request.param}")
-    run("distill.py", *flags(manifests, teacher, exp_dir, max_updates=3, sparsity_of=request.param))
+    arguments = flags(manifests, teacher, exp_dir, max_updates=3, sparsity_of=request.param, num_workers=0)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        call(monkeypatch, "distill", *arguments)
     return request.param, exp_dir
 
 
@@ -23,7 +25,7 @@ def cost(path, what):
     return COUNTS[what](load_model(path)).total()
 
 
-def test_the_checkpoint_knows_what_was_counted_and_what_was_asked_for(stage_1, teacher):
+def test_the_checkpoint_knows_the_target_and_what_was_counted(stage_1, teacher):
     what, exp_dir = stage_1
     content = checkpoint(exp_dir)
     assert content["run"]["flags"]["sparsity_of"] == what

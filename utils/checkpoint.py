@@ -2,34 +2,37 @@
 ``{"config": dict, "state_dict": dict[, "distill_linear_projs": dict]}``, plain values and CPU tensors only.
 """
 
+import hashlib
+import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from utils.cli import some
+from utils.cli import abbreviate, some
 from utils.compare import relative_difference
 from utils.files import UserError, atomic_write
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 
 
-def read_file(path: str | Path) -> dict:
-    """Reads a file that ``torch.save`` wrote, of plain values and finite tensors; nothing in it is run.
+def fingerprint(path: str | Path) -> str:
+    """The SHA-256 of what torch.save wrote into a file, whose checksums are compared in the same pass.
 
-    The checksums of the container are compared, and no more memory is taken than the file has bytes.
+    torch writes the name of the file, or of a temporary one, into a checkpoint. That does not count, so that
+    a stage that is run again makes a file of the same fingerprint.
 
+    Returns:
+        64 hexadecimal digits, the same for a file that has not changed without reading it again.
     Raises:
-        UserError: there is no such file, it is damaged, it holds anything else, or a tensor in it has a value
-            that is not finite.
+        UserError: there is no such file, or it is damaged.
     """
-    if not str(path):
-        raise UserError("the path of a checkpoint is empty: give the file's")
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the file in it")
@@ -37,7 +40,54 @@ def read_file(path: str | Path) -> dict:
         raise UserError(
             f"{path}: no such file; check the path, or make the file with the step before this one"
         )
-    _check_container(path)
+    status = path.stat()
+    try:
+        return _sha256(os.path.realpath(path), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        # zipfile raises many things over a damaged file.
+        raise _damaged(path) from error
+
+
+@cache
+def _sha256(path: str, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        members = sorted(archive.infolist(), key=lambda member: member.filename)
+        # torch.save does not compress, so a compressed part is somebody's trick to fill the memory.
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        distinct = len({member.filename for member in members}) == len(members)
+        if not (stored and distinct and sum(member.file_size for member in members) <= size):
+            raise zipfile.BadZipFile("torch.save has not written this")
+        for member in members:
+            name = member.filename.partition("/")[2]
+            # The serialization_id is a hash in which the file's own name has a part.
+            counts = name != ".data/serialization_id"
+            if counts:
+                digest.update(name.encode())
+            with archive.open(member) as part:  # which compares the checksum at its end
+                while block := part.read(2**22):
+                    if counts:
+                        digest.update(block)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged, or is not a checkpoint: make it or copy it again")
+
+
+def read_file(path: str | Path) -> dict:
+    """Reads a file that ``torch.save`` wrote, of plain values and finite tensors; nothing in it is run.
+
+    The checksums of the file are compared, and no more memory is taken than it has bytes.
+
+    Raises:
+        UserError: there is no such file, it is damaged, it holds anything else, or a tensor in it has a value
+            that is not finite.
+    """
+    path = Path(path)
+    fingerprint(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,39 +98,12 @@ def read_file(path: str | Path) -> dict:
             f"{path}: holds something other than plain values and tensors, or is damaged; make or copy it "
             "again"
         ) from error
-    except MemoryError as error:
-        raise UserError(f"{path}: there is not enough memory to read it") from error
     except Exception as error:
-        raise _damaged(path, type(error).__name__) from error
+        raise _damaged(path) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")
+        raise _damaged(path)
     _check_tensors(path, content)
     return content
-
-
-def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: not a checkpoint, or a damaged one ({reason}); make or copy it again")
-
-
-def _check_container(path: Path) -> None:
-    """Reads the file once for its checksums, and refuses one that unpacks to more than it is."""
-    try:
-        with zipfile.ZipFile(path) as container:
-            # torch.save does not compress, so a compressed member is somebody's trick to fill the memory.
-            if any(member.compress_type != zipfile.ZIP_STORED for member in container.infolist()):
-                raise _damaged(path, "its parts are compressed")
-            if len(set(container.namelist())) < len(container.namelist()):
-                raise _damaged(path, "two of its parts have one name")
-            if sum(member.file_size for member in container.infolist()) > path.stat().st_size:
-                raise _damaged(path, "its parts claim to be larger than the file")
-            if (broken := container.testzip()) is not None:
-                raise _damaged(path, f"the checksum of its part {broken} is wrong")
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:
-        raise _damaged(path, "its container cannot be read") from error
 
 
 def _check_tensors(path: Path, content: dict) -> None:
@@ -90,30 +113,24 @@ def _check_tensors(path: Path, content: dict) -> None:
     remaining: list[tuple[str, object]] = [("", content)]
     while remaining:
         name, value = remaining.pop()
-        if id(value) in seen or not isinstance(value, (Mapping, list, tuple, Tensor)):
+        if id(value) in seen:
             continue
         seen.add(id(value))
-        if not isinstance(value, Tensor):
+        if isinstance(value, (Mapping, list, tuple)):
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            remaining += [(f"{name}.{_shown(key)}".lstrip("."), item) for key, item in items]
-            continue
-        shown = name.removeprefix("state_dict.")
-        plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
-        # torch computes nothing with the floating-point numbers of eight bits and less.
-        plain = plain and not (value.is_floating_point() and value.element_size() == 1)
-        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UserError(f"{path}: the tensor {shown} is not a plain one; make or copy the file again")
-        if (value.is_floating_point() or value.is_complex()) and not value.isfinite().all():
-            raise UserError(
-                f"{path}: the tensor {shown} has a value that is not finite (NaN or infinity), so training "
-                "had gone wrong when it was written; go back to an earlier checkpoint"
-            )
-
-
-def _shown(key: object) -> str:
-    """A key of a dictionary that anyone may have written, for a sentence."""
-    plain_key = (isinstance(key, str) and key.isprintable()) or (isinstance(key, int) and 0 <= key < 2**31)
-    return str(key)[:200] if plain_key else "an entry without a name"
+            remaining += [(f"{name}.{abbreviate(key)}".lstrip("."), item) for key, item in items]
+        elif isinstance(value, Tensor):
+            plain = value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+            # torch computes nothing with the floating-point numbers of eight bits and less.
+            plain = plain and not (value.is_floating_point() and value.element_size() == 1)
+            if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise _damaged(path)
+            if (value.is_floating_point() or value.is_complex()) and not value.isfinite().all():
+                raise UserError(
+                    f"{path}: the tensor {name.removeprefix('state_dict.')} has a value that is not finite "
+                    "(NaN or infinity), so training had gone wrong when it was written; go back to an "
+                    "earlier checkpoint"
+                )
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -125,11 +142,20 @@ def read_checkpoint(path: str | Path) -> dict:
         UserError: it cannot be read or lacks one of the two.
     """
     content = read_file(path)
-    for key in ("config", "state_dict"):
-        if not isinstance(content.get(key), dict):
-            hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
-            raise UserError(f'{path}: has no "{key}", so it is not a checkpoint of this project{hint}')
+    if not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
+        hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
+        raise UserError(
+            f'{path}: has no "config" and "state_dict", so it is not a checkpoint of this project{hint}'
+        )
     return content
+
+
+def is_state_dict(value: object) -> bool:
+    """Whether what was read from a file is a dictionary of named floating-point tensors."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        for name, tensor in value.items()
+    )
 
 
 def build_model(
@@ -147,39 +173,36 @@ def build_model(
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
-    for key, tensor in state_dict.items():
-        if not (isinstance(key, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            raise UserError(
-                f"{source}: {_shown(key)} in its state dict is no tensor of floating-point numbers; make or "
-                "copy the file again"
-            )
+    if not is_state_dict(state_dict):
+        raise UserError(f"{source}: its state dict holds more than tensors of floating-point numbers")
+    if any(isinstance(value, (list, tuple)) and len(value) > len(state_dict) for value in config.values()):
+        raise UserError(f"{source}: its config has more layers than its state dict has tensors")
     try:
         with torch.device("meta"):
             model = wav2vec2_model(**config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        # torch raises a RuntimeError where a size cannot be.
         raise UserError(f"{source}: {error}") from error
-    expected = model.state_dict()
-    given = _our_names(state_dict)
+    expected, given = model.state_dict(), _our_names(state_dict)
     absent = expected.keys() - given.keys()
     if new_gates:
         absent = {key for key in absent if not key.endswith("log_alpha")}
-    unexpected = given.keys() - expected.keys()
-    for problem, keys in (("lacks the tensor", absent), ("has the unexpected tensor", unexpected)):
+    other_shapes = [
+        f"{key} is {tuple(tensor.shape)}, by the config it should be {tuple(expected[key].shape)}"
+        for key, tensor in given.items()
+        if key in expected and tensor.shape != expected[key].shape
+    ]
+    for problem, keys in (
+        ("lacks the tensor", absent),
+        ("has the unexpected tensor", given.keys() - expected.keys()),
+        ("has tensors of other shapes:", other_shapes),
+    ):
         if keys:
             raise UserError(
-                f"{source}: the state dict {problem} {some(sorted(keys))}, so it does not "
-                "belong to its config"
+                f"{source}: the state dict {problem} {some(sorted(keys))}, so it does not belong to its "
+                "config"
             )
-    wrong = [key for key, tensor in given.items() if tensor.shape != expected[key].shape]
-    if wrong:
-        key = min(wrong)
-        shapes = f"is {tuple(given[key].shape)}, by the config it should be {tuple(expected[key].shape)}"
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UserError(f"{source}: the tensor {key} {shapes}{more}")
-    tensors = {key: value.float() for key, value in given.items()}
-    for key, tensor in given.items():
-        if tensor.dtype == torch.float64 and not tensors[key].isfinite().all():
-            raise UserError(f"{source}: the tensor {key} has a value that float32 cannot hold")
+    tensors = {key: tensor.float() for key, tensor in given.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     for gate in model.gates():
         if gate.log_alpha.is_meta:
@@ -251,11 +274,8 @@ def to_builtin(value):
     if isinstance(value, Mapping):
         return {str(key): to_builtin(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return (
-            type(value)(to_builtin(item) for item in value)
-            if type(value) in (list, tuple)
-            else [to_builtin(v) for v in value]
-        )
+        items = [to_builtin(item) for item in value]
+        return tuple(items) if type(value) is tuple else items
     return value.item() if hasattr(value, "item") else value
 
 

@@ -1,8 +1,9 @@
 """One rank of stage 1, which notes its process, its batches and its end in the folder ``NOTES`` of the
-environment: ``ddp_worker.py FLAGS OF distill.py``."""
+environment and waits for other ranks for ``PATIENCE`` seconds: ``ddp_worker.py FLAGS OF distill.py``."""
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import dataset.batches
 import distill
-from training import trainer
+from training import hardware
 from utils.cli import run_script
 
 out, rank = Path(os.environ["NOTES"]), os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
 (out / f"rank{rank}.pid").write_text(str(os.getpid()))
-batches, batches_an_epoch, broadcasts = [], [], []
-crops, train = dataset.batches.BucketBatchSampler._crops, trainer.train
+hardware.DIST_TIMEOUT = timedelta(seconds=int(os.environ.get("PATIENCE", "600")))
+modules, batches, batches_an_epoch, broadcasts = [], [], [], []
+crops, make_module = dataset.batches.BucketBatchSampler._crops, distill.DistillModule
 broadcast = torch.distributed.broadcast
 
 
@@ -33,21 +35,19 @@ def note_broadcast(*args, **kwargs):
     return broadcast(*args, **kwargs)
 
 
-def note_end(module, run):
-    train(module, run)
-    weights = {
-        key: value for key, value in module.state_dict().items() if not key.startswith("teacher_model.")
-    }
-    content = {"weights": weights, "batches": batches, "batches_an_epoch": (batches_an_epoch or [0])[0]}
-    content["broadcasts"] = len(broadcasts)
-    torch.save(content, out / f"rank{rank}.pt")
+def note_module(**arguments):
+    modules.append(make_module(**arguments))
+    return modules[-1]
 
 
 dataset.batches.BucketBatchSampler._crops = note_batch
-trainer.train = note_end
+distill.DistillModule = note_module
 torch.distributed.broadcast = note_broadcast
 try:
     run_script(distill.main)
 except SystemExit as exit:
     (out / f"rank{rank}.status").write_text(str(exit.code))
     raise
+weights = {k: v for k, v in modules[0].state_dict().items() if not k.startswith("teacher_model.")}
+content = {"weights": weights, "batches": batches, "batches_an_epoch": (batches_an_epoch or [0])[0]}
+torch.save({**content, "broadcasts": len(broadcasts)}, out / f"rank{rank}.pt")

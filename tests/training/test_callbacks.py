@@ -1,4 +1,4 @@
-"""Numbers that are not finite end a run and never become its checkpoint."""
+"""Numbers that are not finite end a run and never become its checkpoint; ranks ask each other for signals."""
 
 from types import SimpleNamespace
 
@@ -8,43 +8,29 @@ import soundfile
 import torch
 
 from dataset import AudioError, make_loader, write_manifests
-from tests.helpers.stages import checkpoint, flags, sentence_of
-from training.callbacks import StopOnNonFinite
+from tests.helpers.stages import checkpoint
+from training.callbacks import StopOnNonFinite, StopOnSignal
 from training.resume import RunCheckpointIO
 from utils.files import UserError
 
 
-def test_a_run_that_diverges_stops_with_its_update_its_utterances_and_a_remedy(
-    monkeypatch, capsys, corpus, manifests, teacher, tmp_path
-):
-    arguments = flags(manifests, teacher, tmp_path, num_workers=0, max_updates=40, save_interval=1)
-    arguments += [
-        "--learning_rate",
-        1e18,
-        "--clip_norm",
-        0,
-        "--warmup_updates",
-        1,
-        "--distill_mode",
-        "predlayer",
-    ]
-    sentence = sentence_of(monkeypatch, capsys, "distill", *arguments)
-    last = tmp_path / "ckpts" / "last.ckpt"
+def test_a_diverging_run_names_update_utterances_and_remedy(refused, corpus, tmp_path):
+    changes = {"max_updates": 40, "save_interval": 1, "learning_rate": 1e18, "clip_norm": 0}
+    changes |= {"warmup_updates": 1, "distill_mode": "predlayer"}
+    sentence = refused("exp", **changes)
     assert "the loss is nan" in sentence or "the loss is inf" in sentence
     assert f"{corpus}/train-clean-100/" in sentence and "lower --learning_rate" in sentence
-    assert f"{last} is left as it was" in sentence
-    good = checkpoint(tmp_path)
+    assert f"{tmp_path}/exp/ckpts/last.ckpt is left as it was" in sentence
+    good = checkpoint(tmp_path / "exp")
     assert f"update {good['global_step'] + 1}: " in sentence
     assert all(torch.isfinite(tensor).all() for tensor in good["state_dict"].values())
     # Run again, it stops at the same place and not later.
-    assert f"update {good['global_step'] + 1}: " in sentence_of(monkeypatch, capsys, "distill", *arguments)
+    assert f"update {good['global_step'] + 1}: " in refused("exp", **changes)
 
 
 def updates(callback, precision, norms, loss=1.0):
     """Gives a callback updates with these norms of the gradients."""
-    trainer = SimpleNamespace(
-        precision=precision, world_size=1, global_step=0, datamodule=None, is_global_zero=True
-    )
+    trainer = SimpleNamespace(precision=precision, world_size=1, global_step=0, datamodule=None)
     module = SimpleNamespace(device=torch.device("cpu"))
     for norm in norms:
         trainer.global_step += 1
@@ -52,7 +38,7 @@ def updates(callback, precision, norms, loss=1.0):
         callback.on_train_batch_end(trainer, module, {"loss": torch.tensor(loss)}, None, 0)
 
 
-def test_under_float16_as_many_updates_in_a_row_may_overflow_as_the_loss_scale_can_be_halved(tmp_path):
+def test_float16_may_overflow_while_its_scale_can_be_halved(tmp_path):
     overflow = float("inf")
     updates(StopOnNonFinite(tmp_path), "16-mixed", [1.0, *[overflow] * 24, 1.0, *[overflow] * 24])
     with pytest.raises(UserError, match=r"update 26: .* as in the 24 before"):
@@ -65,7 +51,7 @@ def test_under_float16_as_many_updates_in_a_row_may_overflow_as_the_loss_scale_c
 
 
 @pytest.mark.parametrize("where", ["weight", "moment"])
-def test_a_checkpoint_with_a_value_that_is_not_finite_replaces_none(where, tmp_path):
+def test_a_checkpoint_that_is_not_finite_replaces_none(where, tmp_path):
     path = tmp_path / "last.ckpt"
     values = {"weight": torch.ones(3), "moment": torch.ones(3)}
 
@@ -96,3 +82,20 @@ def test_audio_that_is_none_is_named(value, reason, tmp_path):
     write_manifests(tmp_path, str(tmp_path), {"train": [("one.wav", 40_000)]})
     with pytest.raises(AudioError, match=f"{tmp_path}/one.wav: holds samples .*{reason}"):
         next(iter(make_loader(tmp_path, "train", 87.5, 0, shuffle=True)))
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", [10, 20, 30]), ("cpu", list(range(1, 31)))])
+def test_gpus_are_asked_for_signals_in_every_tenth_update(device, asked):
+    updates = []
+
+    def reduce(value, reduce_op):
+        updates.append(trainer.global_step)
+        return value
+
+    strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
+    trainer = SimpleNamespace(global_step=0, world_size=2, max_steps=100, strategy=strategy)
+    callback, module = StopOnSignal(), SimpleNamespace(device=torch.device(device))
+    for _ in range(30):
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert updates == asked

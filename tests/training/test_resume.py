@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 
+import pytest
+import torch
+
+import dataset.batches
+from lightning import DistillModule
 from tests.helpers.stages import (
     ENVIRONMENT,
     assert_equal_to_the_bit,
-    call,
     checkpoint,
     flags,
-    run,
-    sentence_of,
     start,
     two_ranks,
     wait_for,
@@ -19,22 +21,142 @@ from tests.helpers.stages import (
 )
 
 
-def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(manifests, teacher, tmp_path):
-    """With two loader workers and two batches an update, over the end of epochs of three batches."""
-    arguments = flags(manifests, teacher, tmp_path / "whole", num_workers=0, accum_grad=2)
-    run("distill.py", *arguments)
+def test_killed_run_ends_with_the_unbroken_runs_weights(distil, manifests, teacher, tmp_path):
+    """With two processes that read audio, over the end of epochs of three updates of two batches each."""
+    distil("whole", accum_grad=2)
     arguments = flags(manifests, teacher, tmp_path / "cut", num_workers=2, accum_grad=2)
     process = start("distill.py", *arguments)
     wait_for(process, "update 6/10")
     process.kill()
     process.wait()
     assert checkpoint(tmp_path / "cut")["global_step"] == 4
-    resumed = run("distill.py", *arguments)
-    assert "update 5/10" in resumed.stderr and "update 4/10" not in resumed.stderr
+    said = distil("cut", accum_grad=2)
+    assert "update 5/10" in said and "update 4/10" not in said
     assert_equal_to_the_bit(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
-def test_two_ranks_of_which_one_is_signalled_stop_together_and_go_on(manifests, teacher, tmp_path):
+@pytest.mark.parametrize("precision", ["16", "bf16"])
+def test_mixed_precision_resumes_to_the_bit(precision, distil, tmp_path):
+    """On the CPU float16 is bfloat16, but its flag takes another way."""
+    distil("whole", precision=precision, save_interval=8)
+    distil("cut", precision=precision, resume_checkpoint=tmp_path / "whole" / "ckpts" / "previous.ckpt")
+    assert_equal_to_the_bit(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """For each update that has begun: its utterances, batch by batch, and the optimiser's groups."""
+    found, unused = {}, []
+    crops, step = dataset.batches.BucketBatchSampler._crops, DistillModule.training_step
+    clip = DistillModule.configure_gradient_clipping
+
+    def note_batch(self, utterances, epoch):
+        if self.shuffle:
+            unused.append((epoch, utterances.tolist()))
+        return crops(self, utterances, epoch)
+
+    def note_step(self, batch, batch_idx):
+        found.setdefault(self.global_step + 1, {"batches": []})["batches"].append(unused.pop(0))
+        return step(self, batch, batch_idx)
+
+    def note_groups(self, optimizer, *args, **kwargs):
+        groups = [{key: group[key] for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
+        found[self.global_step + 1]["groups"] = groups
+        clip(self, optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(dataset.batches.BucketBatchSampler, "_crops", note_batch)
+    monkeypatch.setattr(DistillModule, "training_step", note_step)
+    monkeypatch.setattr(DistillModule, "configure_gradient_clipping", note_groups)
+    return found
+
+
+def test_another_accum_grad_goes_on_with_the_right_batches(distil, updates, tmp_path):
+    """Update u trains on batches 3 (u - 1) to 3 u - 1 of the run, whatever those before it trained on."""
+    distil("three", accum_grad=3)
+    expected = {update: noted["batches"] for update, noted in updates.items()}
+    updates.clear()
+    distil("two", accum_grad=2, save_interval=8)
+    updates.clear()
+    changed = {"accum_grad": 3, "allow_changed": "batches_an_update", "max_updates": 10}
+    previous = tmp_path / "two" / "ckpts" / "previous.ckpt"
+    distil("on", resume_checkpoint=previous, **changed, save_interval=9)
+    assert list(updates) == [9, 10]
+    assert {update: noted["batches"] for update, noted in updates.items()} == {
+        update: expected[update] for update in (9, 10)
+    }
+    steps = checkpoint(tmp_path / "on")["optimizer_states"][0]["state"]
+    assert {int(state["step"]) for state in steps.values()} == {10}
+    # What was written under the new number goes on to the bit.
+    distil("again", resume_checkpoint=tmp_path / "on" / "ckpts" / "previous.ckpt", **changed)
+    assert_equal_to_the_bit(weights(tmp_path / "again"), weights(tmp_path / "on"))
+
+
+def test_gradients_are_accumulated_across_epochs(distil, updates):
+    distil("exp", accum_grad=4, max_updates=3)
+    assert [len(noted["batches"]) for noted in updates.values()] == [4, 4, 4]
+    batches = [batch for noted in updates.values() for batch in noted["batches"]]
+    first_epoch = [index for epoch, indices in batches if epoch == 0 for index in indices]
+    assert sorted(first_epoch) == list(range(12))
+    assert len({epoch for epoch, _ in updates[2]["batches"]}) == 2
+
+
+def test_a_resumed_run_has_the_rates_of_its_flags(distil, updates, tmp_path):
+    distil("first", save_interval=8)
+    updates.clear()
+    previous = tmp_path / "first" / "ckpts" / "previous.ckpt"
+    changes = {"learning_rate": 0.5, "weight_decay": 0.1, "max_updates": 12}
+    distil("on", resume_checkpoint=previous, **changes, allow_changed=",".join(changes))
+    main, gates, _ = updates[9]["groups"]
+    assert main == pytest.approx({"lr": 0.5 * (12 - 9) / (12 - 3), "weight_decay": 0.1})
+    assert gates == pytest.approx({"lr": 0.02 * (12 - 9) / (12 - 3), "weight_decay": 0.0})
+
+
+def test_a_checkpoint_of_other_models_is_one_sentence(distil, refused, tmp_path):
+    distil("first", max_updates=2)
+    last = tmp_path / "first" / "ckpts" / "last.ckpt"
+    changed = {"distill_layers": "0.1,2", "max_updates": 4, "allow_changed": "distill_layers,max_updates"}
+    sentence = refused("first", **changed)
+    assert f"{last} does not belong to these models and flags: what is trained differ" in sentence
+    changed = {"pruning_units": "conv", "max_updates": 4, "allow_changed": "pruning_units,max_updates"}
+    assert "hard_concrete_for_heads.log_alpha" in refused("first", **changed)
+    content = checkpoint(tmp_path / "first")
+    del content["random_state"]
+    torch.save(content, tmp_path / "part.ckpt")
+    sentence = refused("new", resume_checkpoint=tmp_path / "part.ckpt")
+    assert "part.ckpt is not a checkpoint that this version's training stages wrote" in sentence
+
+
+def test_the_checkpoint_before_the_last_one_stands_in_for_it(distil, tmp_path):
+    distil("exp", save_interval=4)
+    ckpts, whole = tmp_path / "exp" / "ckpts", weights(tmp_path / "exp")
+    assert checkpoint(tmp_path / "exp")["global_step"] == 10
+    assert checkpoint(tmp_path / "exp", "previous.ckpt")["global_step"] == 8
+    (ckpts / "last.ckpt").write_bytes((ckpts / "last.ckpt").read_bytes()[:-30_000])
+    said = distil("exp", save_interval=4)
+    assert f"{ckpts}/last.ckpt is damaged" in said and f"going on from {ckpts}/previous.ckpt" in said
+    assert "update 9/10" in said and "update 8/10" not in said
+    assert_equal_to_the_bit(weights(tmp_path / "exp"), whole)
+    assert checkpoint(tmp_path / "exp", "previous.ckpt")["global_step"] == 8
+    (ckpts / "last.ckpt").unlink()
+    distil("exp", save_interval=4)
+    assert_equal_to_the_bit(weights(tmp_path / "exp"), whole)
+
+
+def test_running_again_and_going_back_lose_nothing(distil, refused, tmp_path):
+    distil("exp", max_updates=6, save_interval=2)
+    ckpts = tmp_path / "exp" / "ckpts"
+    content = {name: (ckpts / name).read_bytes() for name in ("last.ckpt", "previous.ckpt")}
+    assert "finished" in distil("exp", max_updates=6)
+    assert "cos_type was raw" in refused("exp", max_updates=6, cos_type="log_sig")
+    assert content == {path.name: path.read_bytes() for path in ckpts.iterdir()}
+    distil("exp", "--resume_checkpoint", ckpts / "previous.ckpt", max_updates=6, save_interval=2)
+    assert (ckpts / "last.1.ckpt").read_bytes() == content["last.ckpt"]
+    assert (ckpts / "previous.ckpt").read_bytes() == content["previous.ckpt"]
+    assert checkpoint(tmp_path / "exp")["global_step"] == 6
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_go_on_to_the_bit(manifests, teacher, tmp_path):
     def arguments(name):
         return flags(manifests, teacher, tmp_path / name, num_workers=1, accum_grad=2, save_interval=1000)
 
@@ -58,52 +180,21 @@ def test_two_ranks_of_which_one_is_signalled_stop_together_and_go_on(manifests, 
     assert_equal_to_the_bit(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
-def test_the_checkpoint_before_the_last_one_stays_and_stands_in_for_it(
-    monkeypatch, capsys, manifests, teacher, tmp_path
-):
-    arguments = flags(manifests, teacher, tmp_path, num_workers=0, save_interval=4)
-    call(monkeypatch, "distill", *arguments)
-    whole = weights(tmp_path)
-    ckpts = tmp_path / "ckpts"
-    assert checkpoint(tmp_path)["global_step"] == 10
-    assert checkpoint(tmp_path, "previous.ckpt")["global_step"] == 8
-    (ckpts / "last.ckpt").write_bytes((ckpts / "last.ckpt").read_bytes()[:-30_000])
-    capsys.readouterr()
-    call(monkeypatch, "distill", *arguments)
-    output = capsys.readouterr().err
-    assert "damaged" in output and f"going on from {ckpts}/previous.ckpt" in output
-    assert "update 9/10" in output and "update 8/10" not in output
-    assert_equal_to_the_bit(weights(tmp_path), whole)
-    assert checkpoint(tmp_path, "previous.ckpt")["global_step"] == 8
-    (ckpts / "last.ckpt").unlink()
-    call(monkeypatch, "distill", *arguments)
-    assert_equal_to_the_bit(weights(tmp_path), whole)
+def test_a_resumed_schedule_takes_its_shape_from_the_flags():
+    from lightning import LinearDecayLRScheduler
 
+    def scheduled(max_updates, rate):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        return optimizer, LinearDecayLRScheduler(optimizer, 3, max_updates)
 
-def test_running_again_and_going_back_on_purpose_lose_nothing(
-    monkeypatch, capsys, manifests, teacher, tmp_path
-):
-    arguments = flags(manifests, teacher, tmp_path, num_workers=0, max_updates=6, save_interval=2)
-    call(monkeypatch, "distill", *arguments)
-    ckpts = tmp_path / "ckpts"
-    content = {name: (ckpts / name).read_bytes() for name in ("last.ckpt", "previous.ckpt")}
-    for _ in range(2):
-        capsys.readouterr()
-        call(monkeypatch, "distill", *arguments)
-        assert "finished" in capsys.readouterr().err
-    other = flags(manifests, teacher, tmp_path, num_workers=0, max_updates=6, cos_type="log_sig")
-    for _ in range(2):
-        assert "cos_type was raw" in sentence_of(monkeypatch, capsys, "distill", *other)
-    assert content == {path.name: path.read_bytes() for path in ckpts.iterdir()}
-    call(monkeypatch, "distill", *arguments, "--resume_checkpoint", ckpts / "previous.ckpt")
-    assert (ckpts / "last.1.ckpt").read_bytes() == content["last.ckpt"]
-    assert (ckpts / "previous.ckpt").read_bytes() == content["previous.ckpt"]
-    assert checkpoint(tmp_path)["global_step"] == 6
-
-
-def test_what_is_no_checkpoint_of_a_training_stage_is_not_resumed(
-    monkeypatch, capsys, manifests, teacher, tmp_path
-):
-    arguments = flags(manifests, teacher, tmp_path / "exp", num_workers=0)
-    sentence = sentence_of(monkeypatch, capsys, "distill", *arguments, "--resume_checkpoint", teacher)
-    assert f"{teacher}: has no global_step" in sentence
+    first, schedule = scheduled(4, 1.0)
+    for _ in range(4):
+        first.step()
+        schedule.step()
+    assert first.param_groups[0]["lr"] == 0
+    second, longer = scheduled(8, 2.0)
+    second.load_state_dict(first.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    second.step()
+    longer.step()
+    assert second.param_groups[0]["lr"] == pytest.approx(2.0 * (8 - 6) / (8 - 3))

@@ -1,0 +1,90 @@
+"""What torch and Lightning raise about a run's processes and its machine, as sentences with a remedy."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from training import hardware
+from training.callbacks import StopOnSignal
+from utils.files import UserError
+from utils.processes import say
+
+LOST_WORKER = (
+    "a process that reads audio was killed, often for want of memory: run the same command again to go on "
+    "from the last checkpoint, with a lower --num_workers if it happens again"
+)
+
+
+@contextmanager
+def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iterator[None]:
+    """Wraps a training stage.
+
+    Where another process has ended because of a signal that this one has received too, the stage was stopped
+    by that signal, and this is no error.
+
+    Raises:
+        UserError: in place of what is raised about processes, compilers, memory and disks.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        lost = lost_process(error, args)
+        sentence = lost or _machine_failed(error, args)
+        if sentence is None:
+            raise
+        # torch would raise an error for each further worker that ends, wherever this process then is.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not (lost and stopper.received):
+            raise UserError(sentence) from error
+        stopper.signal = stopper.received
+        name = signal.Signals(stopper.signal).name
+        say(f"stopped by {name} before the update was over; run the same command again to go on")
+
+
+def lost_process(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
+    """The sentence for another process that has ended or failed; None where the error is another one."""
+    said = str(error)
+    if isinstance(error, (ConnectionError, FileNotFoundError)) and error.filename is None:
+        # A loader's process has died while it handed a batch over.
+        return LOST_WORKER
+    if isinstance(error, OSError):
+        return None
+    if "DataLoader worker" in said:
+        return LOST_WORKER
+    if "clients joined" in said or "client socket has timed out" in said:
+        return (
+            f"not all processes of the run have come together within {hardware.DIST_TIMEOUT.seconds} s "
+            f"(--num_nodes {args.num_nodes}, --gpus {args.gpus}): start this command on every node"
+        )
+    # gloo's own errors have no type.
+    if (
+        isinstance(error, torch.distributed.DistError)
+        or "gloo" in said
+        or "Connection closed by peer" in said
+    ):
+        # torch's reason comes after the place in its source, and before its advice.
+        reason = said.splitlines()[0].rpartition("] ")[2].partition(". ")[0] if said else "no reason given"
+        return (
+            f"another process of this run has ended or does not answer ({reason}): see its message, and run "
+            "the same command again to go on from the last checkpoint"
+        )
+    return None
+
+
+def _machine_failed(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is too small for a batch: lower --seconds_per_batch and raise --accum_grad, or "
+            "give --activation_checkpointing"
+        )
+    if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        reason = str(error).splitlines()[0]
+        return f"--compile: torch cannot compile here ({reason}): run without it, or install it"
+    if isinstance(error, OSError) and error.filename is None:
+        return f"cannot write the logs in {args.exp_dir}/logs: {error.strerror or error}"
+    return None

@@ -1,0 +1,135 @@
+"""The devices and processes of a run, and what its models need for them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+
+import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+
+from lightning import DistillModule
+from training import onednn
+from training.half_precision import HALF, cast_frozen_weights, prepare_gpu
+from training.joined_weights import join_projections, narrowed_together
+from training.layers import checkpoint_activations, compile_layers
+from utils.files import UserError
+from utils.processes import say
+
+DIST_TIMEOUT = timedelta(seconds=600)
+"""How long the processes of a run wait for each other."""
+
+
+def devices_per_node(args: argparse.Namespace) -> tuple[str, int]:
+    """What --gpus comes to here: ``Trainer``'s ``accelerator``, and the processes of a node, one per device.
+
+    Raises:
+        UserError: this machine, or the tasks that SLURM has started, are not what the flag asks for.
+    """
+    in_slurm = "SLURM_PROCID" in os.environ
+    if in_slurm and os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError("SLURM has started several tasks by --ntasks: give --ntasks-per-node instead")
+    tasks = int(os.environ.get("SLURM_NTASKS_PER_NODE" if in_slurm else "LOCAL_WORLD_SIZE", "1"))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not (args.gpus and found):
+        return "cpu", tasks
+    if in_slurm and tasks != args.gpus:
+        raise UserError(
+            f"--gpus {args.gpus}: SLURM has started {tasks} tasks per node; give srun "
+            f"--ntasks-per-node={args.gpus}"
+        )
+    if args.gpus > found and not _sees_one_gpu(args):
+        raise UserError(f"--gpus {args.gpus}: this machine has {found}; ask for at most {found}")
+    return "gpu", args.gpus
+
+
+def world_size(args: argparse.Namespace) -> int:
+    """How many processes train together."""
+    return devices_per_node(args)[1] * args.num_nodes
+
+
+def _sees_one_gpu(args: argparse.Namespace) -> bool:
+    """Whether SLURM has bound one GPU to each task, so that none sees the others'."""
+    return "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1 < args.gpus
+
+
+def trainer_devices(args: argparse.Namespace) -> dict:
+    """``Trainer``'s ``accelerator``, ``devices``, ``num_nodes`` and ``strategy``."""
+    accelerator, devices = devices_per_node(args)
+    if accelerator == "cpu":
+        say(f"warning: {'no GPU is found' if args.gpus else '--gpus 0'}: training on the CPU, which is slow")
+    chosen = {"accelerator": accelerator, "devices": devices, "num_nodes": args.num_nodes}
+    if world_size(args) == 1:
+        return chosen
+    if args.num_nodes > 1 and not {"SLURM_PROCID", "RANK"} & os.environ.keys():
+        port = os.environ.setdefault("MASTER_PORT", "29400")
+        say(
+            f"--num_nodes {args.num_nodes}: waiting for the other nodes for up to "
+            f"{DIST_TIMEOUT.seconds} s; run this command there with NODE_RANK=1 and so on, "
+            f"MASTER_ADDR this machine's address and MASTER_PORT={port}"
+        )
+    if accelerator == "gpu" and _sees_one_gpu(args):
+        chosen["devices"] = 1
+    # The models' buffers are constants, which need not be sent to the other processes at every pass.
+    return {**chosen, "strategy": DDPStrategy(timeout=DIST_TIMEOUT, broadcast_buffers=False)}
+
+
+def cluster(args: argparse.Namespace) -> list[SLURMEnvironment]:
+    """``Trainer``'s plugin for SLURM, where srun has started this process.
+
+    Lightning looks at the job's name too, and would start processes of its own inside salloc.
+    """
+    if "SLURM_PROCID" not in os.environ:
+        return []
+    return [BoundTask() if _sees_one_gpu(args) else SLURMEnvironment(auto_requeue=False)]
+
+
+class BoundTask(SLURMEnvironment):
+    """SLURM where each task sees one GPU alone (``--gpus-per-task``), which is number 0 to each of them."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=False)
+
+    def local_rank(self) -> int:
+        return 0
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Lightning would want as many GPUs in sight as there are tasks."""
+
+
+@contextmanager
+def prepared_process(args: argparse.Namespace) -> Iterator[None]:
+    """Sets this process up for its device, before CUDA starts, and undoes at the end what would stay."""
+    prepare_gpu(args.tf32)
+    if devices_per_node(args)[0] == "cpu":
+        onednn.enable()
+    try:
+        yield
+    finally:
+        onednn.disable()
+
+
+def prepare_models(module: DistillModule, args: argparse.Namespace, precision: str) -> None:
+    """Sets the models up for the device and as --activation_checkpointing, --compile and --precision ask for.
+
+    Args:
+        module: its teacher and student.
+        args: the flags.
+        precision: what --precision comes to here, by Lightning's name.
+    """
+    student = module.student_model
+    if devices_per_node(args)[0] == "gpu":
+        join_projections(student)
+        # Several processes send the gradients of a quarter of a Base model while others are computed.
+        module.narrow = partial(narrowed_together, layers=3 if world_size(args) > 1 else 12)
+    if precision in HALF:
+        cast_frozen_weights(module.teacher_model, HALF[precision])
+    if args.activation_checkpointing:
+        checkpoint_activations(student)
+    if args.compile:
+        compile_layers(module)
