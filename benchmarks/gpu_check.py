@@ -48,7 +48,7 @@ from train_step import Step, Variant, figures, ratios, take_turns
 import distill
 from dataset import write_manifests
 from training import trainer
-from training.half_precision import prepare_gpu
+from training.hardware import prepare_gpu
 from training.resume import last_of, previous_of
 from utils.checkpoint import save_checkpoint
 from utils.cli import run_script

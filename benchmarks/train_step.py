@@ -45,7 +45,8 @@ from torch._dynamo.utils import counters
 
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import onednn
-from training.half_precision import cast_frozen_weights, prepare_gpu
+from training.gpu_weights import cast_frozen_weights
+from training.hardware import prepare_gpu
 from training.layers import compile_layers
 from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError

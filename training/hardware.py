@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,6 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from lightning import DistillModule
 from training import onednn
-from training.half_precision import HALF, cast_frozen_weights, prepare_gpu
-from training.joined_weights import join_projections, narrowed_together
 from training.layers import checkpoint_activations, compile_layers
 from utils.files import UserError
 from utils.processes import say
@@ -105,13 +104,40 @@ class BoundTask(SLURMEnvironment):
 @contextmanager
 def prepared_process(args: argparse.Namespace) -> Iterator[None]:
     """Sets this process up for its device, before CUDA starts, and undoes at the end what would stay."""
-    prepare_gpu(args.tf32)
-    if devices_per_node(args)[0] == "cpu":
-        onednn.enable()
+    if devices_per_node(args)[0] == "gpu":
+        prepare_gpu(args.tf32)
+        yield
+        return
+    keep_freed_memory()
+    onednn.enable()
     try:
         yield
     finally:
         onednn.disable()
+
+
+def prepare_gpu(tf32: bool) -> None:
+    """Makes the settings that have to stand before CUDA starts."""
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        # Batches of many lengths would leave gaps between blocks of fixed size.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # cuDNN's attention would build a plan for each new length of a batch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed memory for the next update. By default it gives large blocks back to the system,
+    and takes them again page by page (benchmarks/README.md has the difference)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have no such function
+        # glibc before 2.35 takes no threshold for mapped blocks above 32 MiB.
+        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""The numbers of these parameters in glibc's malloc.h."""
 
 
 def prepare_models(module: DistillModule, args: argparse.Namespace, precision: str) -> None:
@@ -122,14 +148,15 @@ def prepare_models(module: DistillModule, args: argparse.Namespace, precision: s
         args: the flags.
         precision: what --precision comes to here, by Lightning's name.
     """
-    student = module.student_model
     if devices_per_node(args)[0] == "gpu":
-        join_projections(student)
+        from training.gpu_weights import HALF, cast_frozen_weights, join_projections, narrowed_together
+
+        if precision in HALF:
+            cast_frozen_weights(module.teacher_model, HALF[precision])
+        join_projections(module.student_model)
         # Several processes send the gradients of a quarter of a Base model while others are computed.
         module.narrow = partial(narrowed_together, layers=3 if world_size(args) > 1 else 12)
-    if precision in HALF:
-        cast_frozen_weights(module.teacher_model, HALF[precision])
     if args.activation_checkpointing:
-        checkpoint_activations(student)
+        checkpoint_activations(module.student_model)
     if args.compile:
         compile_layers(module)

@@ -114,12 +114,12 @@ def test_what_gpu_check_runs_on_a_gpu_runs(library, tmp_path):
 
 
 def test_memory_grows_in_segments_unless_the_user_has_chosen(monkeypatch):
-    from training import half_precision
+    from training import hardware
 
     monkeypatch.setattr(os, "environ", chosen := {})
-    half_precision.prepare_gpu(tf32=False)
+    hardware.prepare_gpu(tf32=False)
     assert chosen == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.setattr(os, "environ", chosen := {name: "max_split_size_mb:64"})
-        half_precision.prepare_gpu(tf32=False)
+        hardware.prepare_gpu(tf32=False)
         assert chosen == {name: "max_split_size_mb:64"}

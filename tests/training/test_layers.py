@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from lightning import DistillLoss, DistillModule, distill_projections
 from tests.helpers.models import config_of, randomly_gated, ungated
-from training.half_precision import cast_frozen_weights
+from training.gpu_weights import cast_frozen_weights
 from training.layers import checkpoint_activations, compile_layers
 from wav2vec2 import wav2vec2_model
 

@@ -1,7 +1,8 @@
-"""Narrowing and casting for a GPU: the weights of many layers are joined, and few kernels work on all.
+"""The models' weights on a GPU: joined, so that few kernels narrow and cast those of many layers.
 
-:func:`narrowed_together` gives what ``wav2vec2.gating.narrowed`` gives, for ``DistillModule.narrow`` on CUDA.
-No GPU has run it yet; the kernels were counted without one (docs/scaling.md).
+:func:`narrowed_together` gives what ``wav2vec2.gating.narrowed`` gives, for ``DistillModule.narrow``, and
+:func:`cast_frozen_weights` prepares a teacher. No GPU has run this yet; the kernels were counted without one
+(docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from wav2vec2.gating import (
     open_units,
     replica,
 )
+
+HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+"""The precision of matrix products, by the name of Lightning's mixed precision."""
 
 Masks = Mapping[HardConcrete, Tensor]
 
@@ -62,6 +66,27 @@ def join_projections(model: Wav2Vec2Model) -> None:
             module.__class__ = JointWavLMSelfAttention if is_wavlm else JointSelfAttention
             module.register_buffer("in_proj_weight", None, persistent=False)
             module.register_buffer("in_proj_bias", None, persistent=False)
+
+
+def cast_frozen_weights(model: Wav2Vec2Model, dtype: torch.dtype) -> None:
+    """Keeps the weights of a frozen model as autocast would cast them, the same ones at every pass.
+
+    Norms and WavLM's position embedding, which autocast computes in float32, stay as they are. Queries, keys
+    and values are projected by one matrix product, and their own weights are given up. The normalised weight
+    of the positional convolution is computed here, once.
+    """
+    positional = model.fold_weight_norm().encoder.transformer.pos_conv_embed.conv
+    positional.folded_weight = positional.folded_weight.to(dtype)
+    positional.bias.data = positional.bias.data.to(dtype)
+    join_projections(model)
+    for place, parts in list(products_of(model.modules())):
+        tensor = torch.cat([getattr(*part).data for part in parts]).to(dtype)
+        if [place] == parts:
+            getattr(*place).data = tensor
+            continue
+        setattr(*place, tensor)
+        for module, name in parts:
+            setattr(module, name, None)
 
 
 def narrowed_together(model: Wav2Vec2Model, layers: int = 12) -> Wav2Vec2Model:

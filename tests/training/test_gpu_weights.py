@@ -7,8 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers.models import FAMILIES, randomly_gated, ungated
-from training.half_precision import cast_frozen_weights
-from training.joined_weights import Cast, join_projections, narrowed_together
+from training.gpu_weights import Cast, cast_frozen_weights, join_projections, narrowed_together
 from wav2vec2.gating import narrowed
 
 
