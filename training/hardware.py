@@ -131,8 +131,8 @@ def keep_freed_memory() -> None:
     and takes them again page by page (benchmarks/README.md has the difference)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # other C libraries have no such function
-        # glibc before 2.35 takes no threshold for mapped blocks above 32 MiB.
-        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older releases take
         mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
