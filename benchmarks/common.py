@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.utils.benchmark
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -110,11 +110,15 @@ class Clock:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product, 4096 wide on a GPU and 1024 on a CPU."""
-    n = 4096 if device.type == "cuda" else 1024
+    n, repeats = (4096, 20) if device.type == "cuda" else (1024, 1)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    threads = torch.get_num_threads()
-    timer = torch.utils.benchmark.Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads)
-    return 2 * n**3 / timer.blocked_autorange().median
+    clock, times = Clock(device), []
+    for _ in range(6):
+        start = clock.mark()
+        for _ in range(repeats):
+            a @ b
+        times.append(clock.milliseconds(start, clock.mark()))
+    return repeats * 2 * n**3 / (statistics.median(times[1:]) / 1000)
 
 
 def build(name: str) -> Wav2Vec2Model:

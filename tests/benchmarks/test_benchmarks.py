@@ -38,12 +38,14 @@ def test_train_step_compares_variants_in_both_stages(figures, teacher):
             assert 0 < row["% of matrix product"] < 100 and row["times the first"] > 0
 
 
+@pytest.mark.slow
 def test_train_step_names_an_unknown_variant(teacher):
     process = run("benchmarks/train_step.py", "--model", teacher, "--compare", "product+fast", check=False)
     assert process.returncode == 2
     assert process.stderr.strip().splitlines()[-1].startswith("train_step.py: error: --compare product+fast:")
 
 
+@pytest.mark.slow
 def test_gpu_check_says_in_one_sentence_that_there_is_no_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
