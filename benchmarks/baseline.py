@@ -31,15 +31,11 @@ def make_plain(model: Wav2Vec2Model) -> Wav2Vec2Model:
 class PlainModel(Wav2Vec2Model):
     """A model that computes ``extract_features``, which is what distillation asks of it, in the plain way."""
 
-    def narrow(self, log_alpha: Tensor | None = None) -> None:
-        """Narrows nothing, as every unit is computed."""
-
     def extract_features(
         self,
         waveforms: Tensor,
         lengths: Tensor | None = None,
         num_layers: int | None = None,
-        weights: None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Computes what :meth:`Wav2Vec2Model.extract_features` computes."""
         valid = waveforms.new_full((len(waveforms),), waveforms.size(1)) if lengths is None else lengths

@@ -41,7 +41,8 @@ from torch import Tensor
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import onednn
 from training.half_precision import cast_frozen_weights, prepare_gpu
-from training.trainer import compile_models
+from training.joined_weights import join_projections, narrowed_together
+from training.layers import compile_layers
 from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
@@ -80,9 +81,6 @@ class Step:
         self.device, self.dtype = device, PRECISIONS[variant.precision]
         self.plain = variant.kind == "baseline"
         teacher, student = copy.deepcopy(teacher), copy.deepcopy(student)
-        if self.plain:
-            make_plain(teacher)
-            make_plain(student)
         # run.sh's 0.4,8,12, in proportion to the number of layers
         layers = len(student.encoder.transformer.layers)
         groups = [[0], sorted({round(layers * third / 3) for third in (1, 2, 3)})]
@@ -103,11 +101,16 @@ class Step:
             target_sparsity=0.75,
             sparsity_warmup_updates=0,
         ).to(device)
-        self.module.casts_together = not self.plain
+        if self.plain:
+            make_plain(teacher)
+            self.module.narrow = make_plain
+        elif device.type == "cuda":
+            join_projections(student)
+            self.module.narrow = narrowed_together
         if self.dtype != torch.float32 and not self.plain:
-            cast_frozen_weights(self.module.teacher_model, self.dtype)
+            cast_frozen_weights(teacher, self.dtype)
         if variant.compile:
-            compile_models(self.module)
+            compile_layers(self.module)
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
         self.scheduler = schedule["scheduler"]
         if self.plain:
