@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: setup test faults demo gpu-check lint clean
+.PHONY: setup test test-slow test-all faults demo gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -11,10 +11,17 @@ $(VENV)/ready: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
+# The tests to run after every change, a few minutes.
 test: setup
 	$(VENV)/bin/python -m pytest
 
-# The attacks of tests/faults, also the long ones: hours.
+# The other tests, which are slow, with a sample of the faults.
+test-slow: setup
+	$(VENV)/bin/python -m pytest -m "slow and not faults"
+
+test-all: test test-slow
+
+# The whole tables of tests/faults: hours.
 faults: setup
 	$(VENV)/bin/python -m pytest tests/faults -m ""
 

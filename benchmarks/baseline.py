@@ -1,9 +1,9 @@
-"""The baseline of the figures: the method computed plainly, in eager mode, as the original computes it.
+"""The plain computation that train_step.py compares the product with: in eager mode, as the original does it.
 
-Every unit is computed and then multiplied by its mask, each gate draws a mask of its own where it is used,
-and the expected size is added up gate by gate. Attention is matrix product, mask, softmax, dropout and matrix
-product, always with a (batch, 1, time, time) mask. Only weights, names and the gates' own formulas are the
-product's: a later change to how the product computes does not reach this file.
+Every unit is computed and then multiplied by its mask, and each gate draws its mask where it is used.
+Attention is written out step by step, always with a mask of (batch, 1, frame, frame). Weights, names, the
+gates' formula and the sum of the expected size, which takes next to no time, are the product's. A later
+change to how the product computes does not reach this file.
 """
 
 from __future__ import annotations
@@ -18,30 +18,26 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from wav2vec2 import HardConcrete, Wav2Vec2Model
+from wav2vec2 import Wav2Vec2Model
 from wav2vec2.components import ConvLayerBlock, EncoderLayer, FeedForward, SelfAttention, WavLMSelfAttention
 
 
 def make_plain(model: Wav2Vec2Model) -> Wav2Vec2Model:
-    """Lets ``model`` (its weights, names and config stay) compute plainly, in place; returns it."""
+    """Makes ``model`` compute plainly, in place, with its weights, names and config; returns it."""
     model.__class__ = PlainModel
     return model
 
 
 class PlainModel(Wav2Vec2Model):
-    """A model that is plain in what distillation asks of it: ``extract_features``, ``get_num_params``."""
-
-    def narrow(self, log_alpha: Tensor | None = None) -> None:
-        """Nothing: every unit is computed."""
+    """A model that computes ``extract_features``, which is what distillation asks of it, in the plain way."""
 
     def extract_features(
         self,
         waveforms: Tensor,
         lengths: Tensor | None = None,
         num_layers: int | None = None,
-        weights: None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """As in :class:`Wav2Vec2Model`."""
+        """Computes what :meth:`Wav2Vec2Model.extract_features` computes."""
         valid = waveforms.new_full((len(waveforms),), waveforms.size(1)) if lengths is None else lengths
         if self.normalize_waveform:
             waveforms = normalize(waveforms, valid)
@@ -74,26 +70,6 @@ class PlainModel(Wav2Vec2Model):
                 x = encoder_layer(layer, x, mask, positions)
                 states.append(x)
         return states, None if lengths is None else valid
-
-    def get_num_params(self) -> Tensor:
-        """As in :class:`Wav2Vec2Model`, in single precision."""
-        total, channels = 0, 1
-        for block in self.feature_extractor.conv_layers:
-            width = open_units(block.hard_concrete, block.conv.out_channels)
-            per_channel = (block.conv.bias is not None) + 2 * (block.layer_norm is not None)
-            total = total + width * (channels * block.kernel_size + per_channel)
-            channels = width
-        total = total + channels  # dummy_weight
-        projection, transformer = self.encoder.feature_projection.projection, self.encoder.transformer
-        total = total + channels * (2 + projection.out_features) + projection.out_features
-        total = total + count(transformer.pos_conv_embed) + count(transformer.layer_norm)
-        for layer in transformer.layers:
-            total = total + count(layer.layer_norm) + count(layer.final_layer_norm)
-            if layer.attention is not None:
-                total = total + attention_size(layer.attention)
-            if layer.feed_forward is not None:
-                total = total + feed_forward_size(layer.feed_forward)
-        return torch.as_tensor(total if self.aux is None else total + count(self.aux))
 
 
 def normalize(waveforms: Tensor, lengths: Tensor) -> Tensor:
@@ -179,32 +155,3 @@ def feed_forward(branch: FeedForward, x: Tensor) -> Tensor:
         x = x * branch.hard_concrete_for_intermediate()
     x = branch.output_dropout(branch.output_dense(x))
     return x if branch.hard_concrete_for_layer is None else x * branch.hard_concrete_for_layer()
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def open_units(gate: HardConcrete | None, n: int) -> Tensor | int:
-    """How many of ``n`` units are expected to be open."""
-    return n if gate is None else gate.l0_norm()
-
-
-def attention_size(branch: SelfAttention) -> Tensor | int:
-    features = branch.out_proj.out_features
-    heads = open_units(branch.hard_concrete_for_heads, branch.num_heads)
-    gated = heads * branch.head_dim * (4 * features + 3) + features
-    free = 0
-    if isinstance(branch, WavLMSelfAttention):
-        position = branch.gru_rel_pos_const.numel() + count(branch.gru_rel_pos_linear)
-        if branch.num_buckets is None:
-            gated = gated + position
-        else:
-            free = position + branch.rel_attn_embed.weight.numel()
-    return open_units(branch.hard_concrete_for_layer, 1) * gated + free
-
-
-def feed_forward_size(branch: FeedForward) -> Tensor | int:
-    features = branch.output_dense.out_features
-    width = open_units(branch.hard_concrete_for_intermediate, branch.intermediate_dense.out_features)
-    return open_units(branch.hard_concrete_for_layer, 1) * (width * (2 * features + 1) + features)

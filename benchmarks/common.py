@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, clocks, the machine's own speed, and tables."""
+"""What the benchmarks share: models, clocks, the machine and its speed, and tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,11 +34,29 @@ GATED = {key: unit in ("conv", "head", "interm") for unit, key in PRUNING_UNITS.
 """The gates that run.sh trains."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say where to compute and where to write the figures."""
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    return parser
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where to compute."""
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--threads", type=positive_int, help="of the CPU; default: torch's own choice")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--threads", type=positive_int, help="threads of the CPU; default: torch's choice")
+
+
+def add_student_arguments(parser: argparse.ArgumentParser, sparsity: float | None) -> None:
+    """Adds the flags that make a student of a teacher."""
+    parser.add_argument("--sparsity", type=fraction, default=sparsity, help="1 - student's / teacher's size")
+    parser.add_argument(
+        "--conv_share",
+        type=positive,
+        help="share of the conv channels that is left; default: the same as of heads and features",
+    )
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
@@ -51,21 +69,22 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, str | int]:
-    """The machine, as a table has to name it."""
+    """Prints and returns what a table has to say of the machine that made it."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    machine = {
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+    machine = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    machine |= {
         "cpu": cpu,
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
-    return {"gpu": torch.cuda.get_device_name(device), **machine} if device.type == "cuda" else machine
+    print("; ".join(f"{key} {value}" for key, value in machine.items()))
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {**machine, "command": command}
 
 
 class Clock:
@@ -82,49 +101,24 @@ class Clock:
         return event
 
     def milliseconds(self, start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-        """From one mark to another; waits for the GPU to reach the later one."""
+        """The time from one mark to another; waits for the GPU to reach the later one."""
         if not self.on_gpu:
             return 1000 * (end - start)
         end.synchronize()
         return start.elapsed_time(end)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
-    """FLOP/s of a square matrix product, 4096 wide on a GPU and 1024 on a CPU: the median of ``repeats``.
-
-    It stops after some seconds, as on a CPU without a product in half precision.
-    """
-    n = 4096 if device.type == "cuda" else 1024
-    inner = 20 if device.type == "cuda" else 1
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, 4096 wide on a GPU and 1024 on a CPU."""
+    n, repeats = (4096, 20) if device.type == "cuda" else (1024, 1)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     clock, times = Clock(device), []
-    for _ in range(repeats + 1):
+    for _ in range(6):
         start = clock.mark()
-        for _ in range(inner):
+        for _ in range(repeats):
             a @ b
         times.append(clock.milliseconds(start, clock.mark()))
-        if len(times) > 1 and sum(times) > 5000:
-            break
-    return inner * 2 * n**3 / (statistics.median(times[1:]) / 1000)
-
-
-def add_student_arguments(parser: argparse.ArgumentParser, sparsity: float | None) -> None:
-    """Adds the flags that make a student of a teacher."""
-    parser.add_argument(
-        "--sparsity", type=fraction, default=sparsity, help="of the student against its teacher"
-    )
-    parser.add_argument(
-        "--conv_share", type=positive, help="of conv channels left; default: that of heads and features"
-    )
-    parser.add_argument(
-        "--round_to", type=positive_int, default=1, help="prune.py's flag, where a model is pruned"
-    )
-
-
-def peak_process_memory() -> int:
-    """The most bytes of memory that this process has held at once."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return repeats * 2 * n**3 / (statistics.median(times[1:]) / 1000)
 
 
 def build(name: str) -> Wav2Vec2Model:
@@ -139,58 +133,61 @@ def build(name: str) -> Wav2Vec2Model:
 def gated_copy(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None = None) -> Wav2Vec2Model:
     """A student as in the middle of stage 1: the teacher's weights, and gates that expect ``sparsity``.
 
-    Conv channels, heads and feed-forward features have one share of open units in common. Which ones they
-    are is random; their log_alpha is 6 and that of the others -6, give or take a standard deviation of 1.
+    The same share of conv channels, heads and feed-forward features is open. Which ones they are is random;
+    their log_alpha is 6 and that of the others -6, with noise of standard deviation 1.
 
     Args:
-        teacher: without gates.
+        teacher: a model without gates.
         sparsity: 1 - expected size / the teacher's size.
-        conv_share: of open conv channels, where it is not to be the common one.
+        conv_share: the share of open conv channels, where it is to be another one.
     Raises:
         UserError: no share of open units gives this sparsity.
     """
     student = wav2vec2_model(**{**teacher.config, **GATED})
     student.load_state_dict(teacher.state_dict(), strict=False)
-    size = teacher.get_num_params().item()
-    gates = student.gates()
-    order = [torch.randperm(gate.n_in) for gate in gates]
+    size, gates = teacher.get_num_params().item(), student.gates()
+    convs = set(student.feature_extractor.modules())
+    # Each gate opens its units in a random order, and rounds their number up or down at random.
+    orders = [(torch.randperm(gate.n_in) + torch.rand(())) / gate.n_in for gate in gates]
     noise = [torch.randn(gate.n_in) for gate in gates]
-    # Layers round up or down at different shares: twelve heads in every layer at once would be a leap.
-    rounding = torch.rand(len(gates)).tolist()
-    fixed = set(student.feature_extractor.modules()) if conv_share is not None else set()
 
     @torch.no_grad()
-    def sparsity_at(common: float) -> float:
-        for gate, rank, offset, up in zip(gates, order, noise, rounding, strict=True):
-            own_share = conv_share if gate in fixed else common
-            is_open = rank < max(1, int(own_share * gate.n_in + up))
+    def sparsity_at(share: float) -> float:
+        for gate, order, offset in zip(gates, orders, noise, strict=True):
+            open_share = share if conv_share is None or gate not in convs else conv_share
+            is_open = (order < open_share) | (order == order.min())
             gate.log_alpha.copy_(torch.where(is_open, 6.0, -6.0) + offset)
         return 1 - student.get_num_params().item() / size
 
-    low, high = 0.0, 1.0
+    low, high = 0.0, 2.0
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if sparsity_at(middle) > sparsity else (low, middle)
-    reached = sparsity_at(high)
-    if abs(reached - sparsity) > 0.05:
+    if abs((reached := sparsity_at(high)) - sparsity) > 0.05:
         raise UserError(
             f"--sparsity {sparsity}: the gates of this model reach {reached:.3f}; ask for what they can reach"
         )
     return student
 
 
-def compressed(
-    teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None = None, round_to: int = 1
-) -> Wav2Vec2Model:
-    """The teacher pruned at random to ``sparsity``; widths are rounded up to a multiple of ``round_to``."""
+def compressed(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None = None) -> Wav2Vec2Model:
+    """The teacher pruned at random to ``sparsity``."""
     student = gated_copy(teacher, sparsity, conv_share).eval()
-    student.prune(round_to)
+    student.prune()
     return student
 
 
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The norm of the difference of all tensors over the norm of those that are expected."""
+    pairs = [
+        (a.detach().double().cpu(), e.detach().double().cpu()) for a, e in zip(actual, expected, strict=True)
+    ]
+    difference = sum((a - e).square().sum() for a, e in pairs)
+    return (difference / sum(e.square().sum() for _, e in pairs)).sqrt().item()
+
+
 def print_table(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Prints ``rows[name][column]``, names on the left; rows of nothing are left out."""
-    rows = {name: row for name, row in rows.items() if any(row.get(column) is not None for column in columns)}
+    """Prints ``rows[name][column]`` with the rows' names on the left."""
     cells = [["", *columns]]
     cells += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
@@ -207,10 +204,8 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def print_machine(machine: Mapping[str, object]) -> None:
-    print("; ".join(f"{key} {value}" for key, value in machine.items() if key != "command"))
-
-
-def write_json(path: Path | None, content: dict) -> None:
-    if path is not None:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+def write_json(args: argparse.Namespace, **content: object) -> None:
+    """Writes the figures and the flags that they were made with, where --json asks for it."""
+    if args.json is not None:
+        settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
+        args.json.write_text(json.dumps({"settings": settings, **content}, indent=1) + "\n")

@@ -2,18 +2,15 @@
 
     python benchmarks/deploy.py --model hubert_base --sparsity 0.75 --threads 1 2
 
---model is a name or a checkpoint file; the student is the same model pruned at random, or --student. The
-variants take turns at batch 1, and the figures are medians: the real-time factor is the time that passed over
-the time of the audio, CPU the processor's time over that of the audio, which other programs on the machine
-lengthen less. Errors are against float32 PyTorch, the norm of the difference of the output over its norm.
+--model is a name or a checkpoint file; the student is the same model pruned at random, or --student. The ways
+take turns at batch 1, and the real-time factors, computing time over audio time, are medians. The error is
+that of the output against float32 PyTorch, the norm of the difference over the norm.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import os
 import statistics
 import tempfile
 import time
@@ -29,17 +26,19 @@ from common import (
     build,
     compressed,
     describe,
-    print_machine,
+    make_parser,
     print_table,
+    relative_error,
     write_json,
 )
 from torch import Tensor, nn
 
 from exports.common import samples_of
-from exports.onnx import export, relative_error
+from exports.onnx import export
 from training import onednn
 from utils.checkpoint import save_checkpoint
 from utils.cli import fraction, nonnegative_int, positive, positive_int, run_script
+from utils.processes import available_cpus
 from wav2vec2 import Wav2Vec2Model
 
 Run = Callable[[Tensor], Tensor]
@@ -49,34 +48,43 @@ WAYS = ["PyTorch", "onednn.py", "torch.compile", "bf16", "int8", "torch.export",
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="hubert_base", help=f"{', '.join(MODELS)} or a checkpoint FILE")
     parser.add_argument("--student", help="a checkpoint FILE, instead of pruning --model at random")
-    parser.add_argument("--sparsity", type=fraction, default=0.75, help="of the student against its teacher")
+    parser.add_argument("--sparsity", type=fraction, default=0.75, help="1 - student's / teacher's size")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--seconds", type=positive, nargs="+", default=[1.0, 10.0], help="of an utterance")
-    parser.add_argument("--threads", type=positive_int, nargs="+", default=[1, os.cpu_count() or 1])
+    parser.add_argument("--seconds", type=positive, nargs="+", default=[1.0, 10.0], help="utterance lengths")
+    parser.add_argument("--threads", type=positive_int, nargs="+", default=[1, available_cpus()])
     parser.add_argument("--warmup", type=nonnegative_int, default=2, help="runs before the timed ones")
     parser.add_argument("--repeats", type=positive_int, default=9, help="timed runs")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser.parse_args()
 
 
-def eager(model: nn.Module, dtype: torch.dtype = torch.float32) -> Run:
-    return lambda waveforms: model(waveforms.to(dtype))[0].float()
+def prepare(model: Wav2Vec2Model, way: str, path: Path) -> tuple[int, Callable[[int], Run]]:
+    """Writes the file of a model, as ``way`` needs it.
 
+    Returns:
+        The size of the file in bytes, and a function from the number of threads to what runs the model.
+    """
+    if way.startswith("ONNX"):
+        export(model, path, int8=way == "ONNX int8")
+        return path.stat().st_size, lambda threads: onnx_session(path, threads)
+    if way == "torch.export":
+        path = path.with_suffix(".pt2")
+        made = exported(model, path)
+    elif way in ("bf16", "int8"):
+        made = quantised(model) if way == "int8" else copy.deepcopy(model).to(torch.bfloat16)
+        torch.save(made.state_dict(), path)
+    else:
+        made = torch.compile(model, dynamic=True) if way == "torch.compile" else model
+        save_checkpoint(path, model)
+    dtype = torch.bfloat16 if way == "bf16" else torch.float32
 
-def with_onednn(model: nn.Module) -> Run:
     def run(waveforms: Tensor) -> Tensor:
-        onednn.enable()
-        try:
-            return model(waveforms)[0]
-        finally:
-            onednn.disable()
+        (onednn.enable if way == "onednn.py" else onednn.disable)()
+        return made(waveforms.to(dtype))[0].float()
 
-    return run
+    return path.stat().st_size, lambda threads: run
 
 
 def quantised(model: Wav2Vec2Model) -> nn.Module:
@@ -106,119 +114,46 @@ def onnx_session(path: Path, threads: int) -> Run:
     return lambda waveforms: torch.from_numpy(session.run(None, {"waveforms": waveforms.numpy()})[0])
 
 
-def prepare(
-    model: Wav2Vec2Model, ways: list[str], folder: Path
-) -> tuple[dict[str, float], Callable[[str, int], Run]]:
-    """Makes the files of a model in ``folder``.
-
-    Returns:
-        The size in MB of the file of each way, and what gives (way, threads) -> how to run it.
-    """
-    model.eval().fold_weight_norm().requires_grad_(False)
-    folder.mkdir()
-    files = {way: folder / way.replace(" ", "_") for way in ways}
-    modules: dict[str, nn.Module] = {}
-    for way, path in files.items():
-        if way in ("PyTorch", "onednn.py", "torch.compile"):
-            modules[way] = model
-            save_checkpoint(path, model)
-        elif way == "bf16":
-            modules[way] = copy.deepcopy(model).to(torch.bfloat16)
-            torch.save(modules[way].state_dict(), path)
-        elif way == "int8":
-            modules[way] = quantised(model)
-            torch.save(modules[way].state_dict(), path)
-        elif way == "torch.export":
-            modules[way] = exported(model, path.with_suffix(".pt2"))
-            files[way] = path.with_suffix(".pt2")
-        else:
-            export(model, path, int8=way == "ONNX int8")
-
-    def runner(way: str, threads: int) -> Run:
-        if way.startswith("ONNX"):
-            return onnx_session(files[way], threads)
-        if way == "onednn.py":
-            return with_onednn(modules[way])
-        if way == "torch.compile":
-            return eager(torch.compile(modules[way], dynamic=True))
-        return eager(modules[way], torch.bfloat16 if way == "bf16" else torch.float32)
-
-    return {way: path.stat().st_size / 1e6 for way, path in files.items()}, runner
-
-
-@torch.inference_mode()
-def take_turns(
-    runs: dict[str, Run], waveforms: Tensor, warmup: int, repeats: int
-) -> dict[str, tuple[float, float]]:
-    """Runs all in turn; returns the medians of the seconds that passed and of the processor's seconds."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+def take_turns(runs: dict[str, Run], waveforms: Tensor, warmup: int, repeats: int) -> dict[str, float]:
+    """Runs all in turns; returns the median of each one's seconds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(warmup + repeats):
         for name, run in runs.items():
-            start, start_cpu = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             run(waveforms)
-            times[name].append((time.perf_counter() - start, time.process_time() - start_cpu))
-    medians = {}
-    for name, pairs in times.items():
-        wall, cpu = zip(*pairs[warmup:], strict=True)
-        medians[name] = (statistics.median(wall), statistics.median(cpu))
-    return medians
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[warmup:]) for name, taken in times.items()}
 
 
-def ratio_tables(rows: dict[str, dict[str, float]], ways: list[str], columns: list[str]) -> dict[str, dict]:
-    """How many times faster the student is than its own PyTorch, and than its teacher in the same way."""
-    own, teacher = {}, {}
-    for way in ways:
-        student = rows[f"student, {way}"]
-        if "PyTorch" in ways:
-            own[way] = {column: rows["student, PyTorch"][column] / student[column] for column in columns}
-        teacher[way] = {column: rows[f"teacher, {way}"][column] / student[column] for column in columns}
-    return {"times the student's own PyTorch": own, "times its teacher in the same way": teacher}
-
-
+@torch.no_grad()
 def main() -> None:
     args = parse_args()
-    machine = describe(torch.device("cpu")) | {"threads": ", ".join(map(str, args.threads))}
+    machine = describe(torch.device("cpu")) | {"threads": args.threads}
     machine["onnxruntime"] = onnxruntime.__version__
-    print_machine(machine)
     torch.manual_seed(0)
     teacher = build(args.model)
     student = build(args.student) if args.student else compressed(teacher, args.sparsity)
     rows: dict[str, dict[str, float]] = {}
-    columns: list[str] = []
+    makers = {}
     with tempfile.TemporaryDirectory() as folder:
-        runners = {}
         for name, model in (("teacher", teacher), ("student", student)):
-            sizes, runners[name] = prepare(model, args.ways, Path(folder) / name)
-            rows |= {f"{name}, {way}": {"MB": size} for way, size in sizes.items()}
-        gc.collect()
-        generator = torch.Generator().manual_seed(0)
-        noise = [0.1 * torch.randn(1, int(s * SAMPLE_RATE), generator=generator) for s in args.seconds]
+            model.eval().fold_weight_norm().requires_grad_(False)
+            expected = model(noise := 0.1 * torch.randn(1, SAMPLE_RATE))[0]
+            for way in args.ways:
+                row = f"{name}, {way}"
+                size, makers[row] = prepare(model, way, Path(folder) / row.replace(" ", "_"))
+                error = relative_error([makers[row](1)(noise)], [expected])
+                rows[row] = {"MB": size / 1e6, "error %": 100 * error}
         for threads in args.threads:
             torch.set_num_threads(threads)
-            runs = {
-                f"{name}, {way}": runner(way, threads)
-                for name, runner in runners.items()
-                for way in args.ways
-            }
-            for seconds, waveforms in zip(args.seconds, noise, strict=True):
-                with torch.inference_mode():
-                    for name, model in (("teacher", teacher), ("student", student)):
-                        expected = model(waveforms)[0]
-                        for way in args.ways:
-                            actual = runs[f"{name}, {way}"](waveforms)
-                            rows[f"{name}, {way}"]["error %"] = 100 * relative_error(actual, expected)
-                for name, (wall, cpu) in take_turns(runs, waveforms, args.warmup, args.repeats).items():
-                    setting = f"{seconds:g} s, {threads} thread" + "s" * (threads > 1)
-                    rows[name] |= {setting: wall / seconds, f"{setting}, CPU": cpu / seconds}
-                    columns += [] if setting in columns else [setting, f"{setting}, CPU"]
-    print("\nReal-time factors:")
-    print_table(rows, ["MB", "error %", *columns])
-    ratios = ratio_tables(rows, args.ways, columns)
-    for title, table in ratios.items():
-        print(f"\n{title}:")
-        print_table(table, columns)
-    settings = {key: value for key, value in vars(args).items() if key != "json"}
-    write_json(args.json, {"machine": machine, "settings": settings, "rows": rows, **ratios})
+            runs = {row: make(threads) for row, make in makers.items()}
+            for seconds in args.seconds:
+                waveforms = 0.1 * torch.randn(1, int(seconds * SAMPLE_RATE))
+                for row, taken in take_turns(runs, waveforms, args.warmup, args.repeats).items():
+                    rows[row][f"{seconds:g} s, {threads} thread{'s' * (threads > 1)}"] = taken / seconds
+    print("\nreal-time factors, by the length of the utterance and the number of threads")
+    print_table(rows, list(next(iter(rows.values()))))
+    write_json(args, machine=machine, rows=rows)
 
 
 if __name__ == "__main__":
