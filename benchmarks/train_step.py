@@ -40,7 +40,7 @@ from torch import Tensor
 
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import onednn
-from training.gpu_weights import cast_frozen_weights, join_projections, narrowed_together
+from training.gpu_weights import cast_frozen_weights, narrowed_together
 from training.hardware import prepare_gpu
 from training.layers import compile_layers
 from utils.cli import nonnegative_int, positive, positive_int, run_script
@@ -105,7 +105,6 @@ class Step:
             make_plain(teacher)
             self.module.narrow = make_plain
         elif device.type == "cuda":
-            join_projections(student)
             self.module.narrow = narrowed_together
         if self.dtype != torch.float32 and not self.plain:
             cast_frozen_weights(teacher, self.dtype)

@@ -149,11 +149,10 @@ def prepare_models(module: DistillModule, args: argparse.Namespace, precision: s
         precision: what --precision comes to here, by Lightning's name.
     """
     if devices_per_node(args)[0] == "gpu":
-        from training.gpu_weights import HALF, cast_frozen_weights, join_projections, narrowed_together
+        from training.gpu_weights import HALF, cast_frozen_weights, narrowed_together
 
         if precision in HALF:
             cast_frozen_weights(module.teacher_model, HALF[precision])
-        join_projections(module.student_model)
         # Several processes send the gradients of a quarter of a Base model while others are computed.
         module.narrow = partial(narrowed_together, layers=3 if world_size(args) > 1 else 12)
     if args.activation_checkpointing:

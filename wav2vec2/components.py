@@ -262,10 +262,6 @@ class SelfAttention(nn.Module):
     def num_heads(self) -> int:
         return self.q_proj.out_features // self.head_dim
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of (batch, frame, feature), each (batch, frame, head x feature)."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
     def position_bias(self, frames: int) -> Tensor | None:
         """A bias by position, (head, frame, frame), that the first layer computes for all; None here."""
         return None
@@ -286,7 +282,7 @@ class SelfAttention(nn.Module):
             attention_mask: (batch, 1, 1, frame) to add to the logits, or None where every utterance is whole.
         """
         x = in_autocast(x)
-        q, k, v = map(self._split_heads, self.project(x))
+        q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         bias = self.attention_bias(x, position_bias, attention_mask)
         context = attend(q, k, v, bias, self.dropout if self.training else 0.0)
         return self.out_proj(context.transpose(1, 2).flatten(2))

@@ -7,13 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers.models import FAMILIES, randomly_gated, ungated
-from training.gpu_weights import Cast, cast_frozen_weights, join_projections, narrowed_together
+from training.gpu_weights import Cast, cast_frozen_weights, narrowed_together
 from wav2vec2.gating import narrowed
 
 
 def states_and_gradients(model, narrow, dtype=torch.float64):
     model = copy.deepcopy(model).to(dtype)
-    join_projections(model)
     torch.manual_seed(3)
     plain = narrow(model)
     states, _ = plain.extract_features(torch.randn(2, 4000, dtype=dtype))
@@ -26,9 +25,7 @@ def states_and_gradients(model, narrow, dtype=torch.float64):
 def test_joined_narrowing_equals_the_plain_one(family, layers):
     model = randomly_gated(family, 1)
     expected, gradients, _ = states_and_gradients(model, narrowed)
-    states, found, plain = states_and_gradients(model, lambda model: narrowed_together(model, layers))
-    joint = [m.in_proj_weight for m in plain.modules() if hasattr(m, "in_proj_weight")]
-    assert any(weight is not None for weight in joint)
+    states, found, _ = states_and_gradients(model, lambda model: narrowed_together(model, layers))
     assert_close(states, expected, rtol=1e-12, atol=1e-12)
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -53,16 +50,15 @@ def test_joined_casts_compute_what_autocast_does(family, make):
     assert sum((found[n] - g).square().sum() for n, g in gradients.items()).sqrt() < 0.05 * total
 
 
-def test_a_cast_joins_and_its_gradient_comes_apart():
-    tensors = [torch.randn(n, 3, requires_grad=True) for n in (2, 1, 4, 5)]
-    joined, single = Cast.apply(torch.bfloat16, [3, 1], *tensors)
-    assert joined.dtype == single.dtype == torch.bfloat16
-    assert_close(joined, torch.cat([t.detach() for t in tensors[:3]]).bfloat16(), rtol=0, atol=0)
-    assert_close(single, tensors[3].detach().bfloat16(), rtol=0, atol=0)
-    weight = torch.arange(21.0).view(7, 3)
-    (joined.float() * weight).sum().backward()
-    assert_close([t.grad for t in tensors[:3]], list(weight.split([2, 1, 4])), rtol=0, atol=0)
-    assert tensors[3].grad is None, "what took no part has no gradient"
+def test_a_joint_cast_gives_each_tensor_its_gradient():
+    tensors = [torch.randn(n, 3, requires_grad=True) for n in (2, 1, 4)]
+    casts = Cast.apply(torch.bfloat16, *tensors)
+    for tensor, half in zip(tensors, casts, strict=True):
+        assert_close(half, tensor.detach().bfloat16(), rtol=0, atol=0)
+    weight = torch.arange(6.0).view(2, 3)
+    (casts[0].float() * weight).sum().backward()
+    assert_close(tensors[0].grad, weight, rtol=0, atol=0)
+    assert tensors[1].grad is tensors[2].grad is None, "what took no part has no gradient"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,7 +67,7 @@ def test_a_teacher_in_half_computes_what_autocast_does(family):
     held = copy.deepcopy(plain)
     cast_frozen_weights(held, torch.bfloat16)
     attention = held.encoder.transformer.layers[0].attention
-    assert attention.in_proj_weight.dtype == torch.bfloat16 and attention.q_proj.weight is None
+    assert attention.q_proj.weight.dtype == torch.bfloat16
     waveforms, lengths = torch.randn(2, 4000), torch.tensor([4000, 3100])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, _ = plain.extract_features(waveforms, lengths)
