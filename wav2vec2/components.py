@@ -1,7 +1,8 @@
 """The parts of wav2vec 2.0, HuBERT and WavLM: ordinary modules that compute with the weights they have.
 
-Some own a gate, which gating.py draws; no ``forward`` here knows of it. The number of channels, heads or
-features is that of the tensors at hand, whether pruning has cut them or gates narrow them for one pass.
+Some may own gates, which gating.py puts there and draws; no ``forward`` here knows of them. The number of
+channels, heads or features is that of the tensors at hand, whether pruning has cut them or gates narrow them
+for one pass.
 
 Shapes: waveforms (batch, time), convolutional features (batch, channel, frame), else (batch, frame, feature).
 """
@@ -72,9 +73,11 @@ class ConvLayerBlock(nn.Module):
     """One block of the feature extractor: convolution, norm, GELU.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, bias: of the convolution.
+        in_channels, out_channels, kernel_size, stride, bias: what the convolution is like.
         norm: "group" (each channel over time), "layer" (each frame over channels) or None.
-        gated: it owns a gate on the output channels.
+
+    Attributes:
+        hard_concrete: the gate of the output channels, or None.
     """
 
     def __init__(
@@ -85,7 +88,6 @@ class ConvLayerBlock(nn.Module):
         stride: int,
         bias: bool,
         norm: str | None,
-        gated: bool = False,
     ) -> None:
         super().__init__()
         self.kernel_size = kernel_size
@@ -93,7 +95,7 @@ class ConvLayerBlock(nn.Module):
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
         norms = {"group": ChannelGroupNorm, "layer": ChannelLayerNorm}
         self.layer_norm = None if norm is None else norms[norm](out_channels)
-        self.hard_concrete = HardConcrete(out_channels, init_mean=0.01) if gated else None
+        self.hard_concrete: HardConcrete | None = None
         nn.init.kaiming_normal_(self.conv.weight)
 
     def forward(self, x: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +117,6 @@ class FeatureExtractor(nn.Module):
         mode: "group_norm" (a norm in the first block alone) or "layer_norm" (in every block).
         conv_layer_config: (output channels, kernel size, stride) of each block.
         conv_bias: the convolutions have a bias.
-        prune_conv_channels: gates on the channels of every block.
     """
 
     def __init__(
@@ -123,16 +124,13 @@ class FeatureExtractor(nn.Module):
         mode: str,
         conv_layer_config: list[tuple[int, int, int]],
         conv_bias: bool,
-        prune_conv_channels: bool = False,
     ) -> None:
         super().__init__()
         self.conv_layers = nn.ModuleList()
         in_channels = 1
         for i, (channels, kernel, stride) in enumerate(conv_layer_config):
             norm = "layer" if mode == "layer_norm" else "group" if i == 0 else None
-            self.conv_layers.append(
-                ConvLayerBlock(in_channels, channels, kernel, stride, conv_bias, norm, prune_conv_channels)
-            )
+            self.conv_layers.append(ConvLayerBlock(in_channels, channels, kernel, stride, conv_bias, norm))
             in_channels = channels
         self.dummy_weight = nn.Parameter(torch.ones(in_channels), requires_grad=False)
 
@@ -232,8 +230,10 @@ class SelfAttention(nn.Module):
         embed_dim: features in and out.
         num_heads: heads; none is possible, and leaves the bias of ``out_proj``.
         head_dim: features of a head.
-        dropout: of the attention weights.
-        prune_heads, prune_layer: it owns a gate on its heads, and one on the whole branch.
+        dropout: dropout of the attention weights.
+
+    Attributes:
+        hard_concrete_for_heads, hard_concrete_for_layer: gates of the heads and of the whole branch, or None.
     """
 
     def __init__(
@@ -242,8 +242,6 @@ class SelfAttention(nn.Module):
         num_heads: int,
         head_dim: int,
         dropout: float = 0.0,
-        prune_heads: bool = False,
-        prune_layer: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -252,11 +250,8 @@ class SelfAttention(nn.Module):
         self.v_proj = bert_linear(embed_dim, num_heads * head_dim)
         self.q_proj = bert_linear(embed_dim, num_heads * head_dim)
         self.out_proj = bert_linear(num_heads * head_dim, embed_dim)
-        gated = num_heads > 0
-        self.hard_concrete_for_heads = (
-            HardConcrete(num_heads, init_mean=0.01) if prune_heads and gated else None
-        )
-        self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and gated else None
+        self.hard_concrete_for_heads: HardConcrete | None = None
+        self.hard_concrete_for_layer: HardConcrete | None = None
 
     @property
     def num_heads(self) -> int:
@@ -315,12 +310,11 @@ class WavLMSelfAttention(SelfAttention):
     """Self-attention with gated relative position bias (WavLM, Chen et al. 2022, section 3.1).
 
     Args:
-        embed_dim: features in and out.
+        embed_dim, dropout: the same as for :class:`SelfAttention`.
         total_num_heads: heads of the first model, which the position bias and its gate are made for.
         remaining_heads: which of them are left here.
-        num_buckets, max_distance: of the relative positions; None but in the first layer, which computes the
-            position bias for all.
-        dropout, prune_heads, prune_layer: as for :class:`SelfAttention`.
+        num_buckets, max_distance: buckets and range of the relative positions; None but in the first layer,
+            which computes the position bias for all.
     """
 
     def __init__(
@@ -331,11 +325,9 @@ class WavLMSelfAttention(SelfAttention):
         num_buckets: int | None = None,
         max_distance: int | None = None,
         dropout: float = 0.0,
-        prune_heads: bool = False,
-        prune_layer: bool = False,
     ) -> None:
         head_dim = embed_dim // total_num_heads
-        super().__init__(embed_dim, len(remaining_heads), head_dim, dropout, prune_heads, prune_layer)
+        super().__init__(embed_dim, len(remaining_heads), head_dim, dropout)
         self.total_num_heads = total_num_heads
         # On the CPU also where a model is built on "meta", to be given the tensors of a checkpoint.
         remaining = torch.tensor(remaining_heads, dtype=torch.long, device="cpu")
@@ -394,7 +386,10 @@ class FeedForward(nn.Module):
     Args:
         io_features, intermediate_features: at its ends and between.
         intermediate_dropout, output_dropout: after GELU, and at the end.
-        prune_intermediate, prune_layer: it owns a gate on the features between, and one on the whole branch.
+
+    Attributes:
+        hard_concrete_for_intermediate, hard_concrete_for_layer: the gates of the features between and of the
+            whole branch, or None.
     """
 
     def __init__(
@@ -403,19 +398,14 @@ class FeedForward(nn.Module):
         intermediate_features: int,
         intermediate_dropout: float,
         output_dropout: float,
-        prune_intermediate: bool = False,
-        prune_layer: bool = False,
     ) -> None:
         super().__init__()
         self.intermediate_dense = bert_linear(io_features, intermediate_features)
         self.intermediate_dropout = nn.Dropout(intermediate_dropout)
         self.output_dense = bert_linear(intermediate_features, io_features)
         self.output_dropout = nn.Dropout(output_dropout)
-        gated = intermediate_features > 0
-        self.hard_concrete_for_intermediate = (
-            HardConcrete(intermediate_features) if prune_intermediate and gated else None
-        )
-        self.hard_concrete_for_layer = HardConcrete(1, init_mean=0.01) if prune_layer and gated else None
+        self.hard_concrete_for_intermediate: HardConcrete | None = None
+        self.hard_concrete_for_layer: HardConcrete | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, frame, feature) -> the same."""

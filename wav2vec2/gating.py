@@ -9,7 +9,7 @@ follows its gates, which serves computing here, cutting (pruning.py) and countin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,10 @@ WIDTH_MULTIPLE = 8
 GPU_CONV_MULTIPLE = 64
 """The same for conv channels on a GPU, where cuDNN searches for a way to compute each new shape of a
 convolution, so that there must be few of them."""
+
+MOSTLY_OPEN, HALF_OPEN = 0.01, 0.5
+"""Which share of new gates is expected to be closed: few where a unit is large, a conv channel, a head or a
+whole branch, and half of the many small features of a feed-forward layer, as in the paper's scripts."""
 
 Place = tuple[nn.Module, str]
 """Where a tensor is: its module, and its name there."""
@@ -234,6 +238,26 @@ class Layout:
 def computes_position_bias(attention: SelfAttention) -> bool:
     """Whether the other layers need this attention, WavLM's first, whatever is left of it."""
     return isinstance(attention, WavLMSelfAttention) and attention.num_buckets is not None
+
+
+def put_gates(model: nn.Module, units: Collection[str]) -> None:
+    """Puts new gates on the ``units`` of ``model``, in place, named as in ``PRUNING_UNITS``; a branch that is
+    not there, or has nothing in it, gets none."""
+    device = next(model.parameters()).device
+
+    def gate(unit: str, n: int, closed: float = MOSTLY_OPEN) -> HardConcrete | None:
+        return HardConcrete(n, closed).to(device) if unit in units else None
+
+    for module in model.modules():
+        if isinstance(module, ConvLayerBlock):
+            module.hard_concrete = gate("conv", module.conv.out_channels)
+        elif isinstance(module, SelfAttention) and module.num_heads:
+            module.hard_concrete_for_heads = gate("head", module.num_heads)
+            module.hard_concrete_for_layer = gate("attlayer", 1)
+        elif isinstance(module, FeedForward) and module.intermediate_dense.out_features:
+            features = module.intermediate_dense.out_features
+            module.hard_concrete_for_intermediate = gate("interm", features, HALF_OPEN)
+            module.hard_concrete_for_layer = gate("ffnlayer", 1)
 
 
 def joint_log_alpha(gates: Sequence[HardConcrete]) -> Tensor:

@@ -16,9 +16,7 @@ class HardConcrete(nn.Module):
 
     Args:
         n_in: number of gates, one a unit.
-        init_mean: share of the gates expected to be closed at the start. The paper's scripts start almost
-            fully open (0.01) where a unit is large, a conv channel, a head or a whole branch, and half open
-            (0.5) for the many small features of a feed-forward layer.
+        init_mean: share of the gates expected to be closed at the start.
         init_std: standard deviation of ``log_alpha`` around ``logit(1 - init_mean)``.
         temperature: b, the temperature of the concrete distribution.
         stretch: the support (0, 1) is stretched to (l, r) = (-stretch, 1 + stretch) before clamping.

@@ -11,9 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import components as parts
-from .config import LARGE, NO_DROPOUT, NO_GATES, NORM_FIRST, XLARGE, Wav2Vec2Config, base_config
+from .config import (
+    LARGE,
+    NO_DROPOUT,
+    NO_GATES,
+    NORM_FIRST,
+    PRUNING_UNITS,
+    XLARGE,
+    Wav2Vec2Config,
+    base_config,
+)
 from .cost import count_parameters, parameter_count
-from .gating import narrowed
+from .gating import narrowed, put_gates
 from .hardconcrete import HardConcrete
 from .pruning import prune
 
@@ -37,11 +46,11 @@ class Wav2Vec2Model(nn.Module):
             config.extractor_mode,
             config.extractor_conv_layer_config,
             config.extractor_conv_bias,
-            config.extractor_prune_conv_channels,
         )
         self.encoder = _build_encoder(config)
         aux = config.aux_num_out
         self.aux = None if aux is None else nn.Linear(config.encoder_embed_dim, aux)
+        put_gates(self, [unit for unit, key in PRUNING_UNITS.items() if self.config[key]])
 
     @property
     def is_gated(self) -> bool:
@@ -52,11 +61,27 @@ class Wav2Vec2Model(nn.Module):
         """All gates, in the order of the modules."""
         return [module for module in self.modules() if isinstance(module, HardConcrete)]
 
+    def add_gates(self, units: str) -> None:
+        """Puts fresh gates on an ungated or pruned model, in place; ``prune()`` takes them away again.
+
+        Args:
+            units: what gets gates, a comma list of conv, head, interm (feed-forward features), attlayer and
+                ffnlayer (whole branches), as for --pruning_units.
+        Raises:
+            ValueError: a unit is unknown, none is named, or the model has gates already.
+        """
+        names = [unit.strip() for unit in units.split(",") if unit.strip()]
+        unknown = [name for name in names if name not in PRUNING_UNITS]
+        if unknown or not names:
+            wrong = f"{unknown[0]!r} is none of them" if unknown else "none is named"
+            raise ValueError(f"units to prune are {', '.join(PRUNING_UNITS)}, and {wrong}")
+        if self.is_gated:
+            raise ValueError("the model has gates already: prune() takes them away")
+        put_gates(self, names)
+        self.config = {**self.config, **{PRUNING_UNITS[name]: True for name in names}}
+
     def extract_features(
-        self,
-        waveforms: Tensor,
-        lengths: Tensor | None = None,
-        num_layers: int | None = None,
+        self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """The projected features and the output of every transformer layer, without layer drop.
 
@@ -229,17 +254,12 @@ def _build_encoder(config: Wav2Vec2Config) -> parts.Encoder:
 
 
 def _build_attention(config: Wav2Vec2Config, i: int) -> parts.SelfAttention:
-    options = (
-        config.encoder_attention_dropout,
-        config.encoder_prune_attention_heads,
-        config.encoder_prune_attention_layer,
-    )
-    embed_dim = config.encoder_embed_dim
+    embed_dim, dropout = config.encoder_embed_dim, config.encoder_attention_dropout
     if not config.is_wavlm:
-        return parts.SelfAttention(embed_dim, config.encoder_num_heads[i], config.encoder_head_dim, *options)
+        return parts.SelfAttention(embed_dim, config.encoder_num_heads[i], config.encoder_head_dim, dropout)
     positions = (config.encoder_num_buckets, config.encoder_max_distance) if i == 0 else (None, None)
     heads = (config.encoder_total_num_heads[i], config.encoder_remaining_heads[i])
-    return parts.WavLMSelfAttention(embed_dim, *heads, *positions, *options)
+    return parts.WavLMSelfAttention(embed_dim, *heads, *positions, dropout)
 
 
 def _build_feed_forward(config: Wav2Vec2Config, i: int) -> parts.FeedForward:
@@ -248,8 +268,6 @@ def _build_feed_forward(config: Wav2Vec2Config, i: int) -> parts.FeedForward:
         config.encoder_ff_interm_features[i],
         config.encoder_ff_interm_dropout,
         config.encoder_dropout,
-        config.encoder_prune_feed_forward_intermediate,
-        config.encoder_prune_feed_forward_layer,
     )
 
 

@@ -9,6 +9,7 @@ from wav2vec2 import wav2vec2_model
 from wav2vec2.config import PRUNING_UNITS, base_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+ALL_UNITS = ",".join(PRUNING_UNITS)
 ALL_GATES = dict.fromkeys(PRUNING_UNITS.values(), True)
 FAMILIES = ["hubert_base", "hubert_large", "wavlm_base", "wavlm_large"]
 LARGE = {
