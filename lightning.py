@@ -134,24 +134,23 @@ class DistillModule(pl.LightningModule):
     """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, what of it may go.
 
     Args:
-        teacher_model: frozen here.
-        student_model: gated where ``use_reg``.
+        teacher_model: the teacher, which is frozen here.
+        student_model: the student, with gates where ``use_reg``.
         distill_mode: "layer2layer" or "predlayer".
         distill_layers: layers to match, 0 to the number of layers, one for each of ``distill_linear_projs``.
         distill_linear_projs: heads on the student's layers.
-        distill_loss: of two (batch, layer, time, feature).
-        learning_rate, weight_decay: of the student and the heads.
-        warmup_updates, max_updates: of the learning rates.
+        distill_loss: compares two tensors (batch, layer, time, feature).
+        learning_rate, weight_decay: peak rate and decay for the student and the heads.
+        warmup_updates, max_updates: the shape of the schedule, as for :class:`LinearDecayLRScheduler`.
         use_reg: train gates under the size constraint (equation 7).
-        reg_learning_rate: of the gates and, in ascent, the Lagrange multipliers.
+        reg_learning_rate: peak rate for the gates and, in ascent, the Lagrange multipliers.
         target_sparsity: 1 - wanted cost / teacher's cost.
         sparsity_of: the cost that is constrained: "params", parameters, or "macs", multiply-accumulates of an
             utterance of 10 s (HJ-Pruning, Peng et al. 2023b, section 3).
         sparsity_warmup_updates: the target grows linearly from 0 over these.
-        tsv_dir, train_subset, seconds_per_batch, num_workers: the data's flags, recorded among the
-            hyper-parameters and not used: a ``SpeechDataModule``, or any loader, gives ``Trainer.fit`` its
-            batches.
-        seed: of dropout and the gates' samples.
+        tsv_dir, train_subset, seconds_per_batch, num_workers: the data's flags, kept among the
+            hyper-parameters; ``Trainer.fit`` gets its batches from a ``SpeechDataModule`` or any loader.
+        seed: seeds dropout and the gates' samples.
 
     Attributes:
         narrow: the function that turns the student into the plain model of one pass, by default
@@ -187,25 +186,14 @@ class DistillModule(pl.LightningModule):
             raise ValueError(f'distill_mode is "layer2layer" or "predlayer", not {distill_mode!r}')
         if sparsity_of not in COUNTS:
             raise ValueError(f"sparsity_of is one of {', '.join(COUNTS)}, not {sparsity_of!r}")
-        distill_layers = list(distill_layers)
+        distill_layers = list(distill_layers)  # a checkpoint holds plain lists
         self.save_hyperparameters(
             ignore=["teacher_model", "student_model", "distill_linear_projs", "distill_loss"], logger=False
         )
         self.teacher_model = teacher_model.requires_grad_(False).eval()
         self.student_model = student_model
-        self.distill_mode = distill_mode
-        self.distill_layers = distill_layers
         self.distill_linear_projs = distill_linear_projs
         self.distill_loss = distill_loss
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_updates = warmup_updates
-        self.max_updates = max_updates
-        self.use_reg = use_reg
-        self.seed = seed
-        self.reg_learning_rate = reg_learning_rate
-        self.target_sparsity = target_sparsity
-        self.sparsity_warmup_updates = sparsity_warmup_updates
         if use_reg:
             self.teacher_cost = COUNTS[sparsity_of](teacher_model).total()
             self.student_cost = COUNTS[sparsity_of](student_model)
@@ -246,33 +234,33 @@ class DistillModule(pl.LightningModule):
             waveforms: (batch, time).
             lengths: (batch,) valid samples, or None where all are whole.
         """
-        top = max(self.distill_layers)
-        layered = self.distill_mode == "layer2layer"
+        top = max(self.hparams.distill_layers)
+        layered = self.hparams.distill_mode == "layer2layer"
         # A GPU is asked which gates are open before it is given the teacher's work.
         student_model = self.narrow(self.student_model)
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
         student, _ = student_model.extract_features(waveforms, lengths, top if layered else None)
-        sources = [student[layer if layered else -1] for layer in self.distill_layers]
+        sources = [student[layer if layered else -1] for layer in self.hparams.distill_layers]
         # Layers that share a projection go through it together.
         together: dict[nn.Module, list[Tensor]] = {}
         for projection, source in zip(self.distill_linear_projs, sources, strict=True):
             together.setdefault(projection, []).append(source)
         projected = [projection(torch.stack(layers, dim=1)) for projection, layers in together.items()]
         projected = torch.cat(projected, dim=1)
-        return projected, torch.stack([teacher[layer] for layer in self.distill_layers], dim=1)
+        return projected, torch.stack([teacher[layer] for layer in self.hparams.distill_layers], dim=1)
 
     @property
     def current_target_sparsity(self) -> float:
         """The target at this update: it grows linearly over ``sparsity_warmup_updates`` (section 3.2)."""
-        if self.global_step >= self.sparsity_warmup_updates:
-            return self.target_sparsity
-        return self.target_sparsity * self.global_step / self.sparsity_warmup_updates
+        if self.global_step >= self.hparams.sparsity_warmup_updates:
+            return self.hparams.target_sparsity
+        return self.hparams.target_sparsity * self.global_step / self.hparams.sparsity_warmup_updates
 
     def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
         loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))
         losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
-        if not self.use_reg:
+        if not self.hparams.use_reg:
             return {"loss": loss_distill, **losses}
         sparsity = (1 - self.student_cost() / self.teacher_cost).to(loss_distill.dtype)
         target = self.current_target_sparsity
@@ -321,15 +309,15 @@ class DistillModule(pl.LightningModule):
         gates = [p for name, p in self.student_model.named_parameters() if name.endswith("log_alpha")]
         main = [p for name, p in self.student_model.named_parameters() if not name.endswith("log_alpha")]
         main = [p for p in (*main, *self.distill_linear_projs.parameters()) if p.requires_grad]
-        decay = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        decay = {"lr": self.hparams.learning_rate, "weight_decay": self.hparams.weight_decay}
         groups = [{"params": main, "name": "main_params", **decay}]
-        if self.use_reg:
-            rate = self.reg_learning_rate
+        if self.hparams.use_reg:
+            rate = self.hparams.reg_learning_rate
             groups.append({"params": gates, "name": "log_alpha", "lr": rate, "weight_decay": 0.0})
             multipliers = [self.lambda1, self.lambda2]
             groups.append({"params": multipliers, "name": "lambda", "lr": -rate, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, fused=True)
-        scheduler = LinearDecayLRScheduler(optimizer, self.warmup_updates, self.max_updates)
+        scheduler = LinearDecayLRScheduler(optimizer, self.hparams.warmup_updates, self.hparams.max_updates)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def configure_gradient_clipping(
@@ -371,7 +359,9 @@ class DistillModule(pl.LightningModule):
         """
         states, self._random_state = self._random_state, None
         if states is None or len(states) != self.trainer.world_size:
-            torch.manual_seed(self.seed + self.global_rank + self.trainer.world_size * self.global_step)
+            torch.manual_seed(
+                self.hparams.seed + self.global_rank + self.trainer.world_size * self.global_step
+            )
             return
         state = states[self.global_rank]
         torch.set_rng_state(state["cpu"].cpu())

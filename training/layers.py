@@ -41,7 +41,7 @@ def compile_layers(module: DistillModule) -> None:
     config.recompile_limit = max(64, config.recompile_limit)
     config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
     module.distill_loss.compile(dynamic=True)
-    if module.use_reg:
+    if module.hparams.use_reg:
         module.student_cost.compile()
 
     def compiled(method: Callable) -> Callable:
