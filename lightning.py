@@ -53,7 +53,7 @@ class DistillLoss(nn.Module):
     DistilHuBERT).
 
     Args:
-        l2_weight, l1_weight, cos_weight: of the three; one of weight 0 is not computed.
+        l2_weight, l1_weight, cos_weight: weights of the three; one of weight 0 is not computed.
         cos_type: "raw", -mean(cos), or "log_sig", -mean(log sigmoid cos).
     """
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--voices", type=int, default=6)
     parser.add_argument(
-        "--utterances", type=int, default=12, help="of each voice; every sixth is for validation"
+        "--utterances", type=int, default=12, help="utterances of each voice; every sixth is for validation"
     )
     args = parser.parse_args()
     generator = np.random.default_rng(2022)
