@@ -228,7 +228,7 @@ def base_config(
     """The config of a Base model (group norm, norm last) with ``changes``.
 
     Args:
-        num_layers, num_heads, embed_dim, ff_interm_features: sizes of the transformer, the same in every layer.
+        num_layers, num_heads, embed_dim, ff_interm_features: the transformer, every layer alike.
         wavlm: with WavLM's keys for the heads.
         changes: config keys and values that differ.
     """
