@@ -32,7 +32,6 @@ class CheckpointedLayer(EncoderLayer):
     gradient_checkpointing = False  # transformers sets it, and _gradient_checkpointing_func with it
 
     def forward(self, *args: Tensor | None) -> Tensor:
-        """As for :class:`EncoderLayer`."""
         if not (self.gradient_checkpointing and self.training):
             return super().forward(*args)
         # Reentrant checkpoints, the default of transformers 4.48, lose the gradients of a layer whose input
