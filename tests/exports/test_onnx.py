@@ -50,7 +50,8 @@ def test_the_last_layer_equals_pytorchs_at_any_size(family, monkeypatch, tmp_pat
     assert not any(node.op_type == "ReduceL2" for node in graph.node), "the weight norm is folded"
 
 
-@pytest.mark.parametrize("family", ["hubert_base", pytest.param("wavlm_large", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("family", ["hubert_base", "wavlm_large"])
 @torch.no_grad()
 def test_int8_is_near_in_every_layer_of_a_padded_batch(family, monkeypatch, capsys, tmp_path):
     model = pruned(family)
