@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """Writes a model as an ONNX file, for onnxruntime and every other program that reads the format.
 
-    python export_to_onnx.py --ckpt pruned.pth --out model.onnx [--int8] [--all_hidden_states] [--lengths]
-
 The file's input ``waveforms`` is (batch, time), 16 kHz, of any size; its output ``features`` is (batch,
 frame, feature), what the model itself returns. The file gets its name only after onnxruntime has computed
 from it what PyTorch computes from the checkpoint, at sizes that the export has not seen.
@@ -23,41 +21,33 @@ from utils.files import UserError
 from utils.run_record import refuse_overwriting
 
 with needs_extra("export"):
-    from dataset.audio import open_audio
+    from dataset import SAMPLE_RATE, open_audio
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--ckpt", type=path, required=True, help="a checkpoint without gates: a teacher's or a student's"
-    )
-    parser.add_argument("--out", type=path, required=True, help="the file to write, model.onnx say")
-    parser.add_argument(
-        "--int8", action="store_true", help="quantise the linear layers, and print what that costs"
-    )
-    parser.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--ckpt", type=path, required=True, help="a checkpoint without gates: a teacher's or a student's")
+    add("--out", type=path, required=True, help="the file to write, model.onnx say")
+    add("--int8", action="store_true", help="quantise the linear layers, and print what that costs")
+    add(
         "--all_hidden_states",
         action="store_true",
         help="add the outputs hidden_state_0, the projected features, to hidden_state_L, the last layer's",
     )
-    parser.add_argument(
+    add(
         "--lengths",
         action="store_true",
-        help="add an input lengths (batch,), the valid samples of each waveform, and an output frames "
-        "(batch,)",
+        help="add an input lengths, the valid samples of each waveform, and an output frames, both (batch,)",
     )
-    parser.add_argument(
-        "--audio", type=path, help="a 16 kHz recording to measure the error of --int8 on; noise without it"
-    )
+    add("--audio", type=path, help="a 16 kHz recording to measure the error of --int8 on; noise without it")
     return parser.parse_args()
 
 
 def read_audio(path: str) -> Tensor:
     """The first channel of a recording, (time,)."""
     with open_audio(path) as audio:
-        if audio.samplerate != 16_000:
+        if audio.samplerate != SAMPLE_RATE:
             raise UserError(
                 f"--audio {path} has {audio.samplerate} Hz, the models are for 16,000 Hz: resample it first"
             )

@@ -25,10 +25,8 @@ dependencies = ["torch"]
 def compressed(ckpt_path: str) -> _wav2vec2.Wav2Vec2Model:
     """The model of a checkpoint (compressed, converted or of an earlier stage) in evaluation mode.
 
-    Args:
-        ckpt_path: a file with ``config`` and ``state_dict``.
     Raises:
-        ValueError: the file is no such checkpoint.
+        ValueError: the file has no ``config`` and ``state_dict`` that go together.
     """
     try:
         checkpoint = _torch.load(ckpt_path, map_location="cpu", weights_only=True)
@@ -53,12 +51,11 @@ class _Upstream(_torch.nn.Module):
         """Every layer of a batch.
 
         Args:
-            waveforms: each (time,), 16 kHz, of any lengths.
+            waveforms: each (time,), 16 kHz, of any lengths. They give what they give alone, but where a group
+                norm runs over time (HuBERT and WavLM Base), which sees the padding as in s3prl's upstreams.
         Returns:
-            ``{"hidden_states": [h0, h1, ..., hL]}``, each (batch, frame, feature). Frames beyond a waveform's
-            end are no features; s3prl cuts them off. The model is told the lengths, so that a waveform
-            gives what it gives alone, but where a group norm runs over time (HuBERT and WavLM Base), whose
-            statistics see the padding as they do in s3prl's own upstreams.
+            ``{"hidden_states": [h0, h1, ..., hL]}``, each (batch, frame, feature). s3prl cuts off the frames
+            beyond a waveform's end, which are no features.
         """
         lengths = _torch.tensor([len(waveform) for waveform in waveforms], device=waveforms[0].device)
         padded = _torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
@@ -74,9 +71,7 @@ def s3prl_upstream(ckpt: str, **options) -> _Upstream:
     """The model of a checkpoint as an upstream of s3prl; docs/evaluation.md shows its use.
 
     Args:
-        ckpt: a file with ``config`` and ``state_dict``.
+        ckpt: as for :func:`compressed`.
         options: what else s3prl gives every upstream (``model_config``, ``refresh``); of no use here.
-    Raises:
-        ValueError: as for :func:`compressed`.
     """
     return _Upstream(compressed(ckpt)).eval()

@@ -1,5 +1,6 @@
 """What the two exporters share."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def load_ungated(path: str | Path) -> Wav2Vec2Model:
         UserError: the file cannot be read, or its model has gates.
     """
     model = load_model(path).eval()
-    if model.gates():
+    if model.is_gated:
         raise UserError(
             f"--ckpt {path}: its model still has gates; run prune.py on it first, and export what that or "
             "save_final_ckpt.py writes"
@@ -27,12 +28,18 @@ def load_ungated(path: str | Path) -> Wav2Vec2Model:
 
 
 @contextmanager
-def folder_beside(out: Path) -> Iterator[Path]:
-    """A temporary folder for the length of a block, on the disk of ``out``, which has room for it."""
+def replacing(out: Path) -> Iterator[Path]:
+    """Gives a path of the same name in a temporary folder beside ``out``. The file or folder that the block
+    makes there becomes ``out`` when the block ends without an error."""
     with writes(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as folder:
-            yield Path(folder)
+            made = Path(folder) / out.name
+            yield made
+            for file in made.iterdir() if made.is_dir() else [made]:
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(made, out)
 
 
 def samples_of(model: Wav2Vec2Model, frames: int) -> int:

@@ -5,6 +5,8 @@ export_to_hf.py copies this file beside the project's own modules, where its rel
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from transformers import PretrainedConfig
 
 from .config import NO_GATES, Wav2Vec2Config, base_config
@@ -15,8 +17,10 @@ CTC = {
     "ctc_loss_reduction": "sum",
     "ctc_zero_infinity": False,
     "initializer_range": 0.02,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class PrunedSpeechConfig(PretrainedConfig):
@@ -29,9 +33,9 @@ class PrunedSpeechConfig(PretrainedConfig):
         ctc_zero_infinity: an utterance too short for its labels has the loss 0 instead of an infinite one.
         initializer_range: standard deviation of the weights of a new CTC head.
         pad_token_id: the blank of CTC.
-        kwargs: the keys of ``Wav2Vec2Config`` in config.py, which documents each (HuBERT Base's values are
-            the defaults), and what every config of transformers takes. ``normalize_waveform`` is a note of
-            what the feature extractor does; the model reads what it is given.
+        kwargs: what every config of transformers takes, and the keys of ``Wav2Vec2Config`` in config.py, by
+            default those of HuBERT Base or WavLM Base. ``normalize_waveform`` is what the feature extractor
+            does; the model reads what it is given.
     """
 
     model_type = "pruned_speech"
@@ -46,9 +50,10 @@ class PrunedSpeechConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs) -> None:
-        for key, default in {**CTC, **_defaults(kwargs.get("encoder_remaining_heads"))}.items():
-            setattr(self, key, kwargs.pop(key, default))
-        super().__init__(**{**TOKENS, **kwargs})
+        defaults = base_config(wavlm=kwargs.get("encoder_remaining_heads") is not None)
+        for key in ("aux_num_out", *NO_GATES):  # a CTC head of its own stands for the first
+            del defaults[key]
+        super().__init__(**{**CTC, **defaults, **kwargs})
 
     def architecture(self) -> Wav2Vec2Config:
         """What the model is built from.
@@ -56,14 +61,10 @@ class PrunedSpeechConfig(PretrainedConfig):
         Raises:
             ValueError: a value is impossible, or two do not go together; the sentence names the key.
         """
-        keys = _defaults(getattr(self, "encoder_remaining_heads", None))
-        return Wav2Vec2Config.from_dict({**{key: getattr(self, key) for key in keys}, "aux_num_out": None})
-
-
-def _defaults(remaining_heads: list[list[int]] | None) -> dict:
-    """HuBERT Base's or WavLM Base's config, without gates and without what the CTC head stands for here."""
-    config = base_config(wavlm=remaining_heads is not None)
-    return {key: value for key, value in config.items() if key not in NO_GATES and key != "aux_num_out"}
+        given = {
+            key.name: getattr(self, key.name) for key in fields(Wav2Vec2Config) if hasattr(self, key.name)
+        }
+        return Wav2Vec2Config.from_dict({**given, "aux_num_out": None})
 
 
 # save_pretrained writes the code of a registered class beside the config.

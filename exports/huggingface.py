@@ -1,15 +1,13 @@
 """The folder from which transformers loads a model: code, weights, config and model card."""
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from exports.common import folder_beside
+from exports.common import replacing
 from utils.checkpoint import to_builtin
 from utils.cli import needs_extra, writes
 from utils.compare import relative_difference
@@ -40,9 +38,6 @@ AUTO_MAP = {
 }
 """For each class of transformers, the one in the exported code that it loads."""
 
-TOLERANCE = 1e-5
-"""The largest accepted difference of a hidden state, relative to its largest value."""
-
 
 def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
     """Writes ``model`` to the folder ``out``, whole and checked or not at all.
@@ -56,16 +51,28 @@ def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
     Raises:
         UserError: the folder cannot be written, or transformers does not compute what the model does.
     """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"--out {out} is already there: name another folder, or remove it first")
+    if "." in out.name:
+        raise UserError(
+            f"--out {out} has a dot in its name, where transformers 4.48 cannot load code from: "
+            f"name it {out.name.strip('.').replace('.', '-') or 'model'}, say"
+        )
     transformers.utils.logging.disable_progress_bar()
-    with new_folder(out) as folder:
+    with writes(out, SafetensorError), replacing(out) as folder:
+        # transformers keeps a copy of the code it loads under the folder's name, so that is the final one.
+        folder.mkdir()
         for file in CODE:
-            shutil.copy(file, folder)
+            shutil.copyfile(file, folder / file.name)
         in_transformers(model, folder).save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            # safetensors lets the owner alone read what it writes.
+            weights.chmod((folder / "config.json").stat().st_mode)
         extractor = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
         transformers.Wav2Vec2FeatureExtractor(**extractor).save_pretrained(folder)
         (folder / "README.md").write_text(model_card(model, out.name, run), encoding="utf-8")
         error = largest_difference(folder, model)
-        if not error <= TOLERANCE:
+        if not error <= 1e-5:
             raise UserError(
                 f"{out}: loaded by transformers, its hidden states differ by {error:.1e} from the "
                 "checkpoint's, so nothing was written; please report it with the versions of torch and "
@@ -74,36 +81,9 @@ def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
     return error
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder of the same name to fill, which becomes ``out`` when the block ends without an error.
-
-    Raises:
-        UserError: ``out`` is there already, cannot be written, or has a name that transformers cannot load.
-    """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"--out {out} is already there: name another folder, or remove it first")
-    if "." in out.name:
-        raise UserError(
-            f"--out {out} has a dot in its name, where transformers 4.48 cannot load code from: "
-            f"name it {out.name.strip('.').replace('.', '-') or 'model'}, say"
-        )
-    with writes(out, SafetensorError), folder_beside(out) as temporary:
-        # transformers keeps a copy of the code it loads under the folder's name, so that is the final one.
-        folder = temporary / out.name
-        folder.mkdir()
-        yield folder
-        for file in folder.iterdir():
-            # safetensors lets the owner alone read what it writes.
-            file.chmod((folder / "config.json").stat().st_mode)
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        os.replace(folder, out)
-
-
 def in_transformers(model: Wav2Vec2Model, folder: Path) -> transformers.PreTrainedModel:
     """The same model as transformers knows it, built by the code in ``folder``."""
-    config = config_without_gates(model)
+    config = {key: value for key, value in to_builtin(model.config).items() if key not in NO_GATES}
     tokens = config.pop("aux_num_out")
     head = {} if tokens is None else {"vocab_size": tokens}
     name = AUTO_MAP["AutoModel" if tokens is None else "AutoModelForCTC"]
@@ -116,54 +96,36 @@ def in_transformers(model: Wav2Vec2Model, folder: Path) -> transformers.PreTrain
     return exported
 
 
-def config_without_gates(model: Wav2Vec2Model) -> dict:
-    """The model's config as plain values, without the keys that say which gates it has."""
-    return {key: value for key, value in to_builtin(model.config).items() if key not in NO_GATES}
-
-
 @torch.no_grad()
 def largest_difference(folder: Path, model: Wav2Vec2Model) -> float:
-    """The largest difference between the hidden states and outputs of the exported model, as transformers
-    loads it, and those of ``model``, relative to the largest value of each."""
+    """The largest relative difference of a hidden state or output, as transformers computes it, from ours."""
     auto = transformers.AutoModel if model.aux is None else transformers.AutoModelForCTC
     exported = auto.from_pretrained(folder, trust_remote_code=True).eval()
     waveforms = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
-    found, expected = [], []
-    for lengths in (None, torch.tensor([16_000, 11_200])):
-        mask = None if lengths is None else (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
-        inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
-        output = exported(inputs, mask, output_hidden_states=True)
-        found += [*output.hidden_states[1:-1], output[0]]
-        expected += [*model.extract_features(waveforms, lengths)[0][1:-1], model(waveforms, lengths)[0]]
-    return relative_difference(found, expected)
+    lengths = torch.tensor([16_000, 11_200])
+    mask = (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
+    inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
+    output = exported(inputs, mask, output_hidden_states=True)
+    _, *states = model.extract_features(waveforms, lengths)[0]
+    found = [*output.hidden_states[1:-1], output[0]]
+    return relative_difference(found, [*states[:-1], model.output(states[-1])])
 
 
 def model_card(model: Wav2Vec2Model, name: str, run: Mapping[str, dict]) -> str:
-    """The content of README.md.
-
-    Args:
-        model: what the card describes.
-        name: the folder's.
-        run: as for :func:`export`.
-    """
+    """The content of README.md for a folder of that name; ``run`` as for :func:`export`."""
     family = "WavLM" if "encoder_remaining_heads" in model.config else "wav2vec 2.0 or HuBERT"
     task = "feature-extraction" if model.aux is None else "automatic-speech-recognition"
     size = count_parameters(model)
     macs = [multiply_accumulates(model, seconds) / 1e6 for seconds in (1.0, 10.0)]
     widths = "\n".join(
-        f"| {units.replace('_', ' ')} | {', '.join(map(str, row))} |" for units, row in model.widths().items()
+        f"| {units.replace('_', ' ')}, layer by layer | {', '.join(map(str, row))} |"
+        for units, row in model.widths().items()
     )
-    config = "\n".join(f"{key}: {json.dumps(value)}" for key, value in config_without_gates(model).items())
-    stages = "".join(_stage(*stage) for stage in run.items()) or (
-        "Nothing is known of it: the checkpoint had no `run.json` beside it.\n"
-    )
+    stages = "\n\n".join(_stage(*stage) for stage in run.items())
     return f"""---
 library_name: transformers
 pipeline_tag: {task}
-tags:
-- speech
-- pruning
-- distillation
+tags: [speech, pruning, distillation]
 ---
 
 # {name}
@@ -173,41 +135,29 @@ A {family} model for speech, as exported by `export_to_hf.py` of a re-implementa
 It reads 16 kHz mono audio{", normalised by the feature extractor" if model.normalize_waveform else ""}.
 
 | | |
-|---|---:|
+|---|---|
 | parameters | {size:,} |
 | multiply-accumulates per second of audio, in an utterance of 1 s | {macs[0]:,.0f} M |
 | multiply-accumulates per second of audio, in an utterance of 10 s | {macs[1]:,.0f} M |
 | weights in float32 | {4 * size / 1e6:,.1f} MB |
+{widths}
 
 ## Use
 
 ```python
-import torch
 from transformers import AutoFeatureExtractor, AutoModel
 
 extractor = AutoFeatureExtractor.from_pretrained("{name}")
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
 inputs = extractor([waveform], sampling_rate=16_000, padding=True, return_tensors="pt")
-with torch.no_grad():
-    output = model(**inputs, output_hidden_states=True)
+hidden_states = model(**inputs, output_hidden_states=True).hidden_states
 ```
 
 `AutoModelForCTC` loads it for fine-tuning. The code is in this folder and needs torch and transformers alone.
 
-## Widths
-
-| | layer by layer |
-|---|---|
-{widths}
-
 ## How it was made
 
-{stages}
-## Config
-
-```yaml
-{config}
-```
+{stages or "Nothing is known of it: the checkpoint had no `run.json` beside it."}
 """
 
 
@@ -217,12 +167,10 @@ def _stage(stage: str, entry: dict) -> str:
     A card is made to be published, so paths are cut to their last part and the machine's name is left out.
     """
     last = (entry.get("sessions") or [{}])[-1]
-    known = {key: last[key] for key in ("started", "ended", "versions") if last.get(key)}
+    known = {key: last[key] for key in ("started", "ended") if last.get(key)} | last.get("versions", {})
     lines = [f"### {stage}", ""]
-    for key, value in {**known, **entry.get("flags", {})}.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {number}" for name, number in value.items())
-        elif isinstance(value, str) and os.sep in value:
+    for key, value in {**known, **entry["flags"]}.items():
+        if isinstance(value, str) and os.sep in value:
             value = Path(value).name
         lines.append(f"- {key}: `{value}`")
-    return "\n".join([*lines, "", ""])
+    return "\n".join(lines)

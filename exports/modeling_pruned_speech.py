@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 
 from .components import EncoderLayer, WavLMSelfAttention
 from .config import Wav2Vec2Config  # noqa: F401
@@ -23,7 +23,7 @@ from .hardconcrete import HardConcrete  # noqa: F401
 from .model import Wav2Vec2Model
 from .pruning import PruningError  # noqa: F401
 
-# What is imported and not used is named because transformers 4.48 fetches only what this file itself imports.
+# transformers 4.48 fetches only what this file itself imports.
 
 
 class CheckpointedLayer(EncoderLayer):
@@ -32,7 +32,6 @@ class CheckpointedLayer(EncoderLayer):
     gradient_checkpointing = False  # transformers sets it, and _gradient_checkpointing_func with it
 
     def forward(self, *args: Tensor | None) -> Tensor:
-        """As for :class:`EncoderLayer`."""
         if not (self.gradient_checkpointing and self.training):
             return super().forward(*args)
         # Reentrant checkpoints, the default of transformers 4.48, lose the gradients of a layer whose input
@@ -50,18 +49,24 @@ class PrunedSpeechPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises a module that the loaded file has no tensors for; a new CTC head, as a rule."""
+        """Initialises a module that the loaded file has no tensors for: a new CTC head."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             nn.init.zeros_(module.bias)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
 
     def _get_feat_extract_output_lengths(self, input_lengths: Tensor | int) -> Tensor | int:
         """Samples -> frames."""
         for _, kernel_size, stride in self.config.extractor_conv_layer_config:
             input_lengths = (input_lengths - kernel_size) // stride + 1
         return input_lengths
+
+    def freeze_feature_encoder(self) -> None:
+        """Takes the convolutions out of training, as is usual in fine-tuning."""
+        self.base_model.feature_extractor.requires_grad_(False)
+
+    def _output(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
 
 class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
@@ -77,10 +82,6 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         _use_names_that_transformers_loads(self)
         self.post_init()
 
-    def freeze_feature_encoder(self) -> None:
-        """The convolutions are not trained, as is usual in fine-tuning."""
-        self.feature_extractor.requires_grad_(False)
-
     def forward(
         self,
         input_values: Tensor,
@@ -92,8 +93,7 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         """
         Args:
             input_values: (batch, time), 16 kHz, as the feature extractor gives them.
-            attention_mask: (batch, time), 1 up to the end of each utterance and then 0; None where all are
-                whole.
+            attention_mask: (batch, time), 1 up to the end of each utterance and then 0, or None.
             output_attentions: cannot be had, as the fused attention does not compute them.
             output_hidden_states: also return the input of the first layer and the output of every layer, of
                 the last one after the final layer norm where norms come first.
@@ -109,22 +109,17 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         lengths = None if attention_mask is None else attention_mask.sum(-1)
         features, frames = self.feature_extractor(input_values.to(self.dtype), lengths)
         layer_drop = transformer.layer_drop if self.training else 0.0
-        # The encoder returns the outputs of its layers; what the first layer reads comes out of the dropout.
-        # The hook is put on only where it is needed, as torch.compile cannot trace it.
+        # The encoder does not return what its first layer reads, which comes out of the dropout.
+        # torch.compile cannot trace the hook that keeps it.
         first: list[Tensor] = []
-        hook = nullcontext()
-        if output_hidden_states:
-            hook = transformer.dropout.register_forward_hook(lambda *call: first.append(call[-1]))
-        with hook:
+        keep = transformer.dropout.register_forward_hook
+        with keep(lambda *call: first.append(call[-1])) if output_hidden_states else nullcontext():
             _, *states = self.encoder(features, frames, layer_drop=layer_drop)
         if transformer.layer_norm_first:
             states[-1] = transformer.layer_norm(states[-1])
-        output = BaseModelOutput(
-            last_hidden_state=states[-1],
-            hidden_states=(*first, *states) if output_hidden_states else None,
-        )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        hidden_states = (*first, *states) if output_hidden_states else None
+        output = BaseModelOutput(last_hidden_state=states[-1], hidden_states=hidden_states)
+        return self._output(output, return_dict)
 
 
 class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
@@ -137,12 +132,8 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
         self.lm_head = nn.Linear(config.encoder_embed_dim, config.vocab_size)
         self.post_init()
 
-    def freeze_feature_encoder(self) -> None:
-        """The convolutions are not trained, as is usual in fine-tuning."""
-        self.pruned_speech.freeze_feature_encoder()
-
     def freeze_base_model(self) -> None:
-        """The CTC head alone is trained."""
+        """Takes all but the CTC head out of training."""
         self.pruned_speech.requires_grad_(False)
 
     def forward(
@@ -156,8 +147,7 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
     ) -> CausalLMOutput | tuple:
         """
         Args:
-            input_values, attention_mask, output_attentions, output_hidden_states, return_dict: as for
-                :class:`PrunedSpeechModel`.
+            input_values to return_dict: as for :class:`PrunedSpeechModel`.
             labels: (batch, token), negative where padded; with them there is a loss.
         Returns:
             ``loss``, ``logits`` (batch, frame, token) and ``hidden_states``.
@@ -166,13 +156,9 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
             input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
         )
         logits = self.lm_head(self.dropout(outputs.last_hidden_state))
-        output = CausalLMOutput(
-            loss=None if labels is None else self._loss(logits, labels, attention_mask),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-        )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        loss = None if labels is None else self._loss(logits, labels, attention_mask)
+        output = CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return self._output(output, return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         if labels.max() >= self.config.vocab_size:
@@ -195,10 +181,7 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
 
 
 def _use_names_that_transformers_loads(model: PrunedSpeechModel) -> None:
-    """Registers three kinds of tensors such that every release of transformers loads them as they were saved.
-
-    The mathematics and, but for the weight norm's, the names stay those of the project's checkpoints.
-    """
+    """Registers tensors such that every release of transformers loads them as they were saved."""
     # transformers renames weight_g and weight_v to what torch's own parametrisation calls them.
     position = model.encoder.transformer.pos_conv_embed
     options = ("in_channels", "out_channels", "kernel_size", "padding", "groups")

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.models import GOLDEN, recorded, tiny_config
-from tests.helpers.stages import ROOT, assert_equal_to_the_bit
+from tests.helpers.models import GOLDEN, close, recorded, tiny_config
+from tests.helpers.stages import ROOT
 from utils.checkpoint import save_checkpoint
 from wav2vec2 import wav2vec2_model
 
@@ -46,7 +46,6 @@ assert not any(module.training for module in model.modules())
 with torch.no_grad():
     states, _ = model.extract_features(golden["waveforms"])
 torch.testing.assert_close(states, golden["hidden_states_pruned"], rtol=1e-5, atol=1e-5)
-assert sum(parameter.numel() for parameter in model.parameters()) == golden["pruned_params"]
 """
 
 
@@ -58,19 +57,6 @@ def test_a_program_with_a_utils_of_its_own_loads_a_model(student, tmp_path):
     command = [sys.executable, "program.py", ROOT, student, GOLDEN / "prune_wavlm.pt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_both_spellings_of_the_weight_norm_load(student, tmp_path):
-    content = torch.load(student, weights_only=True)
-    tensors, prefix = content["state_dict"], "encoder.transformer.pos_conv_embed.conv."
-    for ours, new in (("weight_g", "original0"), ("weight_v", "original1")):
-        tensors[f"{prefix}parametrizations.weight.{new}"] = tensors.pop(prefix + ours)
-    torch.save(content, tmp_path / "new.pth")
-    models = [
-        torch.hub.load(str(ROOT), "compressed", path, source="local")
-        for path in (student, tmp_path / "new.pth")
-    ]
-    assert_equal_to_the_bit(models[0].state_dict(), models[1].state_dict())
 
 
 def test_the_entries_are_models_and_nothing_else():
@@ -89,62 +75,42 @@ def test_an_architecture_has_its_size_and_takes_overrides(entry):
 
 def test_a_file_that_is_no_checkpoint_is_named_in_one_sentence(student, tmp_path):
     (tmp_path / "text.pth").write_text("nothing to see here\n")
-    torch.save({"model": {}}, tmp_path / "foreign.pth")
     content = torch.load(student, weights_only=True)
     content["state_dict"].popitem()
     torch.save(content, tmp_path / "incomplete.pth")
-    for name in ("text.pth", "missing.pth", "foreign.pth", "incomplete.pth"):
+    for name in ("text.pth", "missing.pth", "incomplete.pth"):
         with pytest.raises(ValueError, match=name) as error:
             torch.hub.load(str(ROOT), "compressed", str(tmp_path / name), source="local")
         assert "\n" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def upstream_of(tmp_path_factory):
-    """Gives the upstream of a tiny model with the changes to its config, loaded as s3prl loads one."""
-    found = runpy.run_path(str(ROOT / "hubconf.py"))
-
-    def load(**changes):
-        torch.manual_seed(0)
-        path = tmp_path_factory.mktemp("upstream") / "model.pth"
-        save_checkpoint(path, wav2vec2_model(**tiny_config(**changes)))
-        return found["s3prl_upstream"](ckpt=str(path), model_config=None, refresh=False)
-
-    return load
+def upstream_of(folder, **changes):
+    """The upstream of a tiny model, loaded as s3prl loads one."""
+    torch.manual_seed(0)
+    save_checkpoint(folder / "model.pth", wav2vec2_model(**tiny_config(**changes)))
+    load = runpy.run_path(str(ROOT / "hubconf.py"))["s3prl_upstream"]
+    upstream = load(ckpt=str(folder / "model.pth"), model_config=None, refresh=False)
+    assert not upstream.training and upstream.get_downsample_rates("hidden_states") == 320
+    return upstream
 
 
-def some_waveforms(*lengths):
-    generator = torch.Generator().manual_seed(1)
-    return [0.1 * torch.randn(length, generator=generator) for length in lengths]
-
-
-def test_the_upstream_gives_every_layer_at_320_samples_a_frame(upstream_of):
-    upstream = upstream_of()
-    assert not upstream.training
-    assert upstream.get_downsample_rates("hidden_states") == 320
-    waveforms = some_waveforms(16_000, 16_000)
-    with torch.no_grad():
-        result = upstream(waveforms)
-        expected, _ = upstream.model.extract_features(torch.stack(waveforms))
+def test_the_upstream_gives_every_layer_and_can_be_trained(tmp_path):
+    upstream, waveforms = upstream_of(tmp_path), 0.1 * torch.randn(2, 16_000)
+    result = upstream([*waveforms])
     assert set(result) == {"hidden_states"}
     assert [tuple(state.shape) for state in result["hidden_states"]] == 4 * [(2, 49, 32)]
-    torch.testing.assert_close(result["hidden_states"], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_upstreams_batch_gives_what_waveforms_give_alone(upstream_of):
-    """With layer norms; a group norm over time sees the padding."""
-    upstream = upstream_of(extractor_mode="layer_norm", normalize_waveform=True)
-    waveforms = some_waveforms(16_000, 9_000, 4_321)
-    with torch.no_grad():
-        together = upstream(waveforms)["hidden_states"]
-        for place, waveform in enumerate(waveforms):
-            for batched, alone in zip(together, upstream([waveform])["hidden_states"], strict=True):
-                torch.testing.assert_close(batched[place, : alone.size(1)], alone[0], rtol=1e-4, atol=1e-5)
-
-
-def test_the_upstream_can_be_fine_tuned(upstream_of):
-    upstream = upstream_of()
-    states = upstream.train()(some_waveforms(8_000, 6_000))["hidden_states"]
-    torch.stack(states).square().mean().backward()
+    close(result["hidden_states"], upstream.model.extract_features(waveforms)[0])
+    torch.stack(result["hidden_states"]).square().mean().backward()
     layers = upstream.model.encoder.transformer.layers
     assert all(layer.feed_forward.output_dense.weight.grad.abs().sum() > 0 for layer in layers)
+
+
+@torch.no_grad()
+def test_the_upstreams_batch_gives_what_waveforms_give_alone(tmp_path):
+    """With layer norms; a group norm over time sees the padding."""
+    upstream = upstream_of(tmp_path, extractor_mode="layer_norm", normalize_waveform=True)
+    waveforms = [0.1 * torch.randn(length) for length in (16_000, 9_000, 4_321)]
+    together = upstream(waveforms)["hidden_states"]
+    for place, waveform in enumerate(waveforms):
+        for batched, alone in zip(together, upstream([waveform])["hidden_states"], strict=True):
+            torch.testing.assert_close(batched[place, : alone.size(1)], alone[0], rtol=1e-4, atol=1e-5)

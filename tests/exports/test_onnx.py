@@ -1,7 +1,4 @@
-"""A model goes into other programs: as an ONNX file, and as a program that torch.export saved."""
-
-import subprocess
-import sys
+"""ONNX files: what onnxruntime computes with them, and what is refused."""
 
 import numpy as np
 import onnx
@@ -12,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from exports import onnx as exports_onnx
+from exports.onnx import relative_error
 from tests.helpers.models import pruned, randomly_gated, with_absent_branches
 from tests.helpers.stages import call, sentence_of
 from utils.checkpoint import save_checkpoint
@@ -37,6 +35,7 @@ def outputs(path, **inputs):
 
 
 @pytest.mark.parametrize("family", [pytest.param("hubert_large", marks=SLOW), "wavlm_base"])
+@torch.no_grad()
 def test_the_last_layer_equals_pytorchs_at_any_size(family, monkeypatch, tmp_path):
     model = with_absent_branches(family)
     path = export(monkeypatch, tmp_path, model)
@@ -44,19 +43,20 @@ def test_the_last_layer_equals_pytorchs_at_any_size(family, monkeypatch, tmp_pat
         waveforms = torch.randn(count, samples)
         actual = outputs(path, waveforms=waveforms)
         assert actual.keys() == {"features"}
-        with torch.no_grad():
-            assert_close(actual["features"], model(waveforms)[0], rtol=1e-4, atol=1e-5)
-    nodes = onnx.load(path).graph.node
-    assert not any(node.metadata_props for node in nodes), "paths of the machine that exported it"
-    assert sum(node.op_type == "ReduceL2" for node in nodes) == 0, "the weight norm is folded"
+        assert_close(actual["features"], model(waveforms)[0], rtol=1e-4, atol=1e-5)
+    graph = onnx.load(path).graph
+    assert [axis.dim_param for axis in graph.output[0].type.tensor_type.shape.dim] == ["batch", "frame", ""]
+    assert not any(node.metadata_props for node in graph.node), "paths of the machine that exported it"
+    assert not any(node.op_type == "ReduceL2" for node in graph.node), "the weight norm is folded"
 
 
-@pytest.mark.parametrize("family", ["hubert_base", pytest.param("wavlm_large", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("family", ["hubert_base", "wavlm_large"])
+@torch.no_grad()
 def test_int8_is_near_in_every_layer_of_a_padded_batch(family, monkeypatch, capsys, tmp_path):
     model = pruned(family)
-    soundfile.write(
-        tmp_path / "speech.wav", 0.1 * np.random.default_rng(0).standard_normal((16_000, 2)), 16_000
-    )
+    speech = 0.1 * np.random.default_rng(0).standard_normal((16_000, 2))
+    soundfile.write(tmp_path / "speech.wav", speech, 16_000)
     flags = ("--all_hidden_states", "--lengths", "--int8", "--audio", tmp_path / "speech.wav")
     path = export(monkeypatch, tmp_path, model, *flags)
     printed = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[2:]}
@@ -65,16 +65,13 @@ def test_int8_is_near_in_every_layer_of_a_padded_batch(family, monkeypatch, caps
     assert all(0 < error < 3 for error in printed.values())
     waveforms, lengths = torch.randn(3, 9000), torch.tensor([9000, 7000, 500])
     actual = outputs(path, waveforms=waveforms, lengths=lengths)
-    with torch.no_grad():
-        states, frames = model.extract_features(waveforms, lengths)
-        expected = {"features": model(waveforms, lengths)[0], **dict(zip(names, states, strict=True))}
+    states, frames = model.extract_features(waveforms, lengths)
     assert actual.pop("frames").tolist() == frames.tolist()
-    for name, value in expected.items():
-        error = (actual[name] - value).norm() / value.norm()
-        assert 1e-4 < error < 0.03, f"{name}: {error}"
+    expected = {"features": model(waveforms, lengths)[0], **dict(zip(names, states, strict=True))}
+    errors = {name: relative_error(actual[name], value) for name, value in expected.items()}
+    assert all(1e-4 < error < 0.03 for error in errors.values()), errors
     products = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulInteger"]
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(products) == len(linear)
+    assert len(products) == len([m for m in model.modules() if isinstance(m, torch.nn.Linear)])
 
 
 def test_mistakes_are_one_sentence_and_nothing_is_written(monkeypatch, capsys, teacher, tmp_path):
@@ -82,7 +79,6 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(monkeypatch, capsys, t
     (tmp_path / "text.wav").write_bytes(b"RIFF")
     soundfile.write(tmp_path / "8k.wav", np.zeros(800), 8_000)
     for flags, words in (
-        (("--ckpt", "no/such.pth"), "no/such.pth: no such file"),
         (("--ckpt", tmp_path / "gated.pth"), "gated.pth: its model still has gates; run prune.py"),
         (("--ckpt", teacher, "--int8", "--audio", tmp_path / "text.wav"), "text.wav: "),
         (("--ckpt", teacher, "--int8", "--audio", tmp_path / "8k.wav"), "has 8000 Hz"),
@@ -106,27 +102,3 @@ def test_a_file_that_computes_something_else_gets_no_name(monkeypatch, tmp_path)
     with pytest.raises(UserError, match=r"features in onnxruntime at 3 x \d+ samples differs by 1\.0e-03"):
         exports_onnx.export(pruned("hubert_base"), out)
     assert out.read_bytes() == b"an earlier file" and list(tmp_path.iterdir()) == [out]
-
-
-@SLOW
-@pytest.mark.parametrize("family", ["hubert_base", "wavlm_large"])
-def test_torch_exports_program_runs_without_this_project(family, tmp_path):
-    model = with_absent_branches(family)
-    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("time", min=720, max=1_000_000)}
-    program = torch.export.export(
-        model.fold_weight_norm(), (torch.zeros(3, 8000),), dynamic_shapes={"waveforms": sizes}
-    )
-    torch.export.save(program, tmp_path / "model.pt2")
-    waveforms = torch.randn(2, 9001)
-    torch.save(waveforms, tmp_path / "waveforms.pt")
-    load = """if True:
-        import sys, torch
-        program = torch.export.load("model.pt2").module()
-        with torch.no_grad():
-            torch.save(program(torch.load("waveforms.pt"))[0], "features.pt")
-        assert not any(name.startswith("wav2vec2") for name in sys.modules)
-    """
-    subprocess.run([sys.executable, "-c", load], cwd=tmp_path, check=True, timeout=120)
-    with torch.no_grad():
-        expected, _ = model(waveforms)
-    assert_close(torch.load(tmp_path / "features.pt"), expected, rtol=1e-4, atol=1e-5)
