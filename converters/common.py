@@ -13,6 +13,7 @@ from utils import run_record
 from utils.checkpoint import build_model, save_checkpoint
 from utils.cli import abbreviate, path, some
 from utils.files import UserError
+from wav2vec2.config import WAVLM_KEYS
 from wav2vec2.model import Wav2Vec2Model, base_config
 
 FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0", "wavlm": "WavLM"}
@@ -37,13 +38,25 @@ def check_family(found: str, wanted: str | None, source: str, origin: str) -> No
         )
 
 
-def require_values(values: Mapping, accepted: Mapping[str, tuple], source: str) -> None:
-    """Refuses a model that the model here cannot compute, by its options.
+def read_config(
+    values: Mapping,
+    names: Mapping[str, str],
+    accepted: Mapping[str, tuple],
+    source: str,
+    wavlm: bool,
+    **settings,
+) -> dict:
+    """The config of the model that another project's options describe.
 
     Args:
-        values: another project's option -> value. An option that is absent has a value that is accepted.
-        accepted: option -> the values that can be computed.
-        source: where they come from, named in errors.
+        values: that project's option -> value.
+        names: config key of this project, or argument of ``base_config`` -> that project's option.
+        accepted: option -> the values that the model here can compute. An option that is absent has one.
+        source: where the options come from, named in errors.
+        wavlm: whether the model is a WavLM.
+        settings: further config keys.
+    Raises:
+        UserError: an option is missing, or stands for something that the model here cannot compute.
     """
     for name, good in accepted.items():
         value = values.get(name)
@@ -52,50 +65,15 @@ def require_values(values: Mapping, accepted: Mapping[str, tuple], source: str) 
                 f"{source}: {name} is {reprlib.repr(value)}, which the model here cannot compute "
                 f"({', '.join(map(repr, good))} only), so it cannot be converted"
             )
-
-
-def read_config(
-    values: Mapping,
-    names: Mapping[str, str],
-    source: str,
-    conv_layers: list[tuple[int, int, int]],
-    **settings,
-) -> dict:
-    """The config of the model that another project's options describe.
-
-    Args:
-        values: that project's option -> value.
-        names: config key of this project, or argument of ``base_config`` -> that project's option.
-        source: where the options come from, named in errors.
-        conv_layers: (channels, kernel size, stride) of each conv layer.
-        settings: further config keys and arguments of ``base_config``.
-    Raises:
-        UserError: an option is missing or of another type, or the heads do not divide the features.
-    """
-    if not conv_layers or any([type(number) for number in layer] != [int] * 3 for layer in conv_layers):
-        raise UserError(
-            f"{source}: its conv layers are {reprlib.repr(conv_layers)}, and not whole numbers (channels, "
-            "kernel size, stride) for each; use the config it came with"
-        )
-    defaults = base_config(wavlm=True)
-    config = {}
-    for key, name in names.items():
-        value, kind = values.get(name), type(defaults.get(key, 0))
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            problem = "is missing" if value is None else f"is {reprlib.repr(value)}"
+    names = {key: name for key, name in names.items() if wavlm or key not in WAVLM_KEYS}
+    config = {key: values.get(name) for key, name in names.items()}
+    for key, value in config.items():
+        if not isinstance(value, (int, float)):
             raise UserError(
-                f"{source}: the option {name} of its config {problem}, and should be of the type "
-                f"{kind.__name__}; use the config it came with"
+                f"{source}: the option {names[key]} of its config is {reprlib.repr(value)}, and should be a "
+                "number, True or False; use the config it came with"
             )
-        config[key] = value
-    if config["num_heads"] < 1 or config["embed_dim"] % config["num_heads"]:
-        raise UserError(
-            f"{source}: {names['embed_dim']} {config['embed_dim']} is no multiple of "
-            f"{names['num_heads']} {config['num_heads']}; use the config it came with"
-        )
-    return base_config(**config, extractor_conv_layer_config=conv_layers, **settings)
+    return base_config(**config, wavlm=wavlm, **settings)
 
 
 def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], source: str) -> dict[str, Tensor]:
@@ -130,15 +108,16 @@ def build(config: dict, tensors: Mapping[str, Tensor], source: str) -> Wav2Vec2M
 
     Args:
         config: keyword arguments of ``wav2vec2_model``.
-        tensors: its tensors by this project's names, without ``dummy_weight``.
+        tensors: its tensors by this project's names, without ``dummy_weight``, which other projects lack.
         source: where they come from, named in errors.
     Raises:
-        UserError: the config has an impossible value, or a tensor is missing, left over, of another shape, or
-            does not hold floating-point numbers.
+        UserError: as :func:`build_model` says.
     """
-    channels = config["extractor_conv_layer_config"][-1][0]
-    dummy_weight = {"feature_extractor.dummy_weight": torch.ones(channels)}
-    return build_model(config, dummy_weight | dict(tensors), source).eval()
+    tensors = dict(tensors)
+    norm = tensors.get("encoder.feature_projection.layer_norm.weight")
+    if norm is not None:  # It has an entry for each channel of the last conv layer, as dummy_weight has.
+        tensors["feature_extractor.dummy_weight"] = torch.ones_like(norm)
+    return build_model(config, tensors, source).eval()
 
 
 def run_converter(
@@ -153,13 +132,10 @@ def run_converter(
 
     Args:
         description: what the command does.
-        flag: the flag that names the source, without its dashes.
-        meaning: that flag's help.
+        flag, meaning: the flag that names the source, without its dashes, and its help.
         suffix: the end of the default output's name, which begins with the source's name.
         load: source -> the model, and a remark about the conversion.
         default: the source by default; without one the flag is required.
-    Raises:
-        UserError: the source cannot be converted.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{flag}", type=path, default=default, required=default is None, help=meaning)

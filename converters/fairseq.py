@@ -1,21 +1,19 @@
 """Converts HuBERT and wav2vec 2.0 from fairseq's checkpoints, and WavLM from Microsoft's.
 
-Neither project is needed, and both name their options and tensors alike. Since the source model cannot be run
-here, its output cannot be compared. Instead, every tensor of a file must have its place in the model here, or
-be one that only training needs.
+Both name their options and tensors alike, and neither is needed. The source model cannot be run here, so
+nothing is compared. Instead, every tensor must have its place here, or be one that only training needs.
 """
 
 import ast
 import math
 import re
-from collections.abc import Mapping
 
 from utils.cli import abbreviate
 from utils.files import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 from . import safe_pickle
-from .common import FAMILIES, build, check_family, read_config, rename, require_values, run_converter
+from .common import FAMILIES, build, check_family, read_config, rename, run_converter
 from .safe_pickle import StandIn
 
 NAMES = {
@@ -32,8 +30,9 @@ NAMES = {
     "encoder_dropout": "dropout",
     "encoder_layer_norm_first": "layer_norm_first",
     "encoder_layer_drop": "encoder_layerdrop",
+    "encoder_num_buckets": "num_buckets",
+    "encoder_max_distance": "max_distance",
 }
-WAVLM_NAMES = {"encoder_num_buckets": "num_buckets", "encoder_max_distance": "max_distance"}
 
 ACCEPTED = {
     "extractor_mode": ("default", "layer_norm"),
@@ -43,8 +42,9 @@ ACCEPTED = {
     "conv_pos_batch_norm": (False,),
     "quantize_input": (False,),
     "crop_seq_to_multiple": (1,),
+    "relative_position_embedding": (True,),
+    "gru_rel_pos": (True,),
 }
-WAVLM_ACCEPTED = {"relative_position_embedding": (True,), "gru_rel_pos": (True,)}
 """The values of options that the model here can compute."""
 
 CONV = r"feature_extractor\.conv_layers\.(\d+)\."
@@ -108,37 +108,21 @@ def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
     architecture = str(options.get("_name") or options.get("arch"))
     found = "wavlm" if "relative_position_embedding" in options else architecture.split("_")[0]
     check_family(found, family, path, "unilm" if found == "wavlm" else "fairseq")
-    config = config_from_options(options, path, family)
+    layer_norms = options.get("extractor_mode") == "layer_norm"
+    config = read_config(
+        options,
+        NAMES,
+        ACCEPTED,
+        path,
+        wavlm=family == "wavlm",
+        extractor_conv_layer_config=parse_conv_layers(options.get("conv_feature_layers"), path),
+        extractor_mode="layer_norm" if layer_norms else "group_norm",
+        normalize_waveform=layer_norms if options["normalize"] is None else options["normalize"],
+    )
     tensors = {re.sub(r"^(w2v_encoder\.)?(w2v_model\.)?", "", name): t for name, t in tensors.items()}
     renamed = rename(tensors, TENSORS, path)
     model = build(config, renamed, path)
     return model, f"{len(renamed)} tensors used, {len(tensors) - len(renamed)} of training alone left out"
-
-
-def config_from_options(values: Mapping, source: str, family: str) -> dict:
-    """The config that fairseq's options stand for.
-
-    Args:
-        values: the options of the model, together with ``normalize`` of its task.
-        source: where they come from, named in errors.
-        family: "hubert", "wav2vec2" or "wavlm".
-    Raises:
-        UserError: an option is missing or impossible, or stands for something that the model here cannot
-            compute; the option is named.
-    """
-    wavlm = family == "wavlm"
-    require_values(values, ACCEPTED | (WAVLM_ACCEPTED if wavlm else {}), source)
-    layer_norms = values.get("extractor_mode") == "layer_norm"
-    normalize = values.get("normalize")
-    return read_config(
-        values,
-        NAMES | (WAVLM_NAMES if wavlm else {}),
-        source,
-        parse_conv_layers(values.get("conv_feature_layers"), source),
-        extractor_mode="layer_norm" if layer_norms else "group_norm",
-        normalize_waveform=layer_norms if normalize is None else normalize,
-        wavlm=wavlm,
-    )
 
 
 def parse_conv_layers(text: str, source: str) -> list[tuple[int, int, int]]:
@@ -170,21 +154,22 @@ def parse_conv_layers(text: str, source: str) -> list[tuple[int, int, int]]:
 
 def _read_options(content: dict, path: str) -> dict:
     """The options of the encoder, with ``normalize`` of its task."""
-    options, task = _split(plain_values(content.get("cfg") or content.get("args")), path)
+    options, task = _split(plain_values(content.get("cfg") or content.get("args")))
     normalize = task.get("normalize")
     if any(name.startswith(FINE_TUNED) for name in content["model"]):
-        options, task = _split(options.get("w2v_args"), path)
+        options, task = _split(options.get("w2v_args"))
         normalize = task.get("normalize") if normalize is None else normalize
-    return options | {"normalize": normalize}
-
-
-def _split(config, path: str) -> tuple[dict, dict]:
-    """The options of the model and of its task; fairseq's older form has both in one."""
-    if not isinstance(config, dict) or not config:
+    if not options:
         raise UserError(
             f'{path}: has no options under "cfg" or "args" that describe its encoder; get the file as it was '
             "published"
         )
+    return options | {"normalize": normalize}
+
+
+def _split(config) -> tuple[dict, dict]:
+    """The options of the model and of its task; fairseq's older form has both in one."""
+    config = config if isinstance(config, dict) else {}
     model, task = config.get("model"), config.get("task")
     if isinstance(model, dict):
         return model, task if isinstance(task, dict) else {}
@@ -192,8 +177,7 @@ def _split(config, path: str) -> tuple[dict, dict]:
 
 
 def plain_values(value):
-    """``value`` with every stand-in replaced by what it stands for: a dict for a namespace or a config, its
-    value for a member of an enumeration."""
+    """``value`` with every stand-in replaced by what it stands for, a dict or a plain value."""
     if isinstance(value, StandIn):
         for key in ("_content", "_val"):  # omegaconf's containers and its single values
             if key in value.state:

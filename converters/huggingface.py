@@ -1,8 +1,7 @@
 """Converts HuBERT, wav2vec 2.0 and WavLM from Hugging Face's ``transformers``.
 
-The config, the feature extractor's options and the weights are read as data; code in the folder or repository
-is never imported, as with ``trust_remote_code=False``. ``transformers`` supplies the architecture, and the
-converted model must reproduce its hidden states before anything is written.
+Config and weights are read as data, and no code that comes with a model is imported. ``transformers`` has the
+architecture, whose hidden states the converted model must reproduce before anything is written.
 """
 
 import json
@@ -13,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.cli import missing_package
+from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError
 from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
 
 from . import safe_pickle
-from .common import FAMILIES, build, check_family, read_config, rename, require_values, run_converter
+from .common import FAMILIES, build, check_family, read_config, rename, run_converter
 
 TOLERANCE = 1e-4
 """The largest accepted difference of a hidden state, relative to its largest value."""
@@ -42,8 +41,9 @@ NAMES = {
     "encoder_dropout": "hidden_dropout",
     "encoder_layer_norm_first": "do_stable_layer_norm",
     "encoder_layer_drop": "layerdrop",
+    "encoder_num_buckets": "num_buckets",
+    "encoder_max_distance": "max_bucket_distance",
 }
-WAVLM_NAMES = {"encoder_num_buckets": "num_buckets", "encoder_max_distance": "max_bucket_distance"}
 
 ACCEPTED = {
     "hidden_act": ("gelu", "gelu_python"),
@@ -64,22 +64,12 @@ TENSORS = {
     "masked_spec_embed": None,
 }
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""The first one that exists is read; an index lists the files among which the weights are divided."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+"""The files of the weights: those of the first pattern that matches any are read."""
 
 
 def main(family: str, model: str) -> None:
-    """Runs a converter of one family.
-
-    Args:
-        family: "hubert", "wav2vec2" or "wavlm".
-        model: what ``--model`` is by default.
-    """
+    """Runs the converter of one family: "hubert", "wav2vec2" or "wavlm". ``model`` is the default."""
     run_converter(
         f"Converts a {FAMILIES[family]} model of Hugging Face's transformers.",
         "model",
@@ -102,21 +92,20 @@ def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Mode
         UserError: it cannot be read, is of another family, describes something that the model here cannot
             compute, or differs from the source.
     """
-    transformers = import_transformers()
-    source = Source(name, transformers)
-    values = source.read_json("config.json")
-    if values is None:
-        raise UserError(f"{name}: {source.why_missing('config.json')}")
+    transformers = _import_transformers()
+    folder = _fetch(name, "*config.json")
+    values = _read_json(folder / "config.json")
+    if not values:
+        raise UserError(f"{name}: has no config.json; {GIVE}")
     found = str(values.get("model_type"))
     check_family(found, family, name, "hf")
-    # A config can name code in its folder, and a repository whose code computes the attention.
-    values = {key: value for key, value in values.items() if key != "auto_map" and not key.startswith("_")}
-    config_class = getattr(transformers, f"{CLASSES[found]}Config")
-    config = _call(name, config_class.from_dict, values, attn_implementation="eager")
-    normalized = _normalizes_input(source, config)
-    weights = _encoder_weights(source.read_weights(), found, name)
-    model = build(config_from_options(config, name, normalized), rename(weights, TENSORS, name), name)
-    original = _build_original(getattr(transformers, f"{CLASSES[found]}Model"), config, weights, name)
+    original = _build_original(transformers, found, values, _read_weights(name, found), name)
+    extractor = _read_json(folder / "processor_config.json").get("feature_extractor")
+    extractor = extractor or _read_json(folder / "preprocessor_config.json")
+    normalized = extractor.get("do_normalize")
+    if normalized is None:  # The architecture has a convention.
+        normalized = original.config.feat_extract_norm == "layer"
+    model = import_huggingface_model(original, normalized, name)
     error = largest_difference(model, original)
     if not error <= TOLERANCE:
         raise UserError(
@@ -142,144 +131,101 @@ def import_huggingface_model(
         UserError: the model here cannot compute it.
     """
     original = original.base_model
-    config = config_from_options(original.config, source, normalize_waveform)
+    options = original.config
+    layers = zip(options.conv_dim, options.conv_kernel, options.conv_stride, strict=True)
+    config = read_config(
+        vars(options),
+        NAMES,
+        ACCEPTED,
+        source,
+        wavlm=options.model_type == "wavlm",
+        extractor_conv_layer_config=list(layers),
+        extractor_mode="layer_norm" if options.feat_extract_norm == "layer" else "group_norm",
+        normalize_waveform=normalize_waveform,
+    )
     weights = {key: tensor.detach() for key, tensor in original.state_dict().items()}
     return build(config, rename(weights, TENSORS, source), source)
 
 
-def config_from_options(config, source: str, normalize_waveform: bool) -> dict:
-    """The config that a ``transformers`` config stands for.
-
-    Args:
-        config: a ``HubertConfig``, ``Wav2Vec2Config`` or ``WavLMConfig``.
-        source: where it comes from, named in errors.
-        normalize_waveform: whether the model expects waveforms of zero mean and unit variance.
-    Raises:
-        UserError: an option is impossible, or stands for something that the model here cannot compute; the
-            option is named.
-    """
-    wavlm = config.model_type == "wavlm"
-    require_values(vars(config), ACCEPTED, source)
-    return read_config(
-        vars(config),
-        NAMES | (WAVLM_NAMES if wavlm else {}),
-        source,
-        list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
-        extractor_mode="layer_norm" if config.feat_extract_norm == "layer" else "group_norm",
-        normalize_waveform=normalize_waveform,
-        wavlm=wavlm,
-    )
+GIVE = "give a hub's name, or a folder with config.json and the weights"
 
 
-class Source:
-    """The files of a folder or of a repository on a model hub.
+def _fetch(name: str, pattern: str) -> Path:
+    """The folder of a model, with the files that match if it has to be fetched from a hub."""
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
 
-    Args:
-        name: the folder or the hub's name.
-        transformers: the package, which fetches from a hub.
-    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=pattern))
+    except Exception as error:  # The hub's client raises many kinds.
+        raise UserError(f"{name}: no such folder, and no hub has it ({_shorten(error)}); {GIVE}") from error
 
-    def __init__(self, name: str, transformers) -> None:
-        self.name = name
-        self.transformers = transformers
-        self.hubs_answer = ""
 
-    def path(self, file: str) -> Path | None:
-        """The path of a file, which is fetched from the hub if need be; None where there is none."""
-        if Path(self.name).exists():
-            path = Path(self.name) / file
-            return path if path.is_file() else None
-        try:
-            path = self.transformers.utils.cached_file(self.name, file)
-        except Exception as error:  # transformers and its hub client raise many kinds
-            self.hubs_answer = " ".join(str(error).split())[:300]
-            return None
-        return None if path is None else Path(path)
+def _read_json(path: Path) -> dict:
+    """The options in a file; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged, or holds no options; copy it again")
+    return content
 
-    def why_missing(self, file: str) -> str:
-        """The end of an error message about a file that is not there."""
-        answer = f" ({self.hubs_answer})" if self.hubs_answer else ""
-        return f"has no {file}{answer}; give a hub's name, or a folder with config.json and the weights"
 
-    def read_json(self, file: str) -> dict | None:
-        """The content of a JSON file; None where there is no such file."""
-        path = self.path(file)
-        if path is None:
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged, or is not a JSON file ({error}); copy it again") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path} holds no options, but a {type(content).__name__}; copy it again")
-        return content
-
-    def read_weights(self) -> dict[str, Tensor]:
-        """All tensors of the checkpoint, mapped from its files where their format allows it."""
-        file = next((file for file in WEIGHT_FILES if self.path(file)), None)
-        if file is None:
-            raise UserError(f"{self.name}: {self.why_missing(' or '.join(WEIGHT_FILES[::2]))}")
-        files = [file]
-        if file.endswith(".index.json"):
-            listed = self.read_json(file).get("weight_map")
-            files = sorted({*map(str, listed.values())}) if isinstance(listed, dict) else []
-        weights: dict[str, Tensor] = {}
-        for file in files:
-            # An index could list paths that lead out of the folder.
-            path = self.path(file) if Path(file).name == file else None
-            if path is None:
-                raise UserError(f"{self.name}: {self.why_missing(repr(file[:200]))}")
-            weights |= _read_tensors(path)
-        return weights
+def _read_weights(name: str, family: str) -> dict[str, Tensor]:
+    """The tensors of the encoder in float32, mapped from the files where their format allows it."""
+    files: list[Path] = []
+    for pattern in WEIGHTS:
+        files = files or sorted(_fetch(name, pattern).glob(pattern))
+    if not files:
+        raise UserError(f"{name}: has no {WEIGHTS[0]} or {WEIGHTS[2]}; {GIVE}")
+    weights = {key: tensor for path in files for key, tensor in _read_tensors(path).items()}
+    prefix = f"{family}."  # where there is a head
+    if any(key.startswith(prefix) for key in weights):
+        weights = {key: tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in weights.items()
+    }
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` or ``.bin`` file."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
+    if path.suffix == ".bin":
+        return safe_pickle.named_tensors(safe_pickle.load(path), path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise safe_pickle.damaged(path) from error
-    return safe_pickle.named_tensors(safe_pickle.load(path), path)
-
-
-def _normalizes_input(source: Source, config) -> bool:
-    """Whether the model expects waveforms of zero mean and unit variance.
-
-    The options of its feature extractor say so, or else the convention of its architecture.
-    """
-    processor = source.read_json("processor_config.json") or {}
-    extractor = processor.get("feature_extractor") or source.read_json("preprocessor_config.json") or {}
-    given = extractor.get("do_normalize") if isinstance(extractor, dict) else None
-    return config.feat_extract_norm == "layer" if given is None else given
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise safe_pickle.damaged(path) from error
 
 
-def _encoder_weights(weights: Mapping[str, Tensor], family: str, source: str) -> dict[str, Tensor]:
-    """The tensors of the encoder in float32. Where there is a head, their names begin with the family."""
-    prefix = f"{family}."
-    if any(name.startswith(prefix) for name in weights):
-        weights = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{source}: its tensor {name} is of the type {tensor.dtype} and not floating-point; get the "
-                "file as it was published"
-            )
-    return {name.removeprefix(prefix): tensor.float() for name, tensor in weights.items()}
-
-
-def _build_original(model_class: type, config, weights: Mapping[str, Tensor], source: str) -> nn.Module:
+def _build_original(
+    transformers, family: str, values: Mapping, weights: Mapping[str, Tensor], source: str
+) -> nn.Module:
     """The model of ``transformers`` in evaluation mode, which shares the memory of the encoder's weights."""
-    with torch.device("meta"):
-        original = _call(source, model_class, config).eval()
-    names = {_old_spelling(name): name for name in original.state_dict()}
-    named = {names.get(_old_spelling(name), name): tensor for name, tensor in weights.items()}
-    if "masked_spec_embed" in names:  # replaces masked frames in training, and not every checkpoint has it
-        named.setdefault("masked_spec_embed", torch.zeros(config.hidden_size))
-    _call(source, original.load_state_dict, named, assign=True)
+    # A config can name code in its folder, and a repository whose code computes the attention.
+    values = {key: value for key, value in values.items() if key != "auto_map" and not key.startswith("_")}
+    try:
+        config_class = getattr(transformers, f"{CLASSES[family]}Config")
+        config = config_class.from_dict(values, attn_implementation="eager")
+        with torch.device("meta"):
+            original = getattr(transformers, f"{CLASSES[family]}Model")(config).eval()
+        names = {_old_spelling(name): name for name in original.state_dict()}
+        named = {names.get(_old_spelling(name), name): tensor for name, tensor in weights.items()}
+        if "masked_spec_embed" in names:  # Only training needs it, and not every checkpoint has it.
+            named.setdefault("masked_spec_embed", torch.zeros(config.hidden_size))
+        original.load_state_dict(named, assign=True)
+    except Exception as error:  # transformers raises many kinds.
+        raise UserError(
+            f"{source}: transformers cannot build it from its config and weights ({type(error).__name__}: "
+            f"{_shorten(error)}); get both as they were published"
+        ) from error
     return original
 
 
@@ -292,7 +238,7 @@ def _old_spelling(name: str) -> str:
 
 @torch.no_grad()
 def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
-    """The largest difference between any hidden state or output of the two, relative to its largest value.
+    """The largest difference between any layer's output of the two, relative to its largest value.
 
     Both models read two utterances of a second twice: whole, and with the second one padded after 0.7 s.
 
@@ -306,11 +252,15 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     waveforms = 0.1 * tones + 0.05 * torch.randn(2, 16_000, generator=generator)
     found, expected = [], []
     for lengths in (None, torch.tensor([16_000, 11_200])):
-        mask = None if lengths is None else torch.arange(16_000) < lengths.unsqueeze(-1)
+        mask = None if lengths is None else (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
         inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
-        theirs = _hidden_states(original, inputs, mask)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = original(inputs, attention_mask=mask, output_hidden_states=True, return_dict=True)
         states, frames = model.extract_features(waveforms, lengths)
-        ours = [*states, model(waveforms, lengths)[0]]
+        # Releases of transformers differ in what they list first and last.
+        ours = [*states[1:-1], model(waveforms, lengths)[0]]
+        theirs = [*output.hidden_states[1:-1], output.last_hidden_state]
         if frames is not None:
             valid = torch.arange(states[0].size(1)) < frames.unsqueeze(-1)
             ours, theirs = ([state[valid] for state in states] for states in (ours, theirs))
@@ -319,55 +269,21 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     return relative_difference(found, expected)
 
 
-def _hidden_states(original: nn.Module, waveforms: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """The input of the positional convolution, every layer's output and the model's, (batch, frame, feature).
-
-    Hooks collect them, since it depends on the release which of them ``output_hidden_states`` lists.
-    """
-    states: list[Tensor] = []
-
-    def keep(_module, _inputs, output) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    first = original.encoder.pos_conv_embed
-    hooks = [first.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].clone()))]
-    hooks += [layer.register_forward_hook(keep) for layer in original.encoder.layers]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            output = original(waveforms, attention_mask=None if mask is None else mask.long())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [*states, output[0]]
-
-
-def _call(name: str, function, *args, **kwargs):
-    """Calls ``function`` of transformers, which raises many kinds of errors for a config that it refuses."""
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{name}: transformers refuses its config ({type(error).__name__}: {reason}); use the config it "
-            "came with"
-        ) from error
-
-
-def import_transformers():
+def _import_transformers():
     """The package ``transformers``, with all of it that is used here imported."""
     try:
-        import transformers
+        with needs_extra("convert"):
+            import transformers
 
-        for name in CLASSES.values():
-            getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
-    except ModuleNotFoundError as error:
-        raise UserError(missing_package(error, "convert")) from error
+            for name in CLASSES.values():
+                getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
     except (ImportError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"transformers cannot be imported ({reason}); install it again, and if it names torchaudio, "
-            "install your torch's own torchaudio (release and CUDA) or uninstall it, for no conversion needs "
-            "it"
+            f"transformers cannot be imported ({_shorten(error)}); install it again, and if it names "
+            "torchaudio, install the torchaudio of your torch's release and CUDA, or uninstall it"
         ) from error
     return transformers
+
+
+def _shorten(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,9 +1,8 @@
 """Reads torch files that pickle classes of other projects, and runs no code that is in them.
 
-A pickle is a small program: it names functions and classes, and has them called. torch's own unpickler for
-weights (``torch.load(..., weights_only=True)``) knows tensors and plain containers, and refuses every other
-name. Here a class of a package that is not part of Python or torch becomes an inert stand-in, so that fairseq
-need not be installed. Functions and classes of Python that could run code stay refused.
+torch's unpickler for weights (``torch.load(..., weights_only=True)``) knows tensors and plain containers, and
+refuses every other function or class that a pickle names. Here a class of a package other than Python's and
+torch's becomes an inert stand-in, so that fairseq need not be installed.
 """
 
 import io
@@ -32,12 +31,7 @@ INERT = re.compile(
 
 
 class StandIn:
-    """What a pickle says about an object whose class is not available.
-
-    Attributes:
-        arguments: what the class was called with.
-        state: the object's attributes.
-    """
+    """An object of a class that is not available: what it was made with, and its attributes (``state``)."""
 
     __slots__ = ("arguments", "state")
 
@@ -57,24 +51,18 @@ def load(path: str | Path) -> object:
 
     Tensors of a file that torch 1.6 or newer wrote are mapped from the file, not read into memory.
 
-    Args:
-        path: the file, in torch's zip format or the one before it.
     Raises:
-        UserError: there is no such file, it is damaged, it is compressed, or it asks for something that could
-            run code.
+        UserError: there is no such file, it is damaged or compressed, or it asks for something that could run
+            code.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
         is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            _check_archive(path)
         with torch.serialization.safe_globals(_stand_ins(path, is_zip)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UserError:
-        raise
     except Exception as error:
         name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if name is None:
@@ -86,11 +74,7 @@ def load(path: str | Path) -> object:
 
 
 def named_tensors(value: object, path: str | Path) -> dict[str, Tensor]:
-    """``value`` of the file ``path``, if it is a dictionary of tensors whose values are all in the file.
-
-    Raises:
-        UserError: it is anything else.
-    """
+    """``value``, if it is a dictionary of tensors that lie whole in the file ``path``; else an error."""
     if not isinstance(value, dict) or not all(
         isinstance(name, str)
         and isinstance(tensor, Tensor)
@@ -107,22 +91,14 @@ def damaged(path: str | Path) -> UserError:
     return UserError(f"{path} is damaged, or is not a checkpoint: download or copy it again")
 
 
-def _check_archive(path: Path) -> None:
-    """Refuses an archive that is compressed, or of which a checksum is wrong."""
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise UserError(
-                f"{path}: refused, because it is compressed, which torch never does and which can hide any "
-                "size; get the file from its publisher"
-            )
-        if archive.testzip() is not None:
-            raise zipfile.BadZipFile("a checksum is wrong")
-
-
 def _stand_ins(path: Path, is_zip: bool) -> list[tuple[Callable, str]]:
     """A stand-in for each class of another project that a file names, with that name."""
     if is_zip:
         with zipfile.ZipFile(path) as archive:
+            # torch never compresses, and a compressed part could fill the memory.
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+            if not stored or archive.testzip() is not None:
+                raise zipfile.BadZipFile("a part is compressed, or a checksum is wrong")
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             names = _names(io.BytesIO(archive.read(pickled)))
     else:

@@ -9,7 +9,6 @@ import re
 import runpy
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +35,8 @@ BASE = {
     "num_codevectors_per_group": 8,
     "codevector_dim": 16,
     "proj_codevector_dim": 16,
+    "num_buckets": 32,
+    "max_bucket_distance": 80,
 }
 LARGE = BASE | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 
@@ -51,23 +52,20 @@ RECORDED = {
 """Checkpoints that were recorded from fairseq and unilm, and the script that takes them."""
 
 
-def run_here(script, *flags):
-    """Runs a script in this process; returns its exit status and what it printed."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
+def _convert(script, source, out):
+    """Runs a converter in this process; returns its exit status and what it printed."""
+    flags = ["--model" if "from_hf" in script else "--ckpt", str(source), "--out", str(out)]
+    printed, errors, status = io.StringIO(), io.StringIO(), 0
     with (
-        mock.patch.object(sys, "argv", [script, *map(str, flags)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", [script, *flags]),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
     ):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as error:
             status = error.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def _convert(script, source, out):
-    return run_here(script, "--model" if "from_hf" in script else "--ckpt", source, "--out", out)
+    return status, printed.getvalue(), errors.getvalue()
 
 
 def converted(script, source, folder):
@@ -96,12 +94,8 @@ def run_with_torch_alone(folder, *command, site=None):
     """
     links = folder / "torch-alone"
     links.mkdir(exist_ok=True)
-    wanted, known = ["torch"], set()
-    while wanted:
-        name = wanted.pop()
-        if name in known:
-            continue
-        known.add(name)
+    wanted = ["torch"]
+    for name in wanted:
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:  # of another platform
@@ -109,15 +103,14 @@ def run_with_torch_alone(folder, *command, site=None):
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
             if not (links / top).is_symlink():
                 (links / top).symlink_to(distribution.locate_file(top))
-        for requirement in distribution.requires or []:
-            if "extra ==" not in requirement:
-                wanted.append(re.match(r"[\w.-]+", requirement)[0])
+        needed = [text for text in distribution.requires or [] if "extra ==" not in text]
+        names = [re.match(r"[\w.-]+", text)[0] for text in needed]
+        wanted += [name for name in names if name not in wanted]
     path = os.pathsep.join(map(str, filter(None, (site, links))))
-    environment = ENVIRONMENT | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore:Failed to initialize NumPy"}
     return subprocess.run(
         [sys.executable, "-S", *map(str, command)],  # -S leaves out the environment's own packages
         cwd=folder,
-        env=environment,
+        env=ENVIRONMENT | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore:Failed to initialize NumPy"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -132,51 +125,27 @@ def load(path):
     return model.eval()
 
 
-def hf_config(family, norm="base", **changes):
-    import transformers
-
-    options = (LARGE if norm == "large" else BASE) | changes
-    if family == "wavlm":
-        options = {"num_buckets": 32, "max_bucket_distance": 80} | options
-    return getattr(transformers, f"{CLASSES[family]}Config")(**options)
-
-
-def hf_model(family, norm="base", head="Model", **changes):
+def hf_model(family, norm="base", head="Model"):
     """A tiny model of transformers with random weights, norms and biases too."""
     import transformers
 
+    config = getattr(transformers, f"{CLASSES[family]}Config")(**(LARGE if norm == "large" else BASE))
     torch.manual_seed(0)
-    model = getattr(transformers, CLASSES[family] + head)(hf_config(family, norm, **changes)).eval()
+    model = getattr(transformers, CLASSES[family] + head)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
-def recorded(name):
-    """The content of a recorded checkpoint, to be changed and saved again."""
-    return safe_pickle.load(GOLDEN / f"{name}.pt")
-
-
 def save_changed(path, name, change=lambda content: None, **how):
     """Saves a recorded checkpoint after ``change``; ``how`` is for ``torch.save``."""
-    content = recorded(name)
+    content = safe_pickle.load(GOLDEN / f"{name}.pt")
     content.pop("task_state", None)
     if isinstance(content.get("args"), safe_pickle.StandIn):
         content["args"] = argparse.Namespace(**fairseq.plain_values(content["args"]))
     change(content)
     torch.save(content, path, **how)
-    return path
-
-
-def compressed_checkpoint(path, content):
-    """Saves ``content`` as torch does, and compresses the archive: zeros shrink to a thousandth."""
-    torch.save(content, path)
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, data in records.items():
-            archive.writestr(name, data)
     return path
 
 
