@@ -32,10 +32,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--root_dir", type=Path, required=True, help="EXP, the --exp_dir of stage 1")
     parser.add_argument("--final_dir", type=Path, help="EXP2, the --exp_dir of stage 3, once there is one")
     parser.add_argument(
-        "--out", type=Path, help="folder to write to; default: report in --final_dir, or else --root_dir"
+        "--out", type=Path, help="folder to write to; default: report in EXP2, or else in EXP"
     )
     parser.add_argument(
-        "--tsv_dir", type=Path, help="folder of valid.tsv; default: the one that the run has recorded"
+        "--tsv_dir", type=Path, help="folder of valid.tsv; default: the run's own, if recorded"
     )
     parser.add_argument(
         "--student_ckpt",

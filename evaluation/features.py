@@ -32,11 +32,10 @@ def model_features(
     """Computes the mean over time of every layer of every recording.
 
     Args:
-        model: the frozen model.
+        model: the frozen model, named ``name`` in the progress bar.
         waveforms: (time,) each, as :func:`evaluation.data.load_audio` returns them.
         batch_seconds: the audio that the model reads at once.
         device: computes.
-        name: the progress bar's.
     Returns:
         (recording, layer, feature), float32.
     """

@@ -19,12 +19,8 @@ matplotlib.style.use(Path(__file__).with_name("report.mplstyle"))
 
 
 def widths(teacher: Sequence[int], student: Sequence[int], units: str, layer: str) -> tuple[str, str]:
-    """Draws what each layer keeps as bars before what the teacher has there (DPHuBERT, figure 2).
+    """Draws the units that each layer keeps before those that the teacher has there (DPHuBERT, figure 2).
 
-    Args:
-        teacher, student: the units of each layer.
-        units: what the units are.
-        layer: what the layers are called.
     Returns:
         The title, and the picture as a data URI.
     """
@@ -40,12 +36,8 @@ def widths(teacher: Sequence[int], student: Sequence[int], units: str, layer: st
 
 
 def lines(series: dict[str, tuple[Sequence, Sequence, dict]], title: str, x: str) -> tuple[str, str]:
-    """Draws lines over updates or layers.
+    """Draws lines, each by its name: the places along ``x``, the values and further arguments of plot.
 
-    Args:
-        series: by name, the places, the values and further arguments of plot.
-        title: what stands above the picture and says what the values are.
-        x: what the places are.
     Returns:
         The title, and the picture as a data URI.
     """

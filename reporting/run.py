@@ -67,12 +67,8 @@ class Student:
 
 
 class Run:
-    """The folders of a run.
+    """The folders of a run: EXP of stages 1 and 2, and, as soon as there is one, EXP2 of stages 3 and 4.
 
-    Args:
-        root_dir: EXP, the folder of stages 1 and 2.
-        final_dir: EXP2, the folder of stages 3 and 4, which may be missing as long as the run has not come
-            so far.
     Raises:
         UserError: ``root_dir`` is no folder, or a ``run.json`` cannot be read.
     """
@@ -94,7 +90,7 @@ class Run:
 
         Args:
             teacher_ckpt: the teacher of the run.
-            student_ckpt: the file that stage 1's student started from, needed while there is no pruned file;
+            student_ckpt: the file that stage 1's student started from, used while there is no pruned file;
                 None stands for the one that stage 1 has recorded, or else for the teacher.
         Raises:
             UserError: there is no student yet, or a file cannot be read.
