@@ -29,10 +29,10 @@ with needs_extra("eval"):
 
     from converters.huggingface import load_huggingface
     from dataset import SAMPLE_RATE
-    from evaluation.classifier import RESAMPLES, judge
+    from evaluation.classifier import RESAMPLES, interval, judge
     from evaluation.data import load_audio, make_folds, read_examples
     from evaluation.features import log_mel_features, model_features
-    from evaluation.results import Results
+    from evaluation.results import draw_weights, print_table
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", help="use the manifest TASK.tsv of --data")
     parser.add_argument("--models", nargs="+", default=[], metavar="FILE", help="checkpoints of this project")
     parser.add_argument(
-        "--hf", nargs="+", default=[], metavar="FOLDER", help="models in transformers' format"
+        "--hf", nargs="+", default=[], metavar="FOLDER", help="models that transformers saved"
     )
     parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument("--picture", type=Path, help="draw the layers' weights here (.png, .svg or .pdf)")
@@ -59,13 +59,10 @@ def parse_args() -> argparse.Namespace:
         help="largest number of folds of the cross-validation; speakers that are kept apart may allow fewer",
     )
     parser.add_argument(
-        "--c",
-        type=positive,
-        default=1.0,
-        help="inverse strength of the classifier's penalty, as scikit-learn's C",
+        "--c", type=positive, default=1.0, help="inverse strength of the classifier's penalty"
     )
     parser.add_argument(
-        "--batch_seconds", type=positive, default=30, help="seconds of audio that a model reads at once"
+        "--batch_seconds", type=positive, default=30, help="seconds that a model reads at once"
     )
     parser.add_argument("--seed", type=nonnegative_int, default=2022, help="decides folds and bootstrap")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -79,10 +76,10 @@ def parse_args() -> argparse.Namespace:
     for folder in args.hf:
         if not Path(folder).is_dir():  # a hub's name would be fetched
             raise UserError(f"--hf {folder}: there is no such folder; give one that transformers saved")
-    for flag, out in (("json", args.json), ("picture", args.picture)):
-        for inputs in (*({"models": name} for name in args.models), *({"hf": name} for name in args.hf)):
-            if out is not None:
-                run_record.refuse_overwriting(out, inputs, flag)
+    inputs = {f"{flag} {name}": name for flag in ("models", "hf") for name in getattr(args, flag)}
+    for flag in ("json", "picture"):
+        if getattr(args, flag):
+            run_record.refuse_overwriting(getattr(args, flag), inputs, flag)
     return args
 
 
@@ -91,14 +88,14 @@ def main() -> None:
     start = time.perf_counter()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    examples = read_examples(args.data, args.task)
-    folds, apart = make_folds(examples.labels, examples.speakers, args.folds, args.seed)
+    paths, labels, speakers = read_examples(args.data, args.task)
+    folds, apart = make_folds(labels, speakers, args.folds, args.seed)
     models = [(name, load_model(name)) for name in args.models]
     models += [(name, load_huggingface(name)[0]) for name in args.hf]
-    waveforms = load_audio(examples.paths)
+    waveforms = load_audio(paths)
 
-    clusters = examples.speakers if apart else np.arange(len(examples.labels))
-    results = Results([judged for _, judged in folds], clusters, args.seed)
+    clusters = speakers if apart else np.arange(len(labels))
+    rows, recognised = [], []
     for name, model in [("log-mel", None), *models]:
         begin = time.perf_counter()
         if model is None:
@@ -106,19 +103,31 @@ def main() -> None:
         else:
             features = model_features(model, waveforms, args.batch_seconds, device, name)
         extracted = time.perf_counter()
-        correct, weights = judge(features, examples.labels, folds, args.c)
-        results.add(
-            correct,
-            weights,
-            name=name,
-            parameters=None if model is None else count_parameters(model),
-            layers=features.shape[1],
-            dimension=features.shape[2],
-            seconds={"features": extracted - begin, "classifiers": time.perf_counter() - extracted},
+        correct, weights = judge(features, labels, folds, args.c)
+        # Paired: two models are compared on the same recordings under the same draws of the bootstrap.
+        differences = {row["name"]: correct - other for row, other in zip(rows[:2], recognised, strict=False)}
+        rows.append(
+            {
+                "name": name,
+                "parameters": None if model is None else count_parameters(model),
+                "layers": features.shape[1],
+                "dimension": features.shape[2],
+                "seconds": {"features": extracted - begin, "classifiers": time.perf_counter() - extracted},
+                "accuracy": correct.mean().item(),
+                "interval": interval(correct, clusters, args.seed),
+                "differences": {
+                    other: {"mean": values.mean().item(), "interval": interval(values, clusters, args.seed)}
+                    for other, values in differences.items()
+                },
+                "fold_accuracies": [correct[judged].mean().item() for _, judged in folds],
+                "layer_weights": weights.mean(axis=0).tolist(),
+                "layer_weights_std": weights.std(axis=0).tolist(),
+            }
         )
+        recognised.append(correct)
 
-    counts = Counter(examples.labels.tolist())
-    speakers = None if examples.speakers is None else len(set(examples.speakers))
+    counts = Counter(labels.tolist())
+    voices = None if speakers is None else len(set(speakers))
     drawn = "speakers" if apart else "recordings"
     chance = max(counts.values()) / len(waveforms)
     if args.json:
@@ -127,7 +136,7 @@ def main() -> None:
             "recordings": len(waveforms),
             "seconds_of_audio": sum(len(waveform) for waveform in waveforms) / SAMPLE_RATE,
             "labels": dict(sorted(counts.items())),
-            "speakers": speakers,
+            "speakers": voices,
             "speakers_kept_apart": apart,
             "folds": len(folds),
             "chance": chance,
@@ -138,20 +147,20 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "seconds": time.perf_counter() - start,
-            "models": results.rows,
+            "models": rows,
         }
         with atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.picture:
-        results.draw_weights(args.picture, f"Layer weights: {args.task or args.data.resolve().name}")
+        draw_weights(rows, args.picture, f"Layer weights: {args.task or args.data.resolve().name}")
 
-    voices = f", {speakers} speakers" if speakers else ""
+    known = f", {voices} speakers" if voices else ""
     print(
-        f"{len(waveforms):,} recordings, {len(counts)} labels{voices}; {len(folds)} folds "
+        f"{len(waveforms):,} recordings, {len(counts)} labels{known}; {len(folds)} folds "
         f"{'with speakers kept apart' if apart else 'over recordings'}; intervals by bootstrap over {drawn}; "
         f"always guessing the most frequent label gives {100 * chance:.1f}%"
     )
-    results.print_table()
+    print_table(rows)
     for path in filter(None, (args.json, args.picture)):
         print(f"wrote {path}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.checkpoint import load_model
 from utils.cli import fraction, positive, positive_int
 from utils.files import UserError
+from utils.processes import processor
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wav2vec2_model, wavlm_base
 from wav2vec2.config import PRUNING_UNITS
 
@@ -70,13 +70,9 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 def describe(device: torch.device) -> dict[str, str | int]:
     """Prints and returns what a table has to say of the machine that made it."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
     machine = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     machine |= {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

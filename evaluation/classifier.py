@@ -17,7 +17,7 @@ def learn(features: Tensor, labels: Tensor, num_labels: int, c: float) -> tuple[
     """Learns the layers' weights and a linear classifier on their weighted sum, together.
 
     It minimises c x the sum of the cross-entropies + half the squared norm of what is learned (less the
-    bias), scikit-learn's convention for logistic regression, by L-BFGS on all recordings at once.
+    bias), as scikit-learn's logistic regression does, by L-BFGS on all recordings at once.
 
     Args:
         features: (layer, recording, feature), standardised.
@@ -36,7 +36,7 @@ def learn(features: Tensor, labels: Tensor, num_labels: int, c: float) -> tuple[
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        logits = F.linear(weighted_sum(features, scores.softmax(0)), weight, bias)
+        logits = F.linear(torch.tensordot(scores.softmax(0), features, 1), weight, bias)
         penalty = (weight.square().sum() + scores.square().sum()) / (2 * c * len(labels))
         loss = F.cross_entropy(logits, labels) + penalty
         loss.backward()
@@ -44,11 +44,6 @@ def learn(features: Tensor, labels: Tensor, num_labels: int, c: float) -> tuple[
 
     optimizer.step(closure)
     return scores.detach().softmax(0), weight.detach(), bias.detach()
-
-
-def weighted_sum(features: Tensor, weights: Tensor) -> Tensor:
-    """(layer, recording, feature) and (layer,) -> (recording, feature)."""
-    return (weights @ features.flatten(1)).view(features.shape[1:])
 
 
 def judge(
@@ -62,23 +57,19 @@ def judge(
         folds: the folds of :func:`evaluation.data.make_folds`.
         c: the inverse strength of the penalty.
     Returns:
-        Whether each recording was recognised, and the layers' weights in each fold, (fold, layer).
+        For each recording 1 if it was recognised and else 0, and the layers' weights, (fold, layer).
     """
     names, targets = np.unique(labels, return_inverse=True)
     flat = features.reshape(len(features), -1)
-    correct = np.zeros(len(labels), dtype=bool)
+    correct = np.zeros(len(labels))
     weights = []
     for train, judged in folds:
         # Standardised, a layer's weight says how much it counts, not how large its values are.
-        scaler = StandardScaler().fit(flat[train])
-        known, unknown = (
-            torch.from_numpy(scaler.transform(flat[part]).reshape(-1, *features.shape[1:]))
-            .transpose(0, 1)
-            .contiguous()
-            for part in (train, judged)
-        )
+        standard = StandardScaler().fit(flat[train]).transform(flat).reshape(features.shape)
+        standard = torch.from_numpy(standard).transpose(0, 1)
+        known = standard[:, train].contiguous()
         layers, weight, bias = learn(known, torch.from_numpy(targets[train]), len(names), c)
-        guess = F.linear(weighted_sum(unknown, layers), weight, bias).argmax(-1)
+        guess = F.linear(torch.tensordot(layers, standard[:, judged], 1), weight, bias).argmax(-1)
         correct[judged] = guess.numpy() == targets[judged]
         weights.append(layers.numpy())
     return correct, np.stack(weights)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,35 +25,25 @@ WINDOW, HOP = 400, 320
 AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
 
 
-@dataclass
-class Examples:
-    """Recordings with their labels; ``speakers`` is None where they are not known."""
+def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray, np.ndarray | None]:
+    """Finds the recordings of the folder ``data`` by its manifest ``task.tsv``, by default the only one. In a
+    folder without a manifest, the names of its sub-folders are the labels.
 
-    paths: list[Path]
-    labels: np.ndarray
-    speakers: np.ndarray | None
-
-
-def read_examples(data: Path, task: str | None) -> Examples:
-    """Finds the recordings of a folder, by its manifest or by its folders, one for each label.
-
-    Args:
-        data: the folder.
-        task: the manifest is ``data/task.tsv``. If None, it is the only ``.tsv`` file of the folder, and
-            where there is no such file, the names of the sub-folders are the labels.
+    Returns:
+        Paths, labels and speakers, which are None where they are not known.
     Raises:
         UserError: there are no recordings of two labels, or the manifest is malformed.
     """
     if not data.is_dir():
         raise UserError(f"there is no folder {data}: give the recordings' folder with --data")
-    manifests = sorted(data.glob("*.tsv"))
-    if task is not None or manifests:
-        names = ", ".join(path.stem for path in manifests) or "none"
-        if task is None and len(manifests) > 1:
-            raise UserError(f"{data} has several manifests: choose one of {names} with --task")
-        source = manifests[0] if task is None else data / f"{task}.tsv"
-        if not source.is_file():
-            raise UserError(f"--task {task}: there is no {source}; this folder's tasks: {names}")
+    manifests = {path.stem: path for path in sorted(data.glob("*.tsv"))}
+    names = ", ".join(manifests) or "none"
+    if task is not None and task not in manifests:
+        raise UserError(f"--task {task}: there is no {data / task}.tsv; this folder's tasks: {names}")
+    if task is None and len(manifests) > 1:
+        raise UserError(f"{data} has several manifests: choose one of {names} with --task")
+    if manifests:
+        source = manifests[task or names]
         rows = read_manifest(source)
     else:
         source = data
@@ -73,9 +63,8 @@ def read_examples(data: Path, task: str | None) -> Examples:
     if len(labels) < 2:
         found = f"only the label {labels.pop()!r}" if labels else "no recording"
         raise UserError(f"{source} has {found}: a classifier needs recordings of two labels or more")
-    paths, *columns = zip(*rows, strict=True)
-    speakers = np.array(columns[1]) if len(columns) == 2 else None
-    return Examples(list(paths), np.array(columns[0]), speakers)
+    paths, found, *speakers = zip(*rows, strict=True)
+    return list(paths), np.array(found), np.array(speakers[0]) if speakers else None
 
 
 def read_manifest(manifest: Path) -> list[tuple]:
@@ -113,13 +102,11 @@ def make_folds(
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
     """Splits recordings for cross-validation: each is judged once, by a classifier not trained on it.
 
-    Speakers are kept apart where they are known, so that no voice is both trained on and judged. The
-    exception is a task in which every label has a single speaker, because there the speaker is what is to be
-    recognised.
+    Speakers are kept apart where they are known, so that no voice is both trained on and judged, but for a
+    task in which every label has a single speaker, because there the speaker is what is to be recognised.
 
     Args:
-        labels: one for each recording.
-        speakers: one for each recording, or None.
+        labels, speakers: one for each recording; speakers may be None.
         folds: the largest number of folds, if there are as many speakers, or recordings of the rarest label.
         seed: decides the shuffling.
     Returns:
@@ -127,21 +114,14 @@ def make_folds(
     Raises:
         UserError: a label has too few recordings or speakers.
     """
-    label_speakers = defaultdict(set)
-    for label, speaker in zip(labels, labels if speakers is None else speakers, strict=True):
-        label_speakers[label].add(speaker)
-    alone = sorted(label for label, names in label_speakers.items() if len(names) == 1)
-    apart = speakers is not None and len(alone) < len(label_speakers)
+    counts = Counter(labels.tolist())
+    alone = [] if speakers is None else [name for name in counts if len(set(speakers[labels == name])) == 1]
+    apart = speakers is not None and len(alone) < len(counts)
     if apart:
-        if alone:
-            raise UserError(
-                f"the label {alone[0]!r} has one speaker only, so it cannot be judged on a voice that was "
-                "not trained on: add speakers, or leave the label or the column of speakers out"
-            )
-        folds = min(folds, len(set(speakers)))
+        folds = min(folds, len(set(speakers)), max(counts.values()))
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     else:
-        rarest, count = min(Counter(labels.tolist()).items(), key=lambda item: (item[1], item[0]))
+        count, rarest = min((count, name) for name, count in counts.items())
         if count < 2:
             raise UserError(
                 f"the label {rarest!r} has one recording only, too few to train and to judge: add "
@@ -149,13 +129,16 @@ def make_folds(
             )
         folds = min(folds, count)
         splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    split = list(splitter.split(labels, labels, speakers if apart else None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # labels with fewer recordings than folds
+        split = list(splitter.split(labels, labels, speakers if apart else None))
     for train, judged in split:
-        untrained = sorted(set(labels[judged]) - set(labels[train]))
+        untrained = set(labels[judged].tolist()) - set(labels[train].tolist())
         if untrained:
             raise UserError(
-                f"with {folds} folds all speakers of the label {untrained[0]!r} fall into one of them: ask "
-                "for more --folds, or add speakers of this label"
+                f"with {folds} folds all speakers of the label {min(untrained)!r} fall into one of them, so "
+                "that no other voice of it is left to train on: add speakers of this label, ask for more "
+                "--folds, or leave the label or the column of speakers out"
             )
     return split, apart
 
@@ -167,7 +150,7 @@ def load_audio(paths: list[Path]) -> list[Tensor]:
     are of one length, so that they can be read together without padding, which some models' norms would see.
 
     Raises:
-        UserError: some recordings cannot be read; it names them together.
+        UserError: some recordings, named together, cannot be read.
     """
     waveforms, problems = [], []
     for path in tqdm(paths, desc="audio", unit=" files"):
@@ -177,7 +160,6 @@ def load_audio(paths: list[Path]) -> list[Tensor]:
         except AudioError as error:
             problems.append(str(error))
             continue
-        # soxr filters properly at any ratio of two rates, without a filter of this project's own design.
         samples = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
         if len(samples) < WINDOW:
             problems.append(f"{path} (shorter than 25 ms)")

@@ -16,14 +16,7 @@ from wav2vec2 import Wav2Vec2Model
 
 
 def make_batches(lengths: list[int], seconds: float) -> Iterator[list[int]]:
-    """Groups recordings of one length, shortest first.
-
-    Args:
-        lengths: the recordings' lengths in samples.
-        seconds: the most audio of a batch; a longer recording is a batch by itself.
-    Returns:
-        The indices of each batch.
-    """
+    """Groups recordings of one length in samples, shortest first: some seconds of audio, or a single one."""
     shortest_first = sorted(range(len(lengths)), key=lambda index: lengths[index])
     for length, group in groupby(shortest_first, key=lambda index: lengths[index]):
         alike = list(group)
@@ -39,33 +32,29 @@ def model_features(
     """Computes the mean over time of every layer of every recording.
 
     Args:
-        model: the frozen model.
+        model: the frozen model, named ``name`` in the progress bar.
         waveforms: (time,) each, as :func:`evaluation.data.load_audio` returns them.
         batch_seconds: the audio that the model reads at once.
-        device: where it computes.
-        name: what the progress bar calls the model.
+        device: computes.
     Returns:
         (recording, layer, feature), float32.
     """
     model = model.to(device).eval().fold_weight_norm()
-    features: list[np.ndarray | None] = [None] * len(waveforms)
+    batches = list(make_batches([len(waveform) for waveform in waveforms], batch_seconds))
+    means = []
     with tqdm(total=len(waveforms), desc=name, unit=" files") as progress:
-        for batch in make_batches([len(waveform) for waveform in waveforms], batch_seconds):
+        for batch in batches:
             states, _ = model.extract_features(torch.stack([waveforms[i] for i in batch]).to(device))
-            means = torch.stack([state.mean(1) for state in states], dim=1).cpu().numpy()
-            for index, mean in zip(batch, means, strict=True):
-                features[index] = mean
+            means.append(torch.stack([state.mean(1) for state in states], dim=1).cpu())
             progress.update(len(batch))
-    return np.stack(features)
+    return torch.cat(means).numpy()[np.argsort(np.concatenate(batches))]
 
 
 def log_mel_features(waveforms: list[Tensor]) -> np.ndarray:
     """Computes the mean over time of 80 log-mel features, of windows of 25 ms that are 10 ms apart.
 
-    Args:
-        waveforms: (time,) each.
     Returns:
-        (recording, 1, feature), float32.
+        (recording, 1, feature), float32, for waveforms of (time,) each.
     """
     filters = mel_filter_bank(257, 80, 0, SAMPLE_RATE / 2, SAMPLE_RATE, mel_scale="htk")
     window = window_function(400, "hann")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import platform
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from dataset import SAMPLE_RATE, AudioDataset
 from dataset.batches import MAX_SAMPLES, MIN_SAMPLES
-from utils.processes import available_cpus
+from utils.processes import available_cpus, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, multiply_accumulates
 
@@ -29,12 +26,8 @@ SECONDS = (1, 10)
 
 
 def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
-    """Counts parameters, multiply-accumulates a second of audio by the utterance's seconds, and bytes.
-
-    Args:
-        model: a model without gates.
-        path: the file that holds it, or None where there is none.
-    """
+    """Counts the parameters of a model without gates, its multiply-accumulates per second of audio by the
+    utterance's seconds, and the bytes of its file, if it has one."""
     return {
         "parameters": count_parameters(model),
         "macs_per_second": {str(seconds): multiply_accumulates(model, seconds) for seconds in SECONDS},
@@ -42,27 +35,17 @@ def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
     }
 
 
-def processor() -> str:
-    """The name of the machine's processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @torch.inference_mode()
 def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list[dict]:
     """Times one utterance on the CPU, the models in turn, as medians of ``repeats`` runs.
 
-    The real-time factor is computing time over audio time: below 1 is faster than the audio.
-
     Returns:
         For each number of seconds and of threads (one, and all cores), both models' seconds and real-time
-        factor, and how many times faster the student is.
+        factor, which is computing time over audio time, and how many times faster the student is.
     """
     models = {"teacher": teacher.eval().fold_weight_norm(), "student": student.eval().fold_weight_norm()}
     generator = torch.Generator().manual_seed(0)
-    waveforms = 0.1 * torch.randn(1, max(SECONDS) * SAMPLE_RATE, generator=generator)
+    noise = 0.1 * torch.randn(1, max(SECONDS) * SAMPLE_RATE, generator=generator)
     before = torch.get_num_threads()
     rows = []
     for seconds, threads in itertools.product(SECONDS, sorted({1, available_cpus()})):
@@ -71,63 +54,15 @@ def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list
         for _ in range(1 + repeats):
             for name, model in models.items():
                 start = time.perf_counter()
-                model(waveforms[:, : seconds * SAMPLE_RATE])
+                model(noise[:, : seconds * SAMPLE_RATE])
                 times[name].append(time.perf_counter() - start)
-        medians = {name: statistics.median(found[1:]) for name, found in times.items()}
-        rows.append(
-            {
-                "audio_seconds": seconds,
-                "threads": threads,
-                **{name: {"seconds": t, "real_time_factor": t / seconds} for name, t in medians.items()},
-                "times_faster": medians["teacher"] / medians["student"],
-            }
-        )
+        row = {"audio_seconds": seconds, "threads": threads}
+        for name, (_, *measured) in times.items():  # the first time warms up
+            median = statistics.median(measured)
+            row[name] = {"seconds": median, "real_time_factor": median / seconds}
+        rows.append({**row, "times_faster": row["teacher"]["seconds"] / row["student"]["seconds"]})
     torch.set_num_threads(before)
     return rows
-
-
-@dataclass
-class Utterances:
-    """Some utterances of ``valid.tsv``.
-
-    Attributes:
-        tsv: the manifest.
-        audio: all its utterances.
-        chosen: the indices of those to use.
-        out_of: the number of those to choose from.
-    """
-
-    tsv: Path
-    audio: AudioDataset
-    chosen: list[int]
-    out_of: int
-
-    def waveforms(self) -> Iterator[Tensor]:
-        """Reads each utterance, (1, time); a file that cannot be read is an AudioError."""
-        for index in self.chosen:
-            yield self.audio[index, 0, int(self.audio.lengths[index])].unsqueeze(0)
-
-
-def choose_utterances(tsv_dir: Path, most: int) -> Utterances | None:
-    """Chooses utterances of ``valid.tsv``, evenly spread over it, of the lengths that validation uses.
-
-    Args:
-        tsv_dir: the folder of the manifest.
-        most: the largest number of them.
-    Returns:
-        None where there is no ``valid.tsv``, or no utterance in it to use.
-    Raises:
-        UserError: the manifest is malformed.
-    """
-    tsv = tsv_dir / "valid.tsv"
-    if not tsv.is_file():
-        return None
-    audio = AudioDataset(tsv_dir, "valid")
-    usable = np.flatnonzero((audio.lengths >= MIN_SAMPLES) & (audio.lengths <= MAX_SAMPLES))
-    if not len(usable):
-        return None
-    places = np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(int)
-    return Utterances(tsv, audio, usable[places].tolist(), len(usable))
 
 
 def _sums(student: Tensor, teacher: Tensor) -> Tensor:
@@ -139,49 +74,62 @@ def _sums(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def distances(teacher: Wav2Vec2Model, students: Sequence[Student], utterances: Utterances) -> dict:
+def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path, most: int) -> dict | None:
     """Measures how far the hidden states of ``students`` are from the teacher's, layer by layer.
 
     The cosine is the mean over all frames; the relative error is the norm of the difference over the norm of
     the teacher's hidden states, over all frames and features.
 
+    Args:
+        teacher, students: without gates, in evaluation mode.
+        tsv_dir: the folder of ``valid.tsv``.
+        most: how many of its utterances to use, evenly spread over those of the lengths that validation uses.
     Returns:
         What was measured on, and for each student the layers' distances: of the hidden states as they are,
-        empty where the models' features differ in number, and of those that training projects.
+        empty where the models' features differ in number, and of those that training projects. None where
+        there is no ``valid.tsv``, or no utterance in it to use.
+    Raises:
+        UserError: the manifest is malformed, or a file cannot be read.
     """
-    sums: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
+    if not (tsv_dir / "valid.tsv").is_file():
+        return None
+    audio = AudioDataset(tsv_dir, "valid")
+    usable = np.flatnonzero((audio.lengths >= MIN_SAMPLES) & (audio.lengths <= MAX_SAMPLES))
+    if not len(usable):
+        return None
+    chosen = usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(int)].tolist()
+    say(f"report.py: measuring distances on {len(chosen)} utterances")
+    sums: list[dict[str, dict[int, Tensor]]] = [{"hidden_states": {}, "projected": {}} for _ in students]
     samples = 0
-    for waveforms in utterances.waveforms():
+    for index in chosen:
+        waveforms = audio[index, 0, int(audio.lengths[index])].unsqueeze(0)
         samples += waveforms.numel()
         wanted, _ = teacher.extract_features(waveforms)
-        for i, student in enumerate(students):
+        for student, totals in zip(students, sums, strict=True):
             states, _ = student.model.extract_features(waveforms)
-            last = states[-1]
-            compared = {"hidden_states": dict(enumerate(states[: len(wanted)])), "projected": {}}
-            if last.size(-1) != wanted[-1].size(-1):
-                compared["hidden_states"] = {}
-            for layer, projection in sorted(student.projections.items()):
-                source = last if student.reads_last_layer else states[layer]
-                compared["projected"][layer] = projection(source)
+            comparable = states[-1].size(-1) == wanted[-1].size(-1)
+            compared = {
+                "hidden_states": dict(enumerate(states[: len(wanted)])) if comparable else {},
+                "projected": student.project(states),
+            }
             for kind, layers in compared.items():
-                found = sums[i, kind]
                 for layer, state in layers.items():
-                    found[layer] = found.get(layer, 0) + _sums(state, wanted[layer])
-
-    def result(i: int, kind: str) -> list[dict]:
-        return [
-            {"layer": layer, "cosine": cosine / frames, "relative_error": (error / norm) ** 0.5}
-            for layer, total in sums[i, kind].items()
-            for cosine, frames, error, norm in [total.tolist()]
-        ]
-
+                    totals[kind][layer] = totals[kind].get(layer, 0) + _sums(state, wanted[layer])
     return {
-        "manifest": str(utterances.tsv),
-        "utterances": len(utterances.chosen),
-        "out_of": utterances.out_of,
+        "manifest": str(tsv_dir / "valid.tsv"),
+        "utterances": len(chosen),
+        "out_of": len(usable),
         "audio_seconds": samples / SAMPLE_RATE,
         "students": [
-            {"stage": student.stage, **{kind: result(i, kind) for kind in ("hidden_states", "projected")}}
-            for i, student in enumerate(students)
+            {"stage": student.stage, **{kind: _by_layer(layers) for kind, layers in totals.items()}}
+            for student, totals in zip(students, sums, strict=True)
         ],
     }
+
+
+def _by_layer(sums: dict[int, Tensor]) -> list[dict]:
+    rows = []
+    for layer, total in sums.items():
+        cosine, frames, error, norm = total.tolist()
+        rows.append({"layer": layer, "cosine": cosine / frames, "relative_error": (error / norm) ** 0.5})
+    return rows

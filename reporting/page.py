@@ -1,8 +1,7 @@
-"""The report as a page, by the template report.html, and as a few lines for the terminal."""
+"""The report in words and pictures, by the templates report.html and report.txt."""
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 import jinja2
@@ -33,63 +32,44 @@ CURVES = {
 """The pictures of the two distillations: the stage, and what each value that it logs is called."""
 
 
-def render(report: dict) -> str:
-    """The page, complete in itself: pictures are in it, and it loads nothing."""
+def render(report: dict) -> tuple[str, str]:
+    """The report as a page, complete in itself with its pictures, and as lines for the terminal."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    flags = {
-        STAGES[stage].partition(":")[0]: {
-            f"--{name}": value for name, value in record["sessions"][-1]["flags"].items() if value is not None
-        }
-        for stage, record in report["stages"].items()
-        if record is not None
+    curves = distance_curves(report["distance"])
+    recorded = {
+        STAGES[stage].partition(":")[0]: record for stage, record in report["stages"].items() if record
     }
-    columns = distance_columns(report["distance"])
-    environment.filters["date"] = date
-    environment.filters["duration"] = duration
-    return environment.get_template("report.html").render(
-        report=report,
-        stages=STAGES,
-        counted=COUNTED[report["sparsity"]["of"]],
-        sparsity=sparsity_sentence(report["sparsity"]),
-        size_rows=size_rows(report["sizes"]),
-        speed_rows=speed_rows(report["speed"]["rows"]),
-        width_figures=width_figures(report["widths"]),
-        training_figures=training_figures(report["training"]),
-        losses=validation_losses(report["training"]),
-        distance_figures=distance_figures(report["distance"]),
-        distance_columns=columns,
-        distance_layers=sorted({layer for column in columns.values() for layer in column}),
-        flags=flags,
-        flag_names=dict.fromkeys(name for values in flags.values() for name in values),
-    )
-
-
-def short_form(report: dict) -> str:
-    """The lines for the terminal."""
-    rows = [("", "teacher", "student"), *size_rows(report["sizes"])]
-    rows += [
-        (f"real-time factor, {words}", *values) for words, *values in speed_rows(report["speed"]["rows"])
-    ]
-    lines = [f"{words:40}{teacher:>14}{student:>14}" for words, teacher, student, *_ in rows]
-    lines += ["", sparsity_sentence(report["sparsity"])]
-    losses = validation_losses(report["training"])
-    if losses:
-        lines.append("validation loss of the distillation (lower is better):")
-        lines += [f"    {words:34}{value:>9.4f}" for words, value in losses.items()]
-    distance = report["distance"]
-    if distance is not None:
-        student = distance["students"][-1]
-        last = (student["hidden_states"] or student["projected"])[-1]
-        words = f"cosine {last['cosine']:.3f}, relative error {last['relative_error']:.3f}"
-        lines.append(f"last layer on {distance['utterances']} utterances: {words}")
-    lines.append(f"the student is {report['student']['path']}, {report['student']['stage']}")
-    return "\n".join(lines)
+    flags = [record["sessions"][-1]["flags"] for record in recorded.values()]
+    content = {
+        "report": report,
+        "stages": STAGES,
+        "measures": MEASURES,
+        "duration": duration,
+        "counted": COUNTED[report["sparsity"]["of"]],
+        "sparsity": sparsity_sentence(report["sparsity"]),
+        "size_rows": size_rows(report["sizes"]),
+        "width_figures": [
+            figures.widths(report["widths"]["teacher"][kind], report["widths"]["student"][kind], *words)
+            for kind, words in WIDTHS.items()
+        ],
+        "training_figures": training_figures(report["training"]),
+        "losses": validation_losses(report["training"]),
+        "last_layer": last_layer(report["distance"]),
+        "distances": curves,
+        "distance_head": ["Layer", *(f"{words}, {name}" for name in curves for words in MEASURES.values())],
+        "distance_layers": sorted({layer for rows, _ in curves.values() for layer in rows}),
+        "distance_figures": distance_figures(curves),
+        "recorded": recorded,
+        "flag_names": dict.fromkeys(name for each in flags for name in each if each[name] is not None),
+    }
+    html, text = (environment.get_template(f"report.{kind}").render(content) for kind in ("html", "txt"))
+    return html, text
 
 
 def sparsity_sentence(sparsity: dict) -> str:
@@ -117,40 +97,15 @@ def size_rows(sizes: dict) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def speed_rows(speeds: list[dict]) -> list[tuple[str, str, str, str]]:
-    """The real-time factors, by length of the utterance and threads."""
-    rows = []
-    for row in speeds:
-        threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
-        factors = [f"{row[name]['real_time_factor']:.4f}" for name in ("teacher", "student")]
-        rows.append((f"{row['audio_seconds']} s, {threads}", *factors, f"{row['times_faster']:.2f}×"))
-    return rows
-
-
-def width_figures(widths: dict) -> dict[str, str]:
-    """A picture for each kind of unit, by its title."""
-    result = {}
-    for kind, (units, layer) in WIDTHS.items():
-        teacher, student = widths["teacher"][kind], widths["student"][kind]
-        title = f"{units}: {sum(student):,} of {sum(teacher):,}"
-        result[title] = figures.widths(teacher, student, title, layer)
-    return result
-
-
-def training_figures(logs: dict) -> dict[str, str]:
-    """The curves of both distillations, by their titles; those that were not logged are left out."""
-    styles = [{"color": figures.BLUE}, {"color": figures.VERMILION, "linestyle": "--"}]
-    result = {}
+def training_figures(logs: dict) -> list[tuple[str, str]]:
+    """The curves of both distillations; those that were not logged are left out."""
+    pictures = []
     for title, (stage, names) in CURVES.items():
-        series = {
-            label: (logs[stage][name]["step"], logs[stage][name]["value"], style)
-            for (name, label), style in zip(names.items(), styles, strict=True)
-            if name in logs[stage]
-        }
+        curves = {label: logs[stage][name] for name, label in names.items() if name in logs[stage]}
+        series = {label: (curve["step"], curve["value"], {}) for label, curve in curves.items()}
         if series:
-            quantity = title.partition(": ")[2].removesuffix(" with the regulariser")
-            result[title] = figures.lines(series, title, "update", quantity)
-    return result
+            pictures.append(figures.lines(series, title, "update"))
+    return pictures
 
 
 def validation_losses(logs: dict) -> dict[str, float]:
@@ -164,46 +119,40 @@ def validation_losses(logs: dict) -> dict[str, float]:
         curve = logs[stage].get("valid_loss_distill", {"step": [], "value": []})
         for step, value in zip(curve["step"], curve["value"], strict=True):
             result[first if step == 0 else latest] = value
-    return {words: value for words, value in result.items() if value is not None}
+    return result
 
 
-def distance_series(distance: dict | None) -> dict[str, tuple[dict, list[dict]]]:
-    """The distances of each student's layers, as they are and projected, and how their line is drawn."""
-    series = {}
+def last_layer(distance: dict | None) -> dict | None:
+    """The student's distance from the teacher's last layer, or None where none was measured."""
+    students = [] if distance is None else distance["students"][-1:]
+    layers = [layer for student in students for layer in student["hidden_states"] or student["projected"]]
+    return layers[-1] if layers else None
+
+
+def distance_curves(distance: dict | None) -> dict[str, tuple[dict[int, dict], dict]]:
+    """The distances by layer of each student, as it is and projected, and how their line is drawn."""
+    curves = {}
     students = [] if distance is None else distance["students"]
     for student, colour in zip(students, [figures.VERMILION, figures.BLUE][-len(students) :], strict=False):
         name = student["stage"].partition(",")[0]
         hollow = {"color": colour, "linestyle": "", "marker": "D", "markersize": 6, "mfc": "none"}
-        series[name] = {"color": colour}, student["hidden_states"]
-        series[f"{name}, projected"] = hollow, student["projected"]
-    return {name: (style, layers) for name, (style, layers) in series.items() if layers}
-
-
-def distance_figures(distance: dict | None) -> dict[str, str]:
-    """Cosine and relative error by layer, by their titles."""
-    result = {}
-    for measure, quantity in MEASURES.items() if distance is not None else ():
-        series = {
-            name: ([entry["layer"] for entry in layers], [entry[measure] for entry in layers], style)
-            for name, (style, layers) in distance_series(distance).items()
-        }
-        title = f"{quantity} to the teacher"
-        result[title] = figures.lines(series, title, "layer", quantity.lower())
-    return result
-
-
-def distance_columns(distance: dict | None) -> dict[str, dict[int, str]]:
-    """The same numbers by column and layer."""
+        curves[name] = student["hidden_states"], {"color": colour, "linestyle": "-"}
+        curves[f"{name}, projected"] = student["projected"], hollow
     return {
-        f"{quantity}, {name}": {entry["layer"]: f"{entry[measure]:.4f}" for entry in layers}
-        for name, (_, layers) in distance_series(distance).items()
-        for measure, quantity in MEASURES.items()
+        name: ({row["layer"]: row for row in rows}, style) for name, (rows, style) in curves.items() if rows
     }
 
 
-def date(text: str) -> str:
-    """A moment as run.json has it, for the page."""
-    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z")
+def distance_figures(curves: dict[str, tuple[dict[int, dict], dict]]) -> list[tuple[str, str]]:
+    """Cosine and relative error by layer, of what :func:`distance_curves` gave."""
+    pictures = []
+    for measure, quantity in MEASURES.items() if curves else ():
+        series = {
+            name: (list(rows), [row[measure] for row in rows.values()], style)
+            for name, (rows, style) in curves.items()
+        }
+        pictures.append(figures.lines(series, f"{quantity} to the teacher", "layer"))
+    return pictures
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """evaluate.py: labelled recordings in, an honest accuracy out."""
 
+import itertools
 import json
 import shutil
 
@@ -24,30 +25,25 @@ RATES = {"ann": 8_000, "bob": 16_000, "cid": 22_050, "dee": 44_100}
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """Hums and hisses of four voices at four sampling rates, and the manifests of three tasks.
-
-    ``sound`` is easy, ``voice`` has the speaker as its label, and ``coin`` has labels by the toss of a coin.
-    """
+    """Hums and hisses of four voices at four sampling rates, and the manifests of three tasks: ``sound`` is
+    easy, ``voice`` has the speaker as its label, and ``coin`` has labels by the toss of a coin."""
     root = tmp_path_factory.mktemp("recordings")
     random = np.random.default_rng(0)
     rows = {"sound": [], "voice": [], "coin": []}
-    for label in ("hum", "hiss"):
-        (root / label).mkdir()
-        for speaker, factor in SPEAKERS.items():
-            for number in range(12):
-                time = np.arange(int(8_000 * random.uniform(0.2, 0.4))) / 8_000
-                hum = np.sin(2 * np.pi * 150 * factor * random.uniform(0.85, 1.15) * time)
-                noise = random.standard_normal(len(time))
-                samples = 0.1 * hum + 0.001 * noise if label == "hum" else 0.1 * noise
-                # What the lowest rate can hold: else the rate would give away the speaker.
-                rate = RATES[speaker]
-                samples = soxr.resample(samples, 8_000, rate)
-                path = f"{label}/{speaker}_{number}.{'flac' if number % 2 else 'wav'}"
-                # Two channels now and then, of which the mean is taken.
-                soundfile.write(root / path, np.stack([samples] * 2, 1) if number == 0 else samples, rate)
-                rows["sound"].append(f"{path}\t{label}\t{speaker}")
-                rows["voice"].append(f"{path}\t{speaker}\t{speaker}")
-                rows["coin"].append(f"{path}\t{'heads' if random.random() < 0.5 else 'tails'}\t{speaker}")
+    for label, (speaker, factor), number in itertools.product(("hum", "hiss"), SPEAKERS.items(), range(12)):
+        (root / label).mkdir(exist_ok=True)
+        time = np.arange(int(8_000 * random.uniform(0.2, 0.4))) / 8_000
+        hum = np.sin(2 * np.pi * 150 * factor * random.uniform(0.85, 1.15) * time)
+        noise = random.standard_normal(len(time))
+        samples = 0.1 * hum + 0.001 * noise if label == "hum" else 0.1 * noise
+        # What the lowest rate can hold: else the rate would give away the speaker.
+        samples = soxr.resample(samples, 8_000, RATES[speaker])
+        path = f"{label}/{speaker}_{number}.{'flac' if number % 2 else 'wav'}"
+        # Two channels now and then, of which the mean is taken.
+        soundfile.write(root / path, np.stack([samples] * 2, 1) if number == 0 else samples, RATES[speaker])
+        rows["sound"].append(f"{path}\t{label}\t{speaker}")
+        rows["voice"].append(f"{path}\t{speaker}\t{speaker}")
+        rows["coin"].append(f"{path}\t{'heads' if random.random() < 0.5 else 'tails'}\t{speaker}")
     for task, lines in rows.items():
         (root / f"{task}.tsv").write_text("\n".join(lines) + "\n")
     return root
@@ -66,71 +62,60 @@ def other(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def sound(recordings, teacher, other, tmp_path_factory):
-    """The results of the easy task, as JSON, with the process and the picture."""
-    out = tmp_path_factory.mktemp("out")
-    process = run(
-        *("evaluate.py", "--data", recordings, "--task", "sound", "--models", teacher, other),
-        *("--json", out / "made" / "sound.json", "--picture", out / "sound.png"),
-    )
-    return json.loads((out / "made" / "sound.json").read_text()), process, out / "sound.png"
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path):
+    """Runs evaluate.py in this process; returns its results."""
+
+    def evaluate(*flags):
+        call(monkeypatch, "evaluate", *flags, "--json", tmp_path / "out.json")
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return evaluate
 
 
-def test_hums_and_hisses_are_told_apart_on_new_voices(sound, teacher, other):
-    result, _, _ = sound
-    assert result["speakers_kept_apart"]
-    assert result["folds"] == len(SPEAKERS)
-    assert [row["name"] for row in result["models"]] == ["log-mel", str(teacher), str(other)]
-    for row in result["models"]:
-        low, high = row["interval"]
-        assert row["accuracy"] >= (0.98 if row["name"] == "log-mel" else 0.85)
-        assert 0 <= low <= row["accuracy"] <= high <= 1
-
-
-def test_table_picture_and_json_show_every_model(sound, teacher):
-    result, process, picture = sound
-    assert result["recordings"] == 96
-    assert result["labels"] == {"hiss": 48, "hum": 48}
+def test_json_table_and_picture_show_every_model(recordings, teacher, other, tmp_path):
+    out, picture = tmp_path / "made" / "sound.json", tmp_path / "sound.png"
+    files = ("--models", teacher, other, "--json", out, "--picture", picture)
+    process = run("evaluate.py", "--data", recordings, "--task", "sound", *files)
+    result = json.loads(out.read_text())
+    assert (result["recordings"], result["labels"]) == (96, {"hiss": 48, "hum": 48})
     assert (result["speakers"], result["chance"]) == (4, 0.5)
+    assert (result["folds"], result["speakers_kept_apart"]) == (4, True)
+    assert [row["name"] for row in result["models"]] == ["log-mel", str(teacher), str(other)]
     mel, first, second = result["models"]
     assert (mel["parameters"], mel["layers"], mel["dimension"]) == (None, 1, 80)
-    assert (first["layers"], first["dimension"]) == (4, 32)
-    assert second["layers"] == 3
-    assert first["parameters"] == sum(
-        tensor.numel() for tensor in torch.load(teacher, weights_only=True)["state_dict"].values()
-    )
-    for row in result["models"]:
-        assert sum(row["layer_weights"]) == pytest.approx(1, abs=1e-5)
-        assert len(row["layer_weights"]) == row["layers"]
-        assert np.mean(row["fold_accuracies"]) == pytest.approx(row["accuracy"])
-    assert set(second["differences"]) == {"log-mel", str(teacher)}
-    assert second["differences"]["log-mel"]["mean"] == pytest.approx(second["accuracy"] - mel["accuracy"])
+    assert (first["layers"], first["dimension"], second["layers"]) == (4, 32, 3)
+    tensors = torch.load(teacher, weights_only=True)["state_dict"].values()
+    assert first["parameters"] == sum(tensor.numel() for tensor in tensors)
     lines = process.stdout.splitlines()
     assert "96 recordings, 2 labels, 4 speakers; 4 folds with speakers kept apart" in lines[0]
     for row in result["models"]:
+        low, high = row["interval"]
+        assert row["accuracy"] >= (0.98 if row is mel else 0.85)
+        assert 0 <= low <= row["accuracy"] <= high <= 1
+        assert sum(row["layer_weights"]) == pytest.approx(1, abs=1e-5)
+        assert len(row["layer_weights"]) == row["layers"]
+        assert np.mean(row["fold_accuracies"]) == pytest.approx(row["accuracy"])
         assert any(row["name"] in line and f"{100 * row['accuracy']:.1f}%" in line for line in lines)
+    assert set(second["differences"]) == {"log-mel", str(teacher)}
+    assert second["differences"]["log-mel"]["mean"] == pytest.approx(second["accuracy"] - mel["accuracy"])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_labels_by_the_toss_of_a_coin_are_only_guessed(monkeypatch, recordings, teacher, tmp_path):
-    out = tmp_path / "coin.json"
-    call(monkeypatch, "evaluate", "--data", recordings, "--task", "coin", "--models", teacher, "--json", out)
-    for row in json.loads(out.read_text())["models"]:
+def test_labels_by_the_toss_of_a_coin_are_only_guessed(evaluate, recordings, teacher):
+    for row in evaluate("--data", recordings, "--task", "coin", "--models", teacher)["models"]:
         assert 0.25 < row["accuracy"] < 0.75
 
 
-def test_speakers_are_recognised_on_other_recordings(monkeypatch, recordings, tmp_path, capsys):
-    out = tmp_path / "voice.json"
-    call(monkeypatch, "evaluate", "--data", recordings, "--task", "voice", "--folds", "5", "--json", out)
-    result = json.loads(out.read_text())
+def test_speakers_are_recognised_on_other_recordings(evaluate, recordings, capsys):
+    result = evaluate("--data", recordings, "--task", "voice", "--folds", "5")
     assert (result["folds"], result["speakers_kept_apart"]) == (5, False)
     assert result["bootstrap"]["over"] == "recordings"
     assert "5 folds over recordings" in capsys.readouterr().out
 
 
-def test_folders_are_labels_and_hf_folders_are_models(monkeypatch, recordings, tmp_path):
+def test_folders_are_labels_and_hf_folders_are_models(evaluate, recordings, tmp_path):
     transformers = pytest.importorskip("transformers")
     for label in ("hum", "hiss"):
         shutil.copytree(recordings / label, tmp_path / "data" / label)
@@ -138,9 +123,7 @@ def test_folders_are_labels_and_hf_folders_are_models(monkeypatch, recordings, t
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     small |= {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
     transformers.HubertModel(transformers.HubertConfig(**small)).save_pretrained(tmp_path / "hf")
-    out = tmp_path / "out.json"
-    call(monkeypatch, "evaluate", "--data", tmp_path / "data", "--hf", tmp_path / "hf", "--json", out)
-    result = json.loads(out.read_text())
+    result = evaluate("--data", tmp_path / "data", "--hf", tmp_path / "hf")
     assert (result["speakers"], result["labels"]) == (None, {"hiss": 48, "hum": 48})
     assert result["models"][1]["layers"] == 3
     assert result["models"][1]["accuracy"] >= 0.85
@@ -157,11 +140,12 @@ def test_folds_keep_speakers_apart_and_judge_each_once():
         assert sorted([*train, *judged]) == list(range(140))
     assert sorted(np.concatenate([judged for _, judged in folds])) == list(range(140))
     assert len(make_folds(labels, speakers, 10, seed=0)[0]) == 7
+    assert not make_folds(labels, None, 5, seed=0)[1]
+    assert len(make_folds(np.array([*"yynn"]), speakers[:4], 10, seed=0)[0]) == 2
 
     folds, apart = make_folds(speakers, speakers, 5, seed=0)
     assert (len(folds), apart) == (5, False)
     assert all(set(speakers[judged]) == set(speakers) for _, judged in folds)
-    assert not make_folds(labels, None, 5, seed=0)[1]
 
 
 def test_features_do_not_depend_on_what_is_read_beside(teacher):
@@ -203,43 +187,37 @@ def test_the_interval_is_wider_over_speakers_who_differ():
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "words"),
+    ("lines", "words"),
     [
-        ("only one label", ["a.wav\tyes", "b.wav\tyes"], ["'yes'", "two labels"]),
-        ("no recording", [""], ["no recording"]),
-        ("not two columns", ["a.wav\tyes", "b.wav no"], ["line 2", "path<TAB>label"]),
-        ("speakers of some", ["a.wav\tyes\tann", "b.wav\tno"], ["line 2", "speaker"]),
-        ("twice the same", ["a.wav\tyes", "b.wav\tno", "a.wav\tno"], ["line 3", "a.wav", "line 1"]),
-        ("too few", ["a.wav\tyes", "b.wav\tno", "c.wav\tno"], ["'yes'", "one recording only"]),
-        (
-            "one speaker of a label",
-            ["a.wav\tyes\tann", "b.wav\tno\tbob", "c.wav\tno\tcid"],
-            ["'yes'", "one speaker only"],
-        ),
+        (["a.wav\tyes", "b.wav\tyes"], ["'yes'", "two labels"]),
+        ([""], ["no recording"]),
+        (["a.wav\tyes", "b.wav no"], ["line 2", "path<TAB>label"]),
+        (["a.wav\tyes\tann", "b.wav\tno"], ["line 2", "speaker"]),
+        (["a.wav\tyes", "b.wav\tno", "a.wav\tno"], ["line 3", "a.wav", "line 1"]),
+        (["a.wav\tyes", "../b.wav\tno"], ["line 2", "'../b.wav'", "without .."]),
+        (["a.wav\tyes", "b.wav\tno", "c.wav\tno"], ["'yes'", "one recording only"]),
+        (["a.wav\tyes\tann", "b.wav\tno\tbob", "c.wav\tno\tcid"], ["all speakers of the label 'yes'"]),
     ],
 )
-def test_a_manifest_that_cannot_be_judged_is_refused(name, lines, words, tmp_path):
+def test_a_manifest_that_cannot_be_judged_is_refused(lines, words, tmp_path):
     (tmp_path / "task.tsv").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError) as error:
-        examples = read_examples(tmp_path, None)
-        make_folds(examples.labels, examples.speakers, 10, 0)
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
+        _, labels, speakers = read_examples(tmp_path, None)
+        make_folds(labels, speakers, 10, 0)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_unusable_recordings_are_named_together(monkeypatch, capsys, recordings, tmp_path):
-    shutil.copytree(recordings / "hum", tmp_path / "hum")
-    shutil.copytree(recordings / "hiss", tmp_path / "hiss")
+    for label in ("hum", "hiss"):
+        shutil.copytree(recordings / label, tmp_path / label)
     (tmp_path / "hum" / "text.wav").write_text("no audio\n")
     soundfile.write(tmp_path / "hiss" / "short.wav", np.zeros(100), 16_000)
     soundfile.write(tmp_path / "hiss" / "loud.wav", np.full(1_000, np.inf), 16_000, subtype="FLOAT")
     flags = ("--data", tmp_path, "--json", tmp_path / "out.json")
     message = sentence_of(monkeypatch, capsys, "evaluate", *flags)
     assert "these recordings cannot be used: " in message
-    assert "text.wav: Format not recognised" in message
-    assert "short.wav (shorter than 25 ms)" in message
-    assert "loud.wav (holds samples that are not finite)" in message
+    for words in ("text.wav: Format not", "short.wav (shorter than", "loud.wav (holds samples that"):
+        assert words in message
     assert not (tmp_path / "out.json").exists()
 
 
@@ -255,6 +233,7 @@ def test_unusable_recordings_are_named_together(monkeypatch, capsys, recordings,
         ("--data DATA --task sound --hf TMP", "a model of the type bert"),
         ("--data DATA --task sound --hf nowhere", "--hf nowhere: there is no such folder"),
         ("--data DATA --models TEACHER --picture weights.txt", ".png"),
+        ("--data DATA --models TEACHER --json TEACHER", "which it would replace"),
         ("--data DATA --task sound --folds 1", "--folds"),
     ],
 )
