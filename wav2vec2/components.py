@@ -75,9 +75,7 @@ class ConvLayerBlock(nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, bias: what the convolution is like.
         norm: "group" (each channel over time), "layer" (each frame over channels) or None.
-
-    Attributes:
-        hard_concrete: the gate of the output channels, or None.
+        hard_concrete: an attribute, the gate of the output channels or None.
     """
 
     def __init__(
@@ -119,12 +117,7 @@ class FeatureExtractor(nn.Module):
         conv_bias: the convolutions have a bias.
     """
 
-    def __init__(
-        self,
-        mode: str,
-        conv_layer_config: list[tuple[int, int, int]],
-        conv_bias: bool,
-    ) -> None:
+    def __init__(self, mode: str, conv_layer_config: list[tuple[int, int, int]], conv_bias: bool) -> None:
         super().__init__()
         self.conv_layers = nn.ModuleList()
         in_channels = 1
@@ -135,13 +128,7 @@ class FeatureExtractor(nn.Module):
         self.dummy_weight = nn.Parameter(torch.ones(in_channels), requires_grad=False)
 
     def forward(self, waveforms: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """
-        Args:
-            waveforms: (batch, time).
-            length: (batch,) valid samples, or None.
-        Returns:
-            Features (batch, frame, channel) and their lengths (batch,) or None.
-        """
+        """(batch, time) and (batch,) valid samples or None -> features (batch, frame, channel), and lengths."""
         x = waveforms.unsqueeze(1)
         for layer in self.conv_layers:
             x, length = layer(x, length)
@@ -231,18 +218,10 @@ class SelfAttention(nn.Module):
         num_heads: heads; none is possible, and leaves the bias of ``out_proj``.
         head_dim: features of a head.
         dropout: dropout of the attention weights.
-
-    Attributes:
-        hard_concrete_for_heads, hard_concrete_for_layer: gates of the heads and of the whole branch, or None.
+        hard_concrete_for_heads, hard_concrete_for_layer: attributes, the gates of heads and branch or None.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.dropout = dropout
@@ -386,10 +365,8 @@ class FeedForward(nn.Module):
     Args:
         io_features, intermediate_features: at its ends and between.
         intermediate_dropout, output_dropout: after GELU, and at the end.
-
-    Attributes:
-        hard_concrete_for_intermediate, hard_concrete_for_layer: the gates of the features between and of the
-            whole branch, or None.
+        hard_concrete_for_intermediate, hard_concrete_for_layer: attributes, the gates of the features between
+            and of the branch, or None.
     """
 
     def __init__(
@@ -480,14 +457,13 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, attention_mask: Tensor | None, num_layers: int | None = None, layer_drop: float = 0.0
     ) -> list[Tensor]:
-        """
+        """The outputs of the layers, each (batch, frame, feature).
+
         Args:
             x: (batch, frame, feature), the projected features.
-            attention_mask: as for :class:`SelfAttention`.
+            attention_mask: the same as for :class:`SelfAttention`.
             num_layers: how many layers to run, all for None.
             layer_drop: probability of skipping a layer.
-        Returns:
-            The outputs of the layers, each (batch, frame, feature).
         """
         # The residual stream has the precision of the norms' weights also under autocast: what is rounded
         # between layers adds up over a Large model's 24.
@@ -524,14 +500,12 @@ class Encoder(nn.Module):
         num_layers: int | None = None,
         layer_drop: float = 0.0,
     ) -> list[Tensor]:
-        """
+        """The projected features, zero where padded, and the outputs of the layers, (batch, frame, feature).
+
         Args:
             features: (batch, frame, channel).
             lengths: (batch,) valid frames, or None where every utterance is whole.
-            num_layers: how many layers to run, all for None.
-            layer_drop: probability of skipping a layer.
-        Returns:
-            The projected features, zero where padded, and the outputs of the layers, (batch, frame, feature).
+            num_layers, layer_drop: the same as for :class:`Transformer`.
         """
         x, attention_mask = self.feature_projection(features), None
         if lengths is not None:

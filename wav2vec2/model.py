@@ -123,11 +123,7 @@ class Wav2Vec2Model(nn.Module):
         return x if self.aux is None else self.aux(x)
 
     def _hidden_states(
-        self,
-        waveforms: Tensor,
-        lengths: Tensor | None,
-        num_layers: int | None,
-        layer_drop: float = 0.0,
+        self, waveforms: Tensor, lengths: Tensor | None, num_layers: int | None, layer_drop: float = 0.0
     ) -> tuple[list[Tensor], Tensor | None]:
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms are (batch, time), not {tuple(waveforms.shape)}")
