@@ -128,7 +128,7 @@ class FeatureExtractor(nn.Module):
         self.dummy_weight = nn.Parameter(torch.ones(in_channels), requires_grad=False)
 
     def forward(self, waveforms: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(batch, time) and (batch,) valid samples or None -> features (batch, frame, channel), and lengths."""
+        """(batch, time) and (batch,) valid samples or None -> (batch, frame, channel) and (batch,) frames."""
         x = waveforms.unsqueeze(1)
         for layer in self.conv_layers:
             x, length = layer(x, length)
