@@ -15,7 +15,7 @@ FORBIDDEN = Path("/sys/no")
 
 
 def untouched(do):
-    """The same, where what was in the case's folder must be there as it was, and nothing new."""
+    """The same attack, after which the file that was there is as it was, and there is no new one."""
 
     def checked(world):
         shutil.copy(world.teacher, world.tmp / "out")
@@ -115,14 +115,14 @@ def temporary_folder_is_full(world):
     return outcome
 
 
-def over_its_input(script, flag, source):
-    """--out names an input."""
+def over_its_input(script, source):
+    """--out names the file that --ckpt names."""
 
     def do(world):
         path = world.tmp / "source"
         shutil.copy(source(world), path)
         before = path.read_bytes()
-        outcome = world.call(script, flag, path, "--out", path)
+        outcome = world.call(script, "--ckpt", path, "--out", path)
         assert path.read_bytes() == before
         return outcome
 
@@ -140,6 +140,23 @@ def over_a_file_of_its_folder(world):
     return outcome
 
 
+ROOM = "is there room on the disk?"
+NO_ROOM = {
+    "stage 2's file": (full(prune, 60_000), "/out: could not be written", ROOM),
+    "stage 4's file": (full(save_final_ckpt, 20_000), "/out: could not be written"),
+    "run.json": (full(prune, 1_000), "cannot write ", "/run.json: File too large"),
+    "a converted model": (full(convert, 60_000), "/out: could not be written", ROOM),
+    "a checkpoint": (full_while_training(60_000), "/last.ckpt: could not be written"),
+    "the log": (full_log, "cannot write the logs in ", "/exp/logs: File too large"),
+    "batches in shared memory": (no_shared_memory, "no shared memory left", "--num_workers 0"),
+    "weights for transformers": (full(export("hf"), 60_000, "new"), "/new: Error while"),
+    "code for transformers": (full(export("hf"), 6_000, "new"), "/new: File too large"),
+    "ONNX": (full(export("onnx"), 60_000), "/out: File too large"),
+    "a report": (full(report, 1_000, "new"), "/report.json: File too large"),
+    "what is printed": (full_standard_output, "could not be written (No space"),
+}
+"""What does not fit, how, and the words of the sentence."""
+
 FORBIDDEN_WRITERS = {
     "stage 2": (prune, ""),
     "stage 4": (save_final_ckpt, ""),
@@ -149,37 +166,9 @@ FORBIDDEN_WRITERS = {
     "ONNX": (export("onnx"), ""),
     "a report": (report, "/report.json"),
 }
-ROOM = "is there room on the disk?"
 
 CASES = [
-    Case("no room for stage 2's file", full(prune, 60_000), refused("/out: could not be written", ROOM)),
-    Case("no room for stage 4's file", full(save_final_ckpt, 20_000), refused("/out: could not be written")),
-    Case("no room for run.json", full(prune, 1_000), refused("cannot write ", "/run.json: File too large")),
-    Case("no room for a converted model", full(convert, 60_000), refused("/out: could not be written", ROOM)),
-    Case(
-        "no room for a checkpoint", full_while_training(60_000), refused("/last.ckpt: could not be written")
-    ),
-    Case(
-        "no room for the log",
-        full_log,
-        refused("cannot write the logs in ", "/exp/logs: File too large"),
-    ),
-    Case("no room in shared memory", no_shared_memory, refused("no shared memory left", "--num_workers 0")),
-    Case(
-        "no room for weights for transformers",
-        full(export("hf"), 60_000, "new"),
-        refused("/new: Error while"),
-    ),
-    Case(
-        "no room for code for transformers", full(export("hf"), 6_000, "new"), refused("/new: File too large")
-    ),
-    Case("no room for ONNX", full(export("onnx"), 60_000), refused("/out: File too large")),
-    Case("no room for a report", full(report, 1_000, "new"), refused("/report.json: File too large")),
-    Case(
-        "no room for what is printed",
-        full_standard_output,
-        refused("could not be written (No space"),
-    ),
+    *(Case(f"no room for {name}", do, refused(*words)) for name, (do, *words) in NO_ROOM.items()),
     Case("no room for a run's lines", full_standard_error, finished()),
     Case("no temporary folder", temporary_folder_is_full, finished("update 10/10")),
     *(
@@ -193,13 +182,13 @@ CASES = [
     ),
     Case(
         "a converter over its source",
-        over_its_input("convert_hubert_from_fairseq", "--ckpt", lambda world: FAIRSEQ),
+        over_its_input("convert_hubert_from_fairseq", lambda world: FAIRSEQ),
         refused("is --ckpt, which it would replace"),
     ),
     Case("a converter over a file of its folder", over_a_file_of_its_folder, refused("is a file of --model")),
     Case(
         "ONNX over its source",
-        over_its_input("export_to_onnx", "--ckpt", lambda world: world.teacher),
+        over_its_input("export_to_onnx", lambda world: world.teacher),
         refused("is --ckpt, which it would replace"),
     ),
 ]

@@ -24,6 +24,7 @@ from tests.faults.table import (
     wait_until,
 )
 from tests.helpers.stages import ENVIRONMENT, RECIPE, ROOT
+from utils.checkpoint import fingerprint
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WAYS = {
@@ -97,12 +98,8 @@ def start_recipe(world, folder: Path, log: Path) -> subprocess.Popen:
     python = folder / "python"
     python.write_text(f'#!/bin/bash\n[[ $1 == */report.py ]] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    variables = {"python": python, "save_interval": 2, "tsv_dir": world.manifests}
-    variables |= {
-        "teacher_ckpt": world.teacher,
-        "root_dir": folder / "exp",
-        "final_dir": folder / "exp/final",
-    }
+    folders = {"root_dir": folder / "exp", "final_dir": folder / "exp" / "final", "tsv_dir": world.manifests}
+    variables = {**folders, "teacher_ckpt": world.teacher, "save_interval": 2, "python": python}
     environment = ENVIRONMENT | {name: str(value) for name, value in {**RECIPE, **variables}.items()}
     options = {"stderr": subprocess.STDOUT, "start_new_session": True}
     with open(log, "a") as output:
@@ -142,19 +139,14 @@ def killed_recipe(number: int, seed: int):
             return status == 0
 
         wait_until(ends, 120)
-        for name in ("ckpts/last.ckpt", "final/ckpts/last.ckpt"):
-            same_checkpoint(world.tmp / "exp" / name, whole / "exp" / name)
-        same_model(world.tmp / "exp", whole / "exp")
+        for stage in ("ckpts", "final/ckpts"):
+            first, second = world.tmp / "exp" / stage, whole / "exp" / stage
+            same_checkpoint(first / "last.ckpt", second / "last.ckpt")
+            pruned = "pruned_hubert_base.pth"
+            assert fingerprint(first / pruned) == fingerprint(second / pruned), stage
         return Outcome(0, said)
 
     return do
-
-
-def same_model(first: Path, second: Path) -> None:
-    from utils import run_record
-
-    for name in ("ckpts/pruned_hubert_base.pth", "final/ckpts/pruned_hubert_base.pth"):
-        assert run_record.fingerprint(first / name) == run_record.fingerprint(second / name), name
 
 
 CASES = [

@@ -12,7 +12,7 @@ SAMPLE = {
     "kills: SIGINT 1 of final_distill.py, alone",
     "disk: no room for stage 2's file",
     "disk: no room for a checkpoint",
-    "disk: no room in shared memory",
+    "disk: no room for batches in shared memory",
     "disk: a run to where it may not",
     "disk: a converter over its source",
     "data: audio that vanishes, with workers",
