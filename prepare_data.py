@@ -7,13 +7,13 @@ Usage:
 
 import argparse
 import hashlib
+import heapq
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 from utils import cli
 from utils.files import UserError
@@ -25,7 +25,8 @@ with cli.needs_extra("train"):
     from dataset.audio import AudioError, open_audio
     from dataset.manifest import SAMPLE_RATE, format_complaint, samples_complaint, write_manifests
 
-FILES_A_TASK = 64
+UNLISTABLE = re.compile("[\t\r\n\ud800-\udfff]")
+"""What no path in a manifest may hold; Python reads bytes that are not UTF-8 as \\ud800 to \\udfff."""
 
 
 def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
@@ -36,62 +37,39 @@ def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]
     Returns:
         The paths relative to ``root``, sorted, and (path, reason) for what was left out.
     """
-    found: list[str] = []
     left_out: list[tuple[str, str]] = []
-    linked_files: list[tuple[str, str]] = []
-    linked_folders: list[tuple[str, str]] = []
+    files: list[tuple[bool, str, str]] = []
+    # Folders come in the order of (is a link, path), and so do files below: what is no link comes first.
+    folders = [(False, "", os.path.realpath(root))]
     seen: set[str] = set()
-    folders = [("", os.path.realpath(root))]
-    while folders or linked_folders:
-        if not folders:
-            linked_folders.sort()
-            folders.append(linked_folders.pop(0))
-        prefix, real = folders.pop()
-        if real in seen:
+    while folders:
+        _, prefix, folder = heapq.heappop(folders)
+        if folder in seen:
             left_out.append((prefix.rstrip("/"), "another name of a folder listed already"))
             continue
-        seen.add(real)
+        seen.add(folder)
         try:
-            entries = list(os.scandir(real))
+            entries = list(os.scandir(folder))
         except OSError as error:
             if not prefix:
                 raise
             left_out.append((prefix.rstrip("/"), f"cannot be read ({error.strerror})"))
             continue
         for entry in entries:
-            path = prefix + entry.name
-            if entry.is_dir(follow_symlinks=False):
-                folders.append((f"{path}/", entry.path))
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                linked_folders.append((f"{path}/", os.path.realpath(entry.path)))
-            elif not entry.name.lower().endswith(suffix):
-                continue
-            elif not _is_plain(path):
-                left_out.append((path, "a tab, a line break or a byte that is not UTF-8 in its name"))
-            elif entry.is_symlink():
-                linked_files.append((path, os.path.realpath(entry.path)))
-            elif entry.is_file():
-                found.append(path)
-            else:
-                left_out.append((path, "cannot be read (not a file)"))
-    for path, real in sorted(linked_files):
-        folder, name = os.path.split(real)
-        if not os.path.isfile(real):
-            left_out.append((path, "cannot be read (a link to no file)"))
-        elif real in seen or (folder in seen and name.lower().endswith(suffix)):
+            path, linked = prefix + entry.name, entry.is_symlink()
+            real = os.path.realpath(entry.path) if linked else entry.path
+            if entry.is_dir(follow_symlinks=False) or (linked and os.path.isdir(real)):
+                heapq.heappush(folders, (linked, f"{path}/", real))
+            elif entry.name.lower().endswith(suffix):
+                if UNLISTABLE.search(path):
+                    left_out.append((path, "a tab, a line break or a byte that is not UTF-8 in its name"))
+                else:
+                    files.append((linked, path, real))
+    found: dict[str, str] = {}
+    for _, path, real in sorted(files):
+        if found.setdefault(real, path) != path:
             left_out.append((path, "another name of a file listed already"))
-        else:
-            seen.add(real)
-            found.append(path)
-    return sorted(found), left_out
-
-
-def _is_plain(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return not any(character in path for character in "\t\r\n")
+    return sorted(found.values()), left_out
 
 
 def inspect(root: str, path: str) -> int | str:
@@ -103,20 +81,18 @@ def inspect(root: str, path: str) -> int | str:
             if complaint is None and audio.subtype in ("FLOAT", "DOUBLE"):
                 # Only float formats can hold samples that are not audio, so only these are read whole.
                 blocks = (samples_complaint(block) for block in audio.blocks(2**20, dtype="float32"))
-                complaint = next((found for found in blocks if found is not None), None)
+                complaint = next(filter(None, blocks), None)
             return complaint or audio.frames or "empty"
     except AudioError as error:
-        reason = str(error).removeprefix(f"cannot read {full}: ")
-        return "empty" if reason == "it is empty" else f"cannot be read ({reason})"
+        return f"cannot be read ({str(error).removeprefix(f'cannot read {full}: ')})"
 
 
-def read_lengths(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[str, int | str]]:
-    """Inspects files in parallel, with a progress bar: (path, samples or reason), in the order given."""
-    num_tasks = -(-len(paths) // FILES_A_TASK)
+def read_headers(root: str, paths: list[str], num_workers: int) -> dict[str, int | str]:
+    """Inspects files in parallel; gives each path's number of samples, or the reason to leave it out."""
     # Most of the time for a header is spent in Python, where threads would wait for each other.
-    with ProcessPoolExecutor(min(num_workers, max(num_tasks, 1))) as pool:
-        results = pool.map(partial(inspect, root), paths, chunksize=FILES_A_TASK)
-        yield from zip(paths, tqdm(results, total=len(paths), unit=" files", desc="headers"), strict=True)
+    with ProcessPoolExecutor(min(num_workers, len(paths) // 64 + 1)) as pool:
+        results = pool.map(partial(inspect, root), paths, chunksize=64)
+        return dict(zip(paths, tqdm(results, total=len(paths), unit=" files", desc="headers"), strict=True))
 
 
 def librispeech_sets(path: str) -> list[str]:
@@ -146,34 +122,24 @@ def prepare(
     suffix = f".{extension.removeprefix('.').lower()}"
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {data}: give the corpus's with --data")
-    if "\n" in root or "\r" in root:
-        raise UserError(f"the name of {root!r} has a line break, which no manifest can hold: rename it")
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"{out} is a file: give a folder with --out")
-    if suffix == ".":
-        raise UserError("--extension is empty: give the end of the files' names, such as flac or wav")
 
     paths, left_out = find_audio(root, suffix)
     if layout == "librispeech":
-        in_sets = [path for path in paths if librispeech_sets(path)]
-        if paths and not in_sets:
+        if paths and not any(map(librispeech_sets, paths)):
             raise UserError(
                 f"none of the {len(paths)} {suffix} files under {data} has train or dev in its path: "
                 "give the folder above with --data, or --layout flat for another corpus"
             )
-        paths = in_sets
+        paths = [path for path in paths if librispeech_sets(path)]
         left_out = [(path, reason) for path, reason in left_out if librispeech_sets(path)]
     if not paths and not left_out:
-        raise UserError(
-            f"no {suffix} file under {data}: change --data, or --extension for other kinds of audio"
-        )
+        raise UserError(f"no {suffix} file under {data}: change --data, or --extension for other audio")
 
-    lengths: dict[str, int] = {}
-    for path, result in read_lengths(root, paths, num_workers):
-        if isinstance(result, int):
-            lengths[path] = result
-        else:
-            left_out.append((path, result))
+    results = read_headers(root, paths, num_workers)
+    lengths = {path: result for path, result in results.items() if isinstance(result, int)}
+    left_out += [(path, result) for path, result in results.items() if isinstance(result, str)]
     for path, reason in left_out:
         print(f"left out {path!r}: {reason}", file=sys.stderr)
     counts = Counter(reason.partition(" (")[0] for _, reason in left_out)
@@ -185,27 +151,21 @@ def prepare(
         )
 
     if layout == "librispeech":
-        sets = {
-            name: {path: length for path, length in lengths.items() if name in librispeech_sets(path)}
-            for name in ("train100", "train960", "valid")
-        }
+        sets_of = {path: librispeech_sets(path) for path in lengths}
+        names = ("train100", "train960", "valid")
     else:
         valid = split_off(list(lengths), valid_share, seed)
-        sets = {
-            "train": {path: length for path, length in lengths.items() if path not in valid},
-            "valid": {path: length for path, length in lengths.items() if path in valid},
-        }
-    write_manifests(out, root, {name: list(chosen.items()) for name, chosen in sets.items()})
+        sets_of = {path: ["valid"] if path in valid else ["train"] for path in lengths}
+        names = ("train", "valid")
+    sets = {name: [pair for pair in lengths.items() if name in sets_of[pair[0]]] for name in names}
+    write_manifests(out, root, sets)
 
     for name, chosen in sets.items():
-        hours = sum(chosen.values()) / SAMPLE_RATE / 3600
+        hours = sum(length for _, length in chosen) / SAMPLE_RATE / 3600
         what = f"{len(chosen)} files, {hours:.2f} hours" if chosen else "empty, this corpus has none for it"
         print(f"{os.path.join(out, name)}.tsv: {what}")
     if left_out:
         print(f"left out {len(left_out)}: {summary}")
-    others = sorted(file.name for file in Path(out).glob("*.tsv") if file.stem not in sets)
-    if others:
-        print(f"not of this run, and left as they were: {', '.join(others)} in {out}")
 
 
 def main() -> None:

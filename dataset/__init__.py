@@ -1,16 +1,14 @@
 """Manifests of audio files, and the batches of crops that training reads from them."""
 
 from .audio import AudioError, open_audio
-from .batches import AudioDataset, BucketBatchSampler, collate, make_loader
-from .manifest import SAMPLE_RATE, Manifest, read_manifest, write_manifests
+from .batches import AudioDataset, BucketBatchSampler, make_loader
+from .manifest import SAMPLE_RATE, read_manifest, write_manifests
 
 __all__ = [
     "SAMPLE_RATE",
     "AudioDataset",
     "AudioError",
     "BucketBatchSampler",
-    "Manifest",
-    "collate",
     "make_loader",
     "open_audio",
     "read_manifest",

@@ -21,6 +21,8 @@ from .workers import leave_signals_to_training, start_method
 MIN_SAMPLES = 32_000
 MAX_SAMPLES = 250_000
 
+NUM_BUCKETS = 1_000  # ranges of length that utterances are sorted into
+
 # 0.2 s. Libraries for GPUs prepare for each new shape of a batch, so there must be few shapes.
 GPU_CROP_MULTIPLE = 3_200
 
@@ -53,12 +55,9 @@ class BucketBatchSampler(Sampler[list[Crop]]):
     ``sampler[n]`` is the n-th batch of a run that goes through the data epoch by epoch. It follows from n
     and the arguments alone, so a resumed run starts at its batch at once.
 
-    Utterances of ``min_samples`` to ``max_samples`` (both included) are sorted into ``num_buckets`` equal
-    ranges of length, and keep their order within one. From the shortest bucket to the longest, a batch
-    takes utterances until the next would bring the sum of their whole lengths above ``seconds_per_batch``;
-    an utterance longer than that is a batch of its own. A batch is cropped to its shortest member, rounded
-    down to a multiple of ``crop_multiple``. The start of a crop follows from the seed, the epoch, the
-    utterance and the number of possible starts.
+    Utterances of ``MIN_SAMPLES`` to ``MAX_SAMPLES`` are sorted into ``NUM_BUCKETS`` equal ranges of length
+    and keep their order within one. From short to long, a batch takes utterances until the next would
+    bring the sum of their lengths above ``seconds_per_batch``. A batch is cropped to its shortest member.
 
     All ranks have the same number of batches, and an epoch has every utterance once: where the number of
     batches is no multiple of ``world_size``, the largest batches are halved until it is. Only where every
@@ -67,10 +66,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
     Args:
         lengths: (utterance,), in samples.
         seconds_per_batch: the most seconds of audio in a batch, before cropping.
-        min_samples: the shortest utterance to use.
-        max_samples: the longest utterance to use.
-        num_buckets: the number of ranges of length.
-        crop_multiple: lengths of crops are multiples of this number of samples.
+        crop_multiple: lengths of crops are rounded down to a multiple of this number of samples.
         shuffle: whether batches and crops change with the epoch. Without it, batches come from short to long
             and every epoch has the crops of epoch 0, so that validation always sees the same samples.
         seed: determines the order of batches and the crops.
@@ -80,7 +76,6 @@ class BucketBatchSampler(Sampler[list[Crop]]):
 
     Attributes:
         batches_an_epoch: the number of batches that each rank has in an epoch.
-        num_utterances: the number of utterances in the range of lengths, over all ranks.
     """
 
     def __init__(
@@ -88,9 +83,6 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         lengths: Sequence[int] | np.ndarray | Tensor,
         seconds_per_batch: float,
         *,
-        min_samples: int = MIN_SAMPLES,
-        max_samples: int = MAX_SAMPLES,
-        num_buckets: int = 1000,
         crop_multiple: int = 1,
         shuffle: bool = True,
         seed: int = 2022,
@@ -105,21 +97,16 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         self.world_size = world_size
 
         self._lengths = np.asarray(lengths, dtype=np.int64)
-        usable = np.flatnonzero((self._lengths >= min_samples) & (self._lengths <= max_samples))
-        self.num_utterances = len(usable)
-        self._utterances = usable[np.argsort(self._buckets(usable, num_buckets), kind="stable")]
+        usable = np.flatnonzero((self._lengths >= MIN_SAMPLES) & (self._lengths <= MAX_SAMPLES))
+        above = self._lengths[usable] - self._lengths[usable].min(initial=MAX_SAMPLES)
+        buckets = above * NUM_BUCKETS // (above.max(initial=0) + 1)
+        self._utterances = usable[np.argsort(buckets, kind="stable")]
         # Batch n is _utterances[_bounds[n]:_bounds[n + 1]], so that halving a batch is adding a bound.
         self._bounds = self._fill(seconds_per_batch * SAMPLE_RATE)
         self._halve_largest_until_even()
         self.batches_an_epoch = -(-(len(self._bounds) - 1) // world_size)
         self.run = range(self.batches_an_epoch) if run is None else run
         self._order: tuple[int, np.ndarray] | None = None
-
-    def _buckets(self, utterances: np.ndarray, num_buckets: int) -> np.ndarray:
-        lengths = self._lengths[utterances]
-        if len(lengths) == 0:
-            return lengths
-        return (lengths - lengths.min()) * num_buckets // (lengths.max() - lengths.min() + 1)
 
     def _fill(self, max_batch_samples: float) -> np.ndarray:
         bounds, samples = [0], 0
@@ -153,18 +140,17 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         epoch, place = divmod(number, self.batches_an_epoch)
         if not self.shuffle:
             epoch = 0
-        batch = self._batches_of(epoch)[place]
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._batches_of(epoch)
+        batch = self._order[1][place]
         return self._crops(self._utterances[self._bounds[batch] : self._bounds[batch + 1]], epoch)
 
     def _batches_of(self, epoch: int) -> np.ndarray:
         """This rank's batches of an epoch, in order."""
-        if self._order is None or self._order[0] != epoch:
-            batches = np.arange(len(self._bounds) - 1)
-            if self.shuffle:
-                batches = np.argsort(_random_bits(self.seed, epoch, _FOR_ORDER, batches), kind="stable")
-            dealt = np.resize(batches, self.batches_an_epoch * self.world_size)
-            self._order = epoch, dealt[self.rank :: self.world_size]
-        return self._order[1]
+        batches = np.arange(len(self._bounds) - 1)
+        if self.shuffle:
+            batches = np.argsort(_random_bits(self.seed, epoch, _FOR_ORDER, batches), kind="stable")
+        return np.resize(batches, self.batches_an_epoch * self.world_size)[self.rank :: self.world_size]
 
     def _crops(self, utterances: np.ndarray, epoch: int) -> list[Crop]:
         lengths = self._lengths[utterances]
@@ -179,11 +165,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
 
 
 class AudioDataset(Dataset[Tensor]):
-    """The utterances of ``tsv_dir/name.tsv``, read crop by crop.
-
-    Args:
-        tsv_dir: the folder of the manifest.
-        name: the manifest's name without ``.tsv``.
+    """The utterances of the manifest ``tsv_dir/name.tsv``, read crop by crop.
 
     Attributes:
         lengths: (utterance,) int64, in samples.
@@ -202,7 +184,6 @@ class AudioDataset(Dataset[Tensor]):
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """The path of an utterance's file."""
         return os.path.join(self.root, self.paths[index])
 
     def __getitem__(self, crop: Crop) -> Tensor:
@@ -212,37 +193,28 @@ class AudioDataset(Dataset[Tensor]):
             (time,) float32 in [-1, 1].
 
         Raises:
-            AudioError: the file is missing or broken, has changed since the manifest was made, or holds
-                samples that cannot be audio.
+            AudioError: the file is missing, broken, not as the manifest says, or not audio.
         """
         index, start, length = crop
         path = self.path(index)
         with open_audio(path) as audio:
-            complaint = format_complaint(audio)
-            if complaint is None and audio.frames != self.lengths[index]:
-                complaint = f"{audio.frames} samples where its manifest says {self.lengths[index]}"
-            if complaint is not None:
-                raise AudioError(f"{path} has changed: {complaint}: run prepare_data.py again")
+            change = format_complaint(audio)
+            if change is None and audio.frames != self.lengths[index]:
+                change = f"{audio.frames} samples where its manifest says {self.lengths[index]}"
+            if change is not None:
+                raise AudioError(f"{path} has changed: {change}: run prepare_data.py again")
             audio.seek(start)
             samples = audio.read(length, dtype="float32")
+        complaint = samples_complaint(samples)
         if len(samples) != length:
-            raise AudioError(
-                f"cannot read {path}: it breaks off at sample {start + len(samples)} of "
-                f"{self.lengths[index]}: restore it"
-            )
-        if (complaint := samples_complaint(samples)) is not None:
+            complaint = f"breaks off at sample {start + len(samples)} of {self.lengths[index]}"
+        if complaint is not None:
             raise AudioError(f"{path}: {complaint}: mend it, or leave it out of the manifest")
         return torch.from_numpy(samples)
 
 
 def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stacks a batch's crops, all of one length.
-
-    Args:
-        waveforms: (time,) each.
-
-    Returns:
-        The waveforms (batch, time) float32 and their lengths in samples (batch,) int64.
+    """Stacks crops (time,) of one length: (batch, time) float32, and their lengths (batch,) int64.
 
     Raises:
         LoaderError: in a reading process, where no shared memory is left to hand the batch over.
@@ -267,42 +239,28 @@ def make_loader(
     seconds_per_batch: float,
     num_workers: int,
     *,
-    shuffle: bool,
-    seed: int = 2022,
-    rank: int = 0,
-    world_size: int = 1,
     for_gpu: bool = False,
-    run: range | None = None,
+    **sampling,
 ) -> DataLoader:
-    """The loader of one rank's batches ``(waveforms, lengths)``.
-
-    Its ``batch_sampler`` is a ``BucketBatchSampler``. It neither reads nor moves the global random states.
+    """The loader of one rank's batches ``(waveforms, lengths)``, which leaves global random states alone.
 
     Args:
-        tsv_dir: the folder of the manifest.
-        name: the manifest's name without ``.tsv``.
+        tsv_dir, name: the manifest is ``tsv_dir/name.tsv``.
+        seconds_per_batch: the most seconds of audio in a batch, before cropping.
         num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
         for_gpu: whether to pin batches in memory and crop them to multiples of ``GPU_CROP_MULTIPLE``.
-        seconds_per_batch, shuffle, seed, rank, world_size, run: see ``BucketBatchSampler``.
+        sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
 
     Returns:
-        The loader. Without ``shuffle`` its length is 0 where no utterance can be used.
+        The loader. With ``shuffle=False`` its length is 0 where no utterance can be used.
 
     Raises:
-        UserError: the manifest is missing or malformed, or with ``shuffle`` no utterance in it can be used.
+        UserError: the manifest is missing or malformed, or no utterance in it can be used for training.
     """
     dataset = AudioDataset(tsv_dir, name)
-    batches = BucketBatchSampler(
-        dataset.lengths,
-        seconds_per_batch,
-        shuffle=shuffle,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        crop_multiple=GPU_CROP_MULTIPLE if for_gpu else 1,
-        run=run,
-    )
-    if shuffle and batches.num_utterances == 0:
+    crop_multiple = GPU_CROP_MULTIPLE if for_gpu else 1
+    batches = BucketBatchSampler(dataset.lengths, seconds_per_batch, crop_multiple=crop_multiple, **sampling)
+    if batches.shuffle and batches.batches_an_epoch == 0:
         seconds = f"{MIN_SAMPLES / SAMPLE_RATE:g} to {MAX_SAMPLES / SAMPLE_RATE:g} s"
         raise UserError(
             f"{Path(tsv_dir) / name}.tsv has {len(dataset)} utterances, but none of {MIN_SAMPLES} to "
@@ -318,5 +276,5 @@ def make_loader(
         multiprocessing_context=start_method() if num_workers else None,
         pin_memory=for_gpu,
         # Every iterator draws a seed, which must not come from the generator that training draws from.
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(batches.seed),
     )

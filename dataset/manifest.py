@@ -63,6 +63,7 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
         present = ", ".join(sorted(file.name for file in Path(tsv_dir).glob("*.tsv"))) or "no manifest"
         raise UserError(f"there is no {tsv} ({tsv_dir} has {present}): prepare_data.py makes manifests")
     lengths: dict[str, int] = {}
+    remedy = "make the manifest again with prepare_data.py"
     try:
         # Only a line feed ends a line: a carriage return or a Unicode line separator may be part of a name.
         with open(tsv, encoding="utf-8-sig", newline="\n") as file:
@@ -70,29 +71,19 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
             for number, line in enumerate(file, start=2):
                 path, _, samples = line.rstrip("\r\n").partition("\t")
                 if not path or not samples.isdecimal() or len(samples) > 18:
-                    raise UserError(
-                        f"{tsv}, line {number}: not a path, a tab and a number of samples: "
-                        "make it again with prepare_data.py"
-                    )
-                if leaves_root(path):
-                    raise UserError(
-                        f"{tsv}, line {number}: {path!r:.300} does not lie under the root folder of line "
-                        "1: give a path relative to it, without .."
-                    )
-                if path in lengths:
-                    raise UserError(
-                        f"{tsv}, line {number}: lists {path!r:.300} a second time, after line "
-                        f"{list(lengths).index(path) + 2}: leave one of them out"
-                    )
-                lengths[path] = int(samples)
+                    complaint = "not a path, a tab and a number of samples"
+                elif leaves_root(path):
+                    complaint = f"{path!r:.300} does not lie under the root folder of line 1"
+                elif path in lengths:
+                    complaint = f"lists {path!r:.300} a second time"
+                else:
+                    lengths[path] = int(samples)
+                    continue
+                raise UserError(f"{tsv}, line {number}: {complaint}: {remedy}")
     except UnicodeDecodeError as error:
-        raise UserError(f"{tsv}, line {len(lengths) + 2} or later: not UTF-8 text ({error.reason})") from None
-    if lengths and not root:
-        raise UserError(f"{tsv}, line 1: the root folder is missing: make it again with prepare_data.py")
-    if root and ("\0" in root or not os.path.isdir(root)):
-        raise UserError(
-            f"{tsv}, line 1: there is no folder {root!r:.300}: make the manifest again with prepare_data.py"
-        )
+        raise UserError(f"{tsv} is not UTF-8 text ({error.reason}): {remedy}") from None
+    if (root or lengths) and not os.path.isdir(root):
+        raise UserError(f"{tsv}, line 1: there is no folder {root!r:.300}: {remedy}")
     return Manifest(root, list(lengths), np.array(list(lengths.values()), dtype=np.int64))
 
 

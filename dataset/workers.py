@@ -51,23 +51,19 @@ if sys.platform == "linux":
     class ForkThatArrives(context.ForkContext):
         """Python's fork, tried again where the new process stands still.
 
-        A process that forks while another of its threads holds a lock of Python's own may leave its child
-        waiting for this lock. Up to Python 3.11 there is one that starting and ending threads take, as those
-        of a distributed run do at any moment. The child then stands still before it runs a line, and heeds no
-        signal but SIGKILL.
-
-        Python's forkserver has no such fault, but it starts seconds later, its readers hold twice the memory,
-        it dies of signals to the whole run, and the readers outlive a training process that was killed.
+        Up to Python 3.11, a process that forks while another of its threads starts or ends may leave its
+        child waiting for a lock of Python's own, before the child runs a line. The forkserver has no such
+        fault, but it starts seconds later, its readers hold twice the memory, it dies of signals to the
+        whole run, and the readers outlive a training process that was killed.
         """
 
         Process = _Process
 
 
 def leave_signals_to_training(worker: int) -> None:
-    """A ``worker_init_fn`` for readers that have to go on while training saves and stops.
+    """A ``worker_init_fn``: readers go on when a signal to the whole run asks training to save and stop.
 
-    A signal that asks for this reaches all processes of a run. Python ends its remaining readers by SIGTERM
-    too, so only a SIGTERM from the training process counts.
+    Python ends its remaining readers by SIGTERM, so only a SIGTERM from the training process counts.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -5,9 +5,7 @@ from tests.faults.table import World
 
 @pytest.fixture(scope="session")
 def whole_world(tmp_path_factory, corpus, manifests, teacher):
-    world = World(tmp_path_factory.mktemp, corpus, manifests, teacher)
-    yield world
-    world.close()
+    return World(tmp_path_factory.mktemp, corpus, manifests, teacher)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ FORBIDDEN = Path("/sys/no")
 
 
 def untouched(do):
-    """The same, where what was in the case's folder must be there as it was, and nothing new."""
+    """The same attack, after which the file that was there is as it was, and there is no new one."""
 
     def checked(world):
         shutil.copy(world.teacher, world.tmp / "out")
@@ -29,9 +29,7 @@ def untouched(do):
 
 def prune(world, out, **options):
     last = world.copy_of_stages() / "ckpts" / "last.ckpt"
-    return world.call(
-        "prune", "--distilled_ckpt", last, "--original_ckpt", world.teacher, "--out", out, **options
-    )
+    return world.call("prune", *world.pruning(last), "--out", out, **options)
 
 
 def save_final_ckpt(world, out, **options):
@@ -66,17 +64,8 @@ def full(write, size, name="out"):
     return untouched(lambda world: write(world, world.tmp / name, file_size=size))
 
 
-def forbidden(write, name="no"):
-    return lambda world: write(world, FORBIDDEN.with_name(name))
-
-
-def full_manifests(world):
-    out = world.tmp / "tsv"
-    shutil.copytree(world.manifests, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    outcome = prepare(world, out, file_size=100)
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-    return outcome
+def forbidden(write):
+    return lambda world: write(world, FORBIDDEN)
 
 
 def full_while_training(size, **changes):
@@ -106,7 +95,7 @@ def no_shared_memory(world):
 
 def full_standard_output(world):
     last = world.copy_of_stages() / "ckpts" / "last.ckpt"
-    arguments = ["--distilled_ckpt", last, "--original_ckpt", world.teacher, "--out", world.tmp / "out.pth"]
+    arguments = [*world.pruning(last), "--out", world.tmp / "out.pth"]
     with open("/dev/full", "w") as output:
         outcome = world.run("prune", *arguments, stdout=output, stderr=subprocess.PIPE)
     assert (world.tmp / "out.pth").exists()
@@ -126,21 +115,15 @@ def temporary_folder_is_full(world):
     return outcome
 
 
-def over_its_input(script, flag, arguments):
-    """--out names an input, or a link to it."""
+def over_its_input(script, source):
+    """--out names the file that --ckpt names."""
 
     def do(world):
-        source, link = world.tmp / "source", world.tmp / "link"
-        paths = arguments(world)
-        shutil.copy(paths[paths.index(flag) + 1], source)
-        paths[paths.index(flag) + 1] = source
-        link.symlink_to(source)
-        before = source.read_bytes()
-        outcome = None
-        for out in (source, link):
-            outcome = world.call(script, *paths, "--out", out)
-            assert outcome.status == 2, outcome.said
-        assert source.read_bytes() == before
+        path = world.tmp / "source"
+        shutil.copy(source(world), path)
+        before = path.read_bytes()
+        outcome = world.call(script, "--ckpt", path, "--out", path)
+        assert path.read_bytes() == before
         return outcome
 
     return do
@@ -157,94 +140,55 @@ def over_a_file_of_its_folder(world):
     return outcome
 
 
-def pruned_inputs(world):
-    return ["--distilled_ckpt", world.stages / "ckpts" / "last.ckpt", "--original_ckpt", world.teacher]
-
-
-def final_inputs(world):
-    pruned, last = (
-        f"{world.stages}/{name}" for name in ("ckpts/pruned_hubert_base.pth", "final/ckpts/last.ckpt")
-    )
-    return ["--config_path", pruned, "--ckpt_after_final_distill", last]
-
-
 ROOM = "is there room on the disk?"
+NO_ROOM = {
+    "stage 2's file": (full(prune, 60_000), "/out: could not be written", ROOM),
+    "stage 4's file": (full(save_final_ckpt, 20_000), "/out: could not be written"),
+    "run.json": (full(prune, 1_000), "cannot write ", "/run.json: File too large"),
+    "a converted model": (full(convert, 60_000), "/out: could not be written", ROOM),
+    "a checkpoint": (full_while_training(60_000), "/last.ckpt: could not be written"),
+    "the log": (full_log, "cannot write the logs in ", "/exp/logs: File too large"),
+    "batches in shared memory": (no_shared_memory, "no shared memory left", "--num_workers 0"),
+    "weights for transformers": (full(export("hf"), 60_000, "new"), "/new: Error while"),
+    "code for transformers": (full(export("hf"), 6_000, "new"), "/new: File too large"),
+    "ONNX": (full(export("onnx"), 60_000), "/out: File too large"),
+    "a report": (full(report, 1_000, "new"), "/report.json: File too large"),
+    "what is printed": (full_standard_output, "could not be written (No space"),
+}
+"""What does not fit, how, and the words of the sentence."""
+
+FORBIDDEN_WRITERS = {
+    "stage 2": (prune, ""),
+    "stage 4": (save_final_ckpt, ""),
+    "a converter": (convert, ""),
+    "manifests": (prepare, "/train100.tsv"),
+    "transformers": (export("hf"), ""),
+    "ONNX": (export("onnx"), ""),
+    "a report": (report, "/report.json"),
+}
 
 CASES = [
-    Case("no room for stage 2's file", full(prune, 60_000), refused("/out: could not be written", ROOM)),
-    Case("no room for stage 4's file", full(save_final_ckpt, 20_000), refused("/out: could not be written")),
-    Case("no room for run.json", full(prune, 1_000), refused("cannot write ", "/run.json: File too large")),
-    Case("no room for a converted model", full(convert, 60_000), refused("/out: could not be written", ROOM)),
-    Case("no room for manifests", full_manifests, refused("cannot write ", "/train100.tsv: File too large")),
-    Case(
-        "no room for a checkpoint", full_while_training(60_000), refused("/last.ckpt: could not be written")
-    ),
-    Case(
-        "no room for the log",
-        full_log,
-        refused("cannot write the logs in ", "/exp/logs: File too large"),
-    ),
-    Case("no room in shared memory", no_shared_memory, refused("no shared memory left", "--num_workers 0")),
-    Case(
-        "no room for weights for transformers",
-        full(export("hf"), 60_000, "new"),
-        refused("/new: Error while"),
-    ),
-    Case(
-        "no room for code for transformers", full(export("hf"), 6_000, "new"), refused("/new: File too large")
-    ),
-    Case("no room for ONNX", full(export("onnx"), 60_000), refused("/out: File too large")),
-    Case("no room for a report", full(report, 1_000, "new"), refused("/report.json: File too large")),
-    Case(
-        "no room for what is printed",
-        full_standard_output,
-        refused("could not be written (No space"),
-    ),
+    *(Case(f"no room for {name}", do, refused(*words)) for name, (do, *words) in NO_ROOM.items()),
     Case("no room for a run's lines", full_standard_error, finished()),
     Case("no temporary folder", temporary_folder_is_full, finished("update 10/10")),
-    Case("stage 2 to where it may not", forbidden(prune), refused("cannot write /sys/no: ")),
-    Case("stage 4 to where it may not", forbidden(save_final_ckpt), refused("cannot write /sys/no: ")),
-    Case("a converter to where it may not", forbidden(convert), refused("cannot write /sys/no: ")),
-    Case(
-        "manifests to where they may not", forbidden(prepare), refused("cannot write /sys/no/train100.tsv: ")
+    *(
+        Case(f"{name} to where it may not", forbidden(write), refused(f"/sys/no{path}: "))
+        for name, (write, path) in FORBIDDEN_WRITERS.items()
     ),
-    Case("transformers to where it may not", forbidden(export("hf")), refused("cannot write /sys/no: ")),
-    Case("ONNX to where it may not", forbidden(export("onnx")), refused("cannot write /sys/no: ")),
-    Case("a report to where it may not", forbidden(report), refused("/sys/no/report.json: ")),
     Case(
         "a run to where it may not",
         lambda world: world.call("distill", *world.distill(FORBIDDEN)),
         refused("--exp_dir /sys/no cannot be written to"),
     ),
     Case(
-        "stage 2 over stage 1's file",
-        over_its_input("prune", "--distilled_ckpt", pruned_inputs),
-        refused("replace"),
-    ),
-    Case(
-        "stage 2 over the teacher",
-        over_its_input("prune", "--original_ckpt", pruned_inputs),
-        refused("replace"),
-    ),
-    Case(
-        "stage 4 over stage 2's file",
-        over_its_input("save_final_ckpt", "--config_path", final_inputs),
-        refused("replace"),
-    ),
-    Case(
-        "stage 4 over stage 3's file",
-        over_its_input("save_final_ckpt", "--ckpt_after_final_distill", final_inputs),
-        refused("is --ckpt_after_final_distill, which it would replace"),
-    ),
-    Case(
         "a converter over its source",
-        over_its_input("convert_hubert_from_fairseq", "--ckpt", lambda world: ["--ckpt", FAIRSEQ]),
+        over_its_input("convert_hubert_from_fairseq", lambda world: FAIRSEQ),
         refused("is --ckpt, which it would replace"),
     ),
     Case("a converter over a file of its folder", over_a_file_of_its_folder, refused("is a file of --model")),
     Case(
         "ONNX over its source",
-        over_its_input("export_to_onnx", "--ckpt", lambda world: ["--ckpt", world.teacher]),
+        over_its_input("export_to_onnx", lambda world: world.teacher),
         refused("is --ckpt, which it would replace"),
     ),
 ]

@@ -1,12 +1,18 @@
-"""Files that are damaged or hostile, or hold odd values: one sentence, and no code is run."""
+"""Files that are damaged or hostile, or hold other values than they should: one sentence, no code is run."""
 
+import copy
 import os
 import random
 
 import torch
 
-from tests.faults.table import MUTATIONS, SEED, Case, Outcome, finished, refused
+from converters.fairseq import load_fairseq
+from tests.faults.table import MUTATIONS, SEED, Case, Outcome, finished, refused, same_checkpoint
 from tests.helpers.stages import ROOT
+from training.resume import read_training_checkpoint
+from utils.checkpoint import load_model
+from utils.files import UserError
+from utils.run_record import read_run
 
 LAYER_NORM = "encoder.transformer.layer_norm.weight"
 
@@ -75,14 +81,13 @@ def huge(tensors):
             tensors[key] = torch.full_like(tensors[key], 3e38)
 
 
-def stage_1(change):
-    """Prunes what stage 1 has left, changed."""
+def stage_1(key, value):
+    """Prunes what stage 1 has left, with another entry."""
 
     def do(world):
-        path, content = world.tmp / "last.ckpt", world.content("last.ckpt")
-        change(content)
-        torch.save(content, path)
-        return world.call("prune", "--distilled_ckpt", path, "--original_ckpt", world.teacher)
+        path = world.tmp / "last.ckpt"
+        torch.save({**world.content("last.ckpt"), key: value}, path)
+        return world.call("prune", *world.pruning(path))
 
     return do
 
@@ -92,22 +97,45 @@ def projections(value):
 
     def do(world):
         path, content = world.tmp / "pruned.pth", world.content("pruned_hubert_base.pth")
-        content["distill_linear_projs"] = value
-        torch.save(content, path)
+        torch.save({**content, "distill_linear_projs": value}, path)
         return world.call("final_distill", *world.final_distill(student_ckpt=path))
 
     return do
 
 
-def mutated(read, good, count=MUTATIONS):
+def entry(content, *keys, value=None):
+    """Sets the entry that keys lead to, or removes it."""
+    for key in keys[:-1]:
+        content = content[key]
+    if value is None:
+        del content[keys[-1]]
+    else:
+        content[keys[-1]] = value
+
+
+def resumed(*keys, value=None, harmless=False):
+    """Goes on from update 8 with an entry changed; a harmless change leads to the unbroken run's weights."""
+
+    def do(world):
+        content, ckpts = copy.deepcopy(world.content("previous.ckpt")), world.tmp / "exp" / "ckpts"
+        entry(content, *keys, value=value)
+        ckpts.mkdir(parents=True)
+        torch.save(content, ckpts / "last.ckpt")
+        outcome = world.call("distill", *world.distill())
+        if harmless:
+            same_checkpoint(ckpts / "last.ckpt", world.stages / "ckpts" / "last.ckpt")
+        return outcome
+
+    return do
+
+
+def mutated(read, good):
     """Random changes to a file: each is refused in one sentence, or the file is read."""
 
     def do(world):
-        from utils.files import UserError
-
         content, generator = good(world).read_bytes(), random.Random(SEED)
-        path = world.tmp / "file.pth"
-        for _ in range(count):
+        path = world.tmp / "run.json"
+        for _ in range(MUTATIONS):
             changed = bytearray(content)
             for _ in range(generator.choice([1, 1, 3, 20])):
                 # Half of the changes are in the end of the file, where a checkpoint's structure is.
@@ -125,42 +153,39 @@ def mutated(read, good, count=MUTATIONS):
     return do
 
 
-def read_model(path):
-    from utils.checkpoint import load_model
+READERS = {
+    "a model": (load_model, lambda world: world.teacher),
+    "a checkpoint of training": (
+        read_training_checkpoint,
+        lambda world: world.stages / "ckpts" / "last.ckpt",
+    ),
+    "fairseq's file": (
+        lambda path: load_fairseq(str(path), "hubert"),
+        lambda world: ROOT / "tests" / "golden" / "fairseq_hubert_base.pt",
+    ),
+    "run.json": (lambda path: read_run(path.parent), lambda world: world.stages / "run.json"),
+}
 
-    load_model(path)
-
-
-def read_training(path):
-    from training.resume import read_training_checkpoint
-
-    read_training_checkpoint(path)
-
-
-def read_fairseq(path):
-    from converters.fairseq import load_fairseq
-
-    load_fairseq(str(path), "hubert")
-
-
-def read_run_json(path):
-    from utils.run_record import read_run
-
-    path.rename(path.with_name("run.json"))
-    read_run(path.parent)
-
+RESUMED = {
+    "no optimiser": resumed("optimizer_states"),
+    "no update": resumed("global_step"),
+    "no record": resumed("run"),
+    "a record with line breaks": resumed("run", "flags", "cos_type", value="a\nb\x1b[2J"),
+    "a missing weight": resumed("state_dict", "lambda1"),
+    "a weight of another shape": resumed("state_dict", "lambda1", value=torch.zeros(2)),
+}
+HARMLESS = {
+    "a learning rate of 10**9": ("optimizer_states", 0, "param_groups", 0, "lr"),
+    "an unknown callback's state": ("callbacks", "x"),
+}
 
 ODD_CONFIG = {
-    "extractor_mode": 5,
     "extractor_conv_layer_config": [(16, 3, 0)],
-    "extractor_conv_bias": "x",
     "encoder_embed_dim": None,
     "encoder_num_layers": 0,
-    "encoder_use_attention": [1, 2],
     "encoder_ff_interm_features": {},
     "encoder_dropout": "x",
     "encoder_num_heads": 1.5,
-    "normalize_waveform": None,
 }
 
 CASES = [
@@ -187,28 +212,14 @@ CASES = [
     Case("weights in float16", as_type(torch.float16), finished("update 10/10")),
     Case("weights in bfloat16", as_type(torch.bfloat16), finished("update 10/10")),
     Case("weights in float64", as_type(torch.float64), finished("update 10/10")),
-    Case(
-        "stage 1's settings a list", stage_1(lambda c: c.update(hyper_parameters=[1])), refused("last.ckpt")
-    ),
-    Case("stage 1's weights a list", stage_1(lambda c: c.update(state_dict=[1])), refused("last.ckpt")),
-    Case("stage 1's record a list", stage_1(lambda c: c.update(run=[1])), refused("last.ckpt")),
-    Case("stage 1's record empty", stage_1(lambda c: c.update(run={})), refused("last.ckpt")),
+    Case("stage 1's settings a list", stage_1("hyper_parameters", [1]), refused("last.ckpt")),
+    Case("stage 1's weights a list", stage_1("state_dict", [1]), refused("last.ckpt")),
+    Case("stage 1's record a list", stage_1("run", [1]), refused("last.ckpt")),
     Case("a projection that is a text", projections({"0.weight": "x"}), refused("pruned.pth")),
-    Case("random changes to a model", mutated(read_model, lambda world: world.teacher), finished()),
-    Case("100 random changes to a model", mutated(read_model, lambda world: world.teacher, 100), finished()),
-    Case(
-        "random changes to a checkpoint of training",
-        mutated(read_training, lambda world: world.stages / "ckpts" / "last.ckpt"),
-        finished(),
+    *(Case(name, do, refused("/ckpts/last.ckpt")) for name, do in RESUMED.items()),
+    *(
+        Case(name, resumed(*keys, value=1e9, harmless=True), finished("update 10/10"))
+        for name, keys in HARMLESS.items()
     ),
-    Case(
-        "random changes to fairseq's file",
-        mutated(read_fairseq, lambda world: ROOT / "tests" / "golden" / "fairseq_hubert_base.pt"),
-        finished(),
-    ),
-    Case(
-        "random changes to run.json",
-        mutated(read_run_json, lambda world: world.stages / "run.json"),
-        finished(),
-    ),
+    *(Case(f"random changes to {name}", mutated(*reader), finished()) for name, reader in READERS.items()),
 ]

@@ -3,10 +3,12 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from multiprocessing import Process
 from pathlib import Path
 
 from tests.faults.table import (
@@ -14,13 +16,15 @@ from tests.faults.table import (
     PATIENCE,
     SEED,
     Case,
-    Fork,
     Outcome,
+    ended,
     finished,
     same_checkpoint,
+    start,
     wait_until,
 )
 from tests.helpers.stages import ENVIRONMENT, RECIPE, ROOT
+from utils.checkpoint import fingerprint
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WAYS = {
@@ -30,25 +34,24 @@ WAYS = {
 }
 
 
-def start(world, stage: str, way: str, exp: Path, log: Path) -> list[Fork]:
+def start_stage(world, stage: str, way: str, exp: Path, log: Path) -> list[Process]:
     """Starts a stage; one process, or one for each rank."""
     arguments = getattr(world, stage)(exp, save_interval=2, **WAYS[way])
     if way != "two ranks":
-        return [world.warm.start(f"{stage}.py", arguments, log)]
+        return [start(f"{stage}.py", arguments, log)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "faults"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": world.free_port()}
-    return [
-        world.warm.start(f"{stage}.py", arguments, log, RANK=rank, LOCAL_RANK=rank, **shared)
-        for rank in (0, 1)
-    ]
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(f"{stage}.py", arguments, log, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
 
 
 def run_to_the_end(world, stage: str, way: str, exp: Path) -> float:
     """Runs a stage, which has to succeed; returns the seconds that it took."""
-    begin = time.monotonic()
-    log = exp.with_suffix(".end.log")
-    for process in start(world, stage, way, exp, log):
-        finished()(process.wait(120))
+    begin, log = time.monotonic(), exp.with_suffix(".end.log")
+    for process in start_stage(world, stage, way, exp, log):
+        finished()(Outcome(ended(process, 120), log.read_text()))
     return time.monotonic() - begin
 
 
@@ -67,15 +70,16 @@ def killed(stage: str, way: str, number: int, seed: int):
         generator = random.Random(f"{SEED} {stage} {way} {number} {seed}")
         seconds, whole = unbroken(world, stage, way)
         exp, log = world.tmp / "exp", world.tmp / "log"
-        processes = start(world, stage, way, exp, log)
+        processes = start_stage(world, stage, way, exp, log)
         time.sleep(generator.uniform(0, seconds))
-        group = generator.random() < 0.5 and number != signal.SIGKILL
+        send = os.killpg if generator.random() < 0.5 and number != signal.SIGKILL else os.kill
         victims = generator.choice([processes, *([process] for process in processes)])
         for process in victims:
-            process.signal(number, group)
-        outcomes = [process.wait(3 * PATIENCE) for process in processes]
-        said = outcomes[0].said
-        for process, (status, _) in zip(processes, outcomes, strict=True):
+            with suppress(ProcessLookupError):
+                send(process.pid, number)
+        statuses = [ended(process, 3 * PATIENCE) for process in processes]
+        said = log.read_text()
+        for process, status in zip(processes, statuses, strict=True):
             # The end of Python itself, after all is saved, leaves signals to the system.
             expected = {-number, 0} if number == signal.SIGKILL else {128 + number, -number, 0}
             # A rank that is left alone says so; it may also have saved together with the other.
@@ -89,36 +93,24 @@ def killed(stage: str, way: str, number: int, seed: int):
     return do
 
 
-def recipe(world, folder: Path) -> tuple[list[str], dict]:
-    """The command and the environment of run.sh, without its report."""
+def start_recipe(world, folder: Path, log: Path) -> subprocess.Popen:
+    """Starts run.sh, without its report."""
     python = folder / "python"
     python.write_text(f'#!/bin/bash\n[[ $1 == */report.py ]] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    variables = {
-        **RECIPE,
-        "python": python,
-        "save_interval": 2,
-        "tsv_dir": world.manifests,
-        "teacher_ckpt": world.teacher,
-        "root_dir": folder / "exp",
-        "final_dir": folder / "exp" / "final",
-    }
-    return ["bash", str(ROOT / "run.sh")], {**ENVIRONMENT, **{k: str(v) for k, v in variables.items()}}
-
-
-def started_recipe(world, folder: Path, log: Path) -> subprocess.Popen:
-    command, environment = recipe(world, folder)
+    folders = {"root_dir": folder / "exp", "final_dir": folder / "exp" / "final", "tsv_dir": world.manifests}
+    variables = {**folders, "teacher_ckpt": world.teacher, "save_interval": 2, "python": python}
+    environment = ENVIRONMENT | {name: str(value) for name, value in {**RECIPE, **variables}.items()}
+    options = {"stderr": subprocess.STDOUT, "start_new_session": True}
     with open(log, "a") as output:
-        return subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        return subprocess.Popen(["bash", str(ROOT / "run.sh")], env=environment, stdout=output, **options)
 
 
 def whole_recipe(world) -> tuple[float, Path]:
     """The seconds that an unbroken run.sh takes, and the folder of its files."""
     if "recipe" not in world.cache:
         folder, begin = world.make_folder("recipe"), time.monotonic()
-        assert started_recipe(world, folder, folder / "log").wait(300) == 0, (folder / "log").read_text()
+        assert start_recipe(world, folder, folder / "log").wait(300) == 0, (folder / "log").read_text()
         world.cache["recipe"] = time.monotonic() - begin, folder
     return world.cache["recipe"]
 
@@ -130,7 +122,7 @@ def killed_recipe(number: int, seed: int):
         generator = random.Random(f"{SEED} run.sh {number} {seed}")
         seconds, whole = whole_recipe(world)
         log = world.tmp / "log"
-        process = started_recipe(world, world.tmp, log)
+        process = start_recipe(world, world.tmp, log)
         time.sleep(generator.uniform(0, seconds))
         with suppress(ProcessLookupError):
             (os.killpg if generator.random() < 0.5 else os.kill)(process.pid, number)
@@ -141,25 +133,20 @@ def killed_recipe(number: int, seed: int):
         def ends() -> bool:
             # Where the shell alone was killed, its stage goes on, and another one is refused meanwhile.
             before = log.stat().st_size
-            status = started_recipe(world, world.tmp, log).wait(300)
+            status = start_recipe(world, world.tmp, log).wait(300)
             new = log.read_text()[before:]
             assert status == 0 or "another run trains there" in new, new
             return status == 0
 
         wait_until(ends, 120)
-        for name in ("ckpts/last.ckpt", "final/ckpts/last.ckpt"):
-            same_checkpoint(world.tmp / "exp" / name, whole / "exp" / name)
-        same_model(world.tmp / "exp", whole / "exp")
+        for stage in ("ckpts", "final/ckpts"):
+            first, second = world.tmp / "exp" / stage, whole / "exp" / stage
+            same_checkpoint(first / "last.ckpt", second / "last.ckpt")
+            pruned = "pruned_hubert_base.pth"
+            assert fingerprint(first / pruned) == fingerprint(second / pruned), stage
         return Outcome(0, said)
 
     return do
-
-
-def same_model(first: Path, second: Path) -> None:
-    from utils import run_record
-
-    for name in ("ckpts/pruned_hubert_base.pth", "final/ckpts/pruned_hubert_base.pth"):
-        assert run_record.fingerprint(first / name) == run_record.fingerprint(second / name), name
 
 
 CASES = [

@@ -2,18 +2,20 @@
 
 import contextlib
 import io
-import json
+import multiprocessing
 import os
 import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -87,68 +89,42 @@ def file_size_limit(size: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-class Fork:
-    """A script that runs in a fork of :mod:`tests.faults.warm`, the leader of a process group of its own."""
-
-    def __init__(self, warm: "Warm", pid: int, log: Path) -> None:
-        self.warm, self.pid, self.log = warm, pid, log
-
-    def signal(self, number: int, group: bool) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self.pid, number)
-
-    def wait(self, seconds: float) -> Outcome:
-        return Outcome(self.warm.status(self.pid, seconds), self.log.read_text())
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["final_distill", "prune", "torch.utils.tensorboard"])
 
 
-class Warm:
-    """The process of :mod:`tests.faults.warm`."""
+def run_in_fork(started: Connection, script: str, arguments: list[str], log: Path, environment: dict) -> None:
+    """Runs a script of the checkout as a process group of its own, with its output in ``log``."""
+    from training import hardware
 
-    def __init__(self) -> None:
-        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.warm"], env=environment, **pipes
-        )
-        self._ended: dict[int, int] = {}
-
-    def start(self, script: str, arguments: list, log: Path, **environment) -> Fork:
-        request = {
-            "argv": [str(ROOT / script), *map(str, arguments)],
-            "environment": {name: str(value) for name, value in environment.items()},
-            "log": str(log),
-        }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        while "status" in (answer := json.loads(self._process.stdout.readline())):
-            self._ended[answer["pid"]] = answer["status"]
-        return Fork(self, answer["pid"], log)
-
-    def status(self, pid: int, seconds: float) -> int:
-        stuck = _alarm(seconds, f"process {pid} has not ended after {seconds} s")
-        with stuck:
-            while pid not in self._ended:
-                answer = json.loads(self._process.stdout.readline())
-                self._ended[answer["pid"]] = answer["status"]
-        return self._ended.pop(pid)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+    os.setsid()
+    os.environ.update(environment)
+    hardware.DIST_TIMEOUT = timedelta(seconds=PATIENCE)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.argv = [str(ROOT / script), *arguments]
+    started.send(True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-@contextmanager
-def _alarm(seconds: float, words: str) -> Iterator[None]:
-    def ring(number: int, frame) -> None:
-        raise AssertionError(words)
+def start(script: str, arguments: list, log: Path, **environment) -> multiprocessing.Process:
+    """Starts a script in a fork of a process that has imported what takes seconds to import."""
+    environment = {name: str(value) for name, value in environment.items()}
+    receiver, sender = FORKS.Pipe(duplex=False)
+    given = (sender, script, list(map(str, arguments)), log, environment)
+    process = FORKS.Process(target=run_in_fork, args=given)
+    process.start()
+    receiver.recv()
+    return process
 
-    earlier = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, earlier)
+
+def ended(process: multiprocessing.Process, seconds: float) -> int:
+    """The exit status of a process, which has to end within some seconds."""
+    process.join(seconds)
+    assert process.exitcode is not None, f"process {process.pid} has not ended after {seconds} s"
+    return process.exitcode
 
 
 class World:
@@ -159,14 +135,10 @@ class World:
         corpus, manifests, teacher: for reading only.
     """
 
-    def __init__(
-        self, make_folder: Callable[[str], Path], corpus: Path, manifests: Path, teacher: Path
-    ) -> None:
+    def __init__(self, make_folder: Callable[[str], Path], corpus: Path, manifests: Path, teacher: Path):
         self.make_folder = make_folder
         self.corpus, self.manifests, self.teacher = corpus, manifests, teacher
         self.tmp = make_folder("case")
-        self._stages: Path | None = None
-        self._warm: Warm | None = None
         self.cache: dict = {}
 
     def call(self, script: str, *arguments, file_size: int | None = None) -> Outcome:
@@ -190,22 +162,12 @@ class World:
                     signal.signal(number, handler)
         return Outcome(status, said.getvalue())
 
-    def run(self, script: str, *arguments, seconds: float = 300, **options) -> Outcome:
+    def run(self, script: str, *arguments, **options) -> Outcome:
         """Runs a script of the checkout as a user does."""
         command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
         given = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT, **options}
-        process = subprocess.run(command, text=True, timeout=seconds, **given)
+        process = subprocess.run(command, text=True, timeout=300, **given)
         return Outcome(process.returncode, (process.stdout or "") + (process.stderr or ""))
-
-    @property
-    def warm(self) -> Warm:
-        if self._warm is None:
-            self._warm = Warm()
-        return self._warm
-
-    def close(self) -> None:
-        if self._warm is not None:
-            self._warm.close()
 
     def distill(self, exp: Path | None = None, **changes) -> list[str]:
         """Flags of distill.py for ten updates; None leaves a flag out."""
@@ -217,19 +179,22 @@ class World:
         student = {"student_ckpt": self.stages / "ckpts" / "pruned_hubert_base.pth"}
         return self.distill(exp, **{**student, "sparsity_warmup_updates": None, **changes})
 
-    @property
+    @cached_property
     def stages(self) -> Path:
         """A folder with stages 1 to 3 in it, stage 3 in ``final``; for reading only."""
-        if self._stages is None:
-            self._stages = exp = self.make_folder("stages")
-            last = exp / "ckpts" / "last.ckpt"
-            for script, arguments in (
-                ("distill", self.distill(exp)),
-                ("prune", ["--distilled_ckpt", last, "--original_ckpt", self.teacher]),
-                ("final_distill", self.final_distill(exp / "final")),
-            ):
-                finished()(self.call(script, *arguments))
-        return self._stages
+        exp = self.make_folder("stages")
+        student = {"student_ckpt": exp / "ckpts" / "pruned_hubert_base.pth", "sparsity_warmup_updates": None}
+        for script, arguments in (
+            ("distill", self.distill(exp)),
+            ("prune", self.pruning(exp / "ckpts" / "last.ckpt")),
+            ("final_distill", self.distill(exp / "final", **student)),
+        ):
+            finished()(self.call(script, *arguments))
+        return exp
+
+    def pruning(self, last: Path) -> list:
+        """Flags of prune.py."""
+        return ["--distilled_ckpt", last, "--original_ckpt", self.teacher]
 
     def copy_of_stages(self) -> Path:
         return Path(shutil.copytree(self.stages, self.tmp / "stages"))
@@ -237,11 +202,6 @@ class World:
     def content(self, name: str) -> dict:
         """What a file of the finished run holds."""
         return torch.load(self.stages / "ckpts" / name, weights_only=True)
-
-    def free_port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
 
 
 def same_checkpoint(first: Path, second: Path) -> None:
