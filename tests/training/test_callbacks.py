@@ -65,7 +65,7 @@ def test_a_checkpoint_that_is_not_finite_replaces_none(where, tmp_path):
     RunCheckpointIO(None).save_checkpoint(content(), path)
     good = path.read_bytes()
     values[where] = torch.tensor([1.0, float("inf"), 1.0])
-    name = {"weight": "student_model.weight", "moment": "exp_avg of the optimiser's parameter 0"}[where]
+    name = {"weight": "student_model.weight", "moment": "optimizer_states.0.state.0.exp_avg"}[where]
     with pytest.raises(UserError, match=f"{name} is not finite at update 7"):
         RunCheckpointIO(None).save_checkpoint(content(), path)
     assert path.read_bytes() == good and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
