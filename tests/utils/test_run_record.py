@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.stages import call, checkpoint, flags, sentence_of
+from tests.helpers.stages import call, checkpoint, flags
 from utils import run_record
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from wav2vec2 import wav2vec2_model
@@ -33,41 +33,28 @@ def stages(manifests, teacher, tmp_path_factory):
 
 
 def commands(manifests, teacher, exp, **changes):
-    arguments = flags(manifests, teacher, exp, num_workers=0, max_updates=4, save_interval=2, **changes)
-    final = flags(manifests, teacher, exp / "final", num_workers=0, max_updates=4, save_interval=2, **changes)
-    place = final.index("--sparsity_warmup_updates")
-    del final[place : place + 2]
-    pruned = exp / "ckpts" / "pruned_hubert_base.pth"
-    final[final.index("--student_ckpt") + 1] = str(pruned)
-    last = exp / "ckpts" / "last.ckpt"
+    changes = {"num_workers": 0, "max_updates": 4, "save_interval": 2, **changes}
+    last, pruned = exp / "ckpts" / "last.ckpt", exp / "ckpts" / "pruned_hubert_base.pth"
+    final = {"student_ckpt": pruned, "sparsity_warmup_updates": None, **changes}
+    trained = exp / "final" / "ckpts" / "last.ckpt"
     return {
-        "distill": arguments,
+        "distill": flags(manifests, teacher, exp, **changes),
         "prune": ["--distilled_ckpt", last, "--original_ckpt", teacher],
-        "final_distill": final,
-        "save_final_ckpt": [
-            *("--config_path", pruned),
-            *("--ckpt_after_final_distill", exp / "final" / "ckpts" / "last.ckpt"),
-        ],
+        "final_distill": flags(manifests, teacher, exp / "final", **final),
+        "save_final_ckpt": ["--config_path", pruned, "--ckpt_after_final_distill", trained],
     }
 
 
-@pytest.fixture
-def fails(monkeypatch, capsys):
-    return lambda script, *args: sentence_of(monkeypatch, capsys, script, *args)
-
-
-CHANGES = {
-    "cos_type": ("log_sig", "cos_type was raw and is log_sig"),
-    "target_sparsity": (0.5, "target_sparsity was 0.75 and is 0.5"),
-    "accum_grad": (2, "batches_an_update was 1 and is 2"),
-    "max_updates": (8, "max_updates was 4 and is 8"),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_another_flag_is_an_error_that_says_what_it_was(name, fails, stages, manifests, teacher):
-    value, words = CHANGES[name]
-    sentence = fails("distill", *commands(manifests, teacher, stages)["distill"], f"--{name}", value)
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        (["--cos_type", "log_sig"], "cos_type was raw and is log_sig"),
+        (["--accum_grad", 2], "batches_an_update was 1 and is 2"),
+        (["--max_updates", 8], "max_updates was 4 and is 8"),
+    ],
+)
+def test_another_flag_is_an_error_that_says_what_it_was(flag, words, fails, stages, manifests, teacher):
+    sentence = fails("distill", *commands(manifests, teacher, stages)["distill"], *flag)
     assert words in sentence and f"{stages}/ckpts/last.ckpt" in sentence
     assert f"--allow_changed {words.split()[0]}" in sentence
 
@@ -178,46 +165,33 @@ def test_run_json_says_what_was_done_with_what_where_and_when(stages, teacher):
     assert second["final_distill"]["inputs"]["student_ckpt"] == first["prune"]["output"]
 
 
-def flip_a_bit(path):
-    """Damages the largest tensor in a file."""
-    with zipfile.ZipFile(path) as container:
-        member = max(container.infolist(), key=lambda member: member.file_size)
-    content = bytearray(path.read_bytes())
-    # The header of a part, its name and padding take less than 200 bytes.
-    content[member.header_offset + 200] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     "script, flag",
     [
         ("distill", "--teacher_ckpt"),
-        ("distill", "--student_ckpt"),
         ("distill", "--resume_checkpoint"),
         ("prune", "--distilled_ckpt"),
-        ("prune", "--original_ckpt"),
         ("final_distill", "--student_ckpt"),
         ("save_final_ckpt", "--config_path"),
-        ("save_final_ckpt", "--ckpt_after_final_distill"),
     ],
 )
-def test_a_flipped_bit_is_one_sentence_in_every_stage(
-    script, flag, fails, stages, manifests, teacher, tmp_path
-):
+def test_a_damaged_file_is_named_in_every_stage(script, flag, fails, stages, manifests, teacher, tmp_path):
     arguments = commands(manifests, teacher, stages)[script]
     given = arguments[arguments.index(flag) + 1] if flag in arguments else stages / "ckpts" / "last.ckpt"
-    path = tmp_path / "flipped.pth"
-    shutil.copy(given, path)
-    flip_a_bit(path)
-    assert f"{path} is damaged" in fails(script, *arguments, flag, path)
+    path = tmp_path / "damaged.pth"
+    path.write_bytes(Path(given).read_bytes()[:-1000])
+    assert f"{path} is damaged, or is not a checkpoint" in fails(script, *arguments, flag, path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"prune": 3}', '{"prune": {"stage": "prune"}}'])
-def test_a_damaged_run_json_is_one_sentence(content, fails, stages, manifests, teacher, tmp_path):
+def test_a_damaged_run_json_is_one_sentence(fails, stages, manifests, teacher, tmp_path):
     exp = tmp_path / "exp"
     shutil.copytree(stages, exp)
-    (exp / "run.json").write_text(content)
-    assert f"{exp}/run.json is damaged" in fails("prune", *commands(manifests, teacher, exp)["prune"])
+    entry = json.loads((exp / "run.json").read_text())["prune"]
+    for odd in ({}, {**entry, "inputs": 3}, {**entry, "sessions": []}, {**entry, "sessions": [{}]}):
+        for content in ("{", "[]", json.dumps({"prune": odd})):
+            (exp / "run.json").write_text(content)
+            sentence = fails("prune", *commands(manifests, teacher, exp)["prune"])
+            assert f"{exp}/run.json is damaged" in sentence
 
 
 @pytest.mark.parametrize("script, flag", [("prune", "--original_ckpt"), ("save_final_ckpt", "--config_path")])
