@@ -238,11 +238,8 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
 
 @contextmanager
 def writing(path: str | Path, content: dict) -> Iterator[Path]:
-    """Writes ``content`` as :func:`read_file` reads it, under a temporary name that the block may look at.
-
-    Raises:
-        UserError: as :func:`atomic_write` says.
-    """
+    """Writes ``content`` as :func:`read_file` reads it, under a temporary name that the block may look at; see
+    :func:`atomic_write`."""
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)

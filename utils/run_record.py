@@ -53,20 +53,13 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def file_input(path: str | Path) -> dict[str, str]:
-    """A file among a stage's inputs, for :func:`make_record`.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """A file among a stage's inputs; raises a UserError where it is missing or damaged."""
     return {"path": str(path), "sha256": fingerprint(path)}
 
 
 def manifest_input(tsv_dir: str | Path, name: str) -> dict[str, str]:
-    """A manifest among a stage's inputs: its utterances count, not the folder that they lie in.
-
-    Raises:
-        UserError: it is missing or malformed.
-    """
+    """A manifest among a stage's inputs: its utterances count, not the folder that they lie in. Raises a
+    UserError where it is missing or malformed."""
     # Stages 2 and 4 read no audio, and need none of the packages that do.
     from dataset import read_manifest
 
@@ -89,33 +82,24 @@ def make_record(stage: str, args: argparse.Namespace, inputs: Mapping[str, dict]
     return {"stage": stage, "flags": {**kept, **derived}, "inputs": dict(inputs)}
 
 
+def is_record(value: object) -> bool:
+    """Whether what was read from a file is a record that :func:`make_record` made."""
+    return _has(value, {"stage": str, "flags": dict, "inputs": dict}) and all(
+        _has(each, INPUT) for each in value["inputs"].values()
+    )
+
+
 INPUT = {"path": str, "sha256": str}
-RECORD = {"stage": str, "flags": dict, "inputs": dict}
-SESSION = {
-    "started": str,
-    "seconds": (int, float, type(None)),
-    "outcome": str,
-    "machine": dict,
-    "versions": dict,
-    "flags": dict,
-}
-"""The entries that each must have, and their types."""
+SESSION = {"outcome": str, "started": str, "seconds": (int, float, type(None))}
+SESSION |= dict.fromkeys(("machine", "versions", "flags"), dict)
 
 
 def _has(value: object, entries: Mapping) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in entries.items())
 
 
-def is_record(value: object) -> bool:
-    """Whether what was read from a file is a record that :func:`make_record` made."""
-    return _has(value, RECORD) and all(_has(each, INPUT) for each in value["inputs"].values())
-
-
 def differences(then: Mapping, now: Mapping) -> dict[str, str]:
-    """What two records differ in: by its name, what it was and what it is.
-
-    A flag or input that only one of them has is no difference.
-    """
+    """By its name, what each flag and input that both records have was and is, where that differs."""
     found = {}
     for name in then["flags"].keys() & now["flags"].keys():
         if then["flags"][name] != now["flags"][name]:
@@ -178,9 +162,8 @@ def read_run(folder: Path) -> dict[str, dict]:
     """The ``run.json`` of a folder.
 
     Returns:
-        For each stage its record, with ``sessions`` (when, where and with which flags it ran, and how that
-        ended: at least one) and, where it has written a file, ``output``. Stage 2's has stage 1's record,
-        ``distilled``.
+        For each stage its record; ``sessions``, at least one: when, where and with which flags it ran, and how
+        that ended; ``output``, the file that it has written; and for stage 2 stage 1's record, ``distilled``.
     Raises:
         UserError: it is damaged.
     """

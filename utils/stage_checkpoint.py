@@ -57,15 +57,8 @@ def begin(
 
 
 def check_student(trained: Mapping, now: Mapping, flag: str, source: str, allow_changed: str) -> None:
-    """Refuses another file for ``--flag`` than the training stage had as its ``--student_ckpt``.
-
-    Args:
-        trained: what :func:`read_trained` gave for ``source``.
-        now: the record of the stage that has ``--flag``.
-        flag: names one of its inputs.
-        source: the training stage's checkpoint.
-        allow_changed: the flag.
-    """
+    """Refuses another file for ``--flag`` in the record ``now`` than the training stage of ``trained``, which
+    was read from ``source``, had as its ``--student_ckpt``."""
     if "run" in trained:
         then = {"flags": {}, "inputs": {flag: trained["run"]["inputs"]["student_ckpt"]}}
         remedy = f"Give --{flag} what {trained['run']['stage']}.py had as --student_ckpt"
@@ -94,11 +87,7 @@ def part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def student_tensors(trained: Mapping, path: str | Path) -> dict[str, Tensor]:
-    """The student's tensors in what :func:`read_trained` gave for ``path``.
-
-    Raises:
-        UserError: there is no student.
-    """
+    """The student's tensors in what :func:`read_trained` gave for ``path``, which must be there."""
     student = part(trained["state_dict"], "student_model.")
     if not student:
         raise UserError(f"{path}: holds no student_model; give the last.ckpt of stage 1 or 3")
