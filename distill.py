@@ -28,17 +28,9 @@ def parse_args() -> argparse.Namespace:
     parser = training_parser(__doc__, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
     pruning = parser.add_argument_group("pruning").add_argument
     pruning("--student_ckpt", type=path, default=HUBERT_BASE, help="file that the student starts from")
-    pruning(
-        "--pruning_units",
-        default="conv,head,interm,attlayer,ffnlayer",
-        help="units that get gates, a comma list",
-    )
-    pruning(
-        "--reg_learning_rate",
-        type=positive,
-        default=0.02,
-        help="peak learning rate of gates and Lagrange multipliers",
-    )
+    units = "conv,head,interm,attlayer,ffnlayer"
+    pruning("--pruning_units", default=units, help="units that get gates, a comma list")
+    pruning("--reg_learning_rate", type=positive, default=0.02, help="peak learning rate of the gates")
     pruning("--target_sparsity", type=fraction, default=0.75, help="part of the teacher's cost that is to go")
     pruning(
         "--sparsity_of",
@@ -47,10 +39,7 @@ def parse_args() -> argparse.Namespace:
         help=f"the cost: parameters, or multiply-accumulates for an utterance of {UTTERANCE_SECONDS} s",
     )
     pruning(
-        "--sparsity_warmup_updates",
-        type=nonnegative_int,
-        default=5_000,
-        help="updates until the target is in full force",
+        "--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates up to the full target"
     )
     return parser.parse_args()
 

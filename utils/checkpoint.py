@@ -238,8 +238,7 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
 
 @contextmanager
 def writing(path: str | Path, content: dict) -> Iterator[Path]:
-    """Writes ``content`` as :func:`read_file` reads it, under a temporary name that the block may look at; see
-    :func:`atomic_write`."""
+    """Writes ``content`` by :func:`atomic_write`, for :func:`read_file`; the block may look at it."""
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)

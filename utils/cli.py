@@ -46,8 +46,8 @@ def missing_package(error: ModuleNotFoundError, extra: str) -> str:
 
 @contextmanager
 def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
-    """Wraps the writing of ``path`` by way of other files, and names ``path`` where that fails with an OSError,
-    or with one of ``errors``, which a package raises in its place."""
+    """Wraps the writing of ``path`` by way of other files, and names ``path`` where that fails with an
+    OSError, or with one of ``errors``, which a package raises in its place."""
     try:
         yield
     except (OSError, *errors) as error:

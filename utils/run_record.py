@@ -162,8 +162,8 @@ def read_run(folder: Path) -> dict[str, dict]:
     """The ``run.json`` of a folder.
 
     Returns:
-        For each stage its record; ``sessions``, at least one: when, where and with which flags it ran, and how
-        that ended; ``output``, the file that it has written; and for stage 2 stage 1's record, ``distilled``.
+        For each stage its record; its ``sessions``, at least one: when, where and with which flags it ran,
+        and how that ended; ``output``, the file it wrote; and for stage 2 stage 1's record, ``distilled``.
     Raises:
         UserError: it is damaged.
     """
