@@ -19,40 +19,27 @@ from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 
 with needs_extra("train"):
     from lightning import DistillModule
-    from training.arguments import add_arguments, data_module, distillation
+    from training.arguments import HUBERT_BASE, data_module, distillation, training_parser
     from training.resume import open_run
     from training.trainer import make_trainer
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_arguments(parser, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
-    pruning = parser.add_argument_group("pruning")
-    pruning.add_argument(
-        "--student_ckpt",
-        type=path,
-        default="pretrained/hubert-base-ls960.hf.pth",
-        help="the student starts from this",
-    )
-    pruning.add_argument(
-        "--pruning_units", default="conv,head,interm,attlayer,ffnlayer", help="what gets gates, a comma list"
-    )
-    pruning.add_argument(
-        "--reg_learning_rate", type=positive, default=0.02, help="peak rate for gates and multipliers"
-    )
-    pruning.add_argument(
-        "--target_sparsity", type=fraction, default=0.75, help="1 - wanted cost / teacher's cost"
-    )
-    pruning.add_argument(
+    parser = training_parser(__doc__, learning_rate=2e-4, warmup_updates=15_000, max_updates=50_000)
+    pruning = parser.add_argument_group("pruning").add_argument
+    pruning("--student_ckpt", type=path, default=HUBERT_BASE, help="file that the student starts from")
+    units = "conv,head,interm,attlayer,ffnlayer"
+    pruning("--pruning_units", default=units, help="units that get gates, a comma list")
+    pruning("--reg_learning_rate", type=positive, default=0.02, help="peak learning rate of the gates")
+    pruning("--target_sparsity", type=fraction, default=0.75, help="part of the teacher's cost that is to go")
+    pruning(
         "--sparsity_of",
         choices=COUNTS,
         default="params",
         help=f"the cost: parameters, or multiply-accumulates for an utterance of {UTTERANCE_SECONDS} s",
     )
-    pruning.add_argument(
-        "--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates to the full target"
+    pruning(
+        "--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates up to the full target"
     )
     return parser.parse_args()
 

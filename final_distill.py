@@ -18,29 +18,23 @@ from utils.files import UserError
 
 with needs_extra("train"):
     from lightning import DistillModule
-    from training.arguments import add_arguments, data_module, distillation
+    from training.arguments import data_module, distillation, training_parser
     from training.resume import open_run
     from training.trainer import make_trainer
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_arguments(parser, learning_rate=1e-4, warmup_updates=5_000, max_updates=25_000)
-    parser.add_argument(
-        "--student_ckpt",
-        type=path,
-        required=True,
-        help="stage 2's file, EXP/ckpts/pruned_hubert_base.pth",
-    )
+    parser = training_parser(__doc__, learning_rate=1e-4, warmup_updates=5_000, max_updates=25_000)
+    help = "stage 2's file, EXP/ckpts/pruned_hubert_base.pth"
+    parser.add_argument("--student_ckpt", type=path, required=True, help=help)
     return parser.parse_args()
 
 
 def check_same_teaching(args: argparse.Namespace, record: Mapping) -> None:
     """Refuses another teacher or other layers than stage 1's, whose projections this stage goes on with."""
-    pruned = run_record.made_by(args.student_ckpt)
-    if pruned is None or "distilled" not in pruned:
+    pruned = run_record.read_run(run_record.folder_of(args.student_ckpt)).get("prune", {})
+    wrote = pruned.get("output", {}).get("sha256")
+    if "distilled" not in pruned or wrote != record["inputs"]["student_ckpt"]["sha256"]:
         return
     flags, inputs = pruned["distilled"]["flags"], pruned["distilled"]["inputs"]
     then = {

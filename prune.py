@@ -8,13 +8,13 @@ from utils import run_record
 from utils.checkpoint import save_checkpoint
 from utils.cli import fraction, path, positive_int, run_script
 from utils.files import UserError
-from utils.stage_checkpoint import begin, check_student, gated_student, gated_tensors, part, read_trained
+from utils.stage_checkpoint import begin, check_student, gated_student, part, read_trained
 from wav2vec2 import PruningError, Wav2Vec2Model
 from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
 from wav2vec2.pruning import shift_gates
 
 TOLERANCE = 0.005
-"""A sparsity that misses the target by more than half a point is worth a word."""
+"""How far the sparsity may be from stage 1's target before a remark says so."""
 
 ROWS = {
     "conv_channels": "conv {} channels",
@@ -25,28 +25,22 @@ ROWS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--distilled_ckpt", type=path, required=True, help="stage 1's EXP/ckpts/last.ckpt")
-    parser.add_argument(
-        "--original_ckpt",
-        type=path,
-        required=True,
-        help="what stage 1's student started from (--student_ckpt)",
-    )
-    parser.add_argument("--out", type=path, help="default: pruned_hubert_base.pth beside --distilled_ckpt")
-    parser.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__)
+    flag = parser.add_argument
+    flag("--distilled_ckpt", type=path, required=True, help="stage 1's EXP/ckpts/last.ckpt")
+    flag("--original_ckpt", type=path, required=True, help="stage 1's --student_ckpt")
+    flag("--out", type=path, help="file to write, or else pruned_hubert_base.pth beside --distilled_ckpt")
+    flag(
         "--round_to",
         type=positive_int,
         default=1,
-        help="round channels and feed-forward widths up to a multiple",
+        help="round widths, but not heads, up to a multiple of this",
     )
-    parser.add_argument(
+    flag(
         "--target_sparsity",
         type=fraction,
-        help="open or close the gates, in the order that training found, until what is left is just within "
-        "this target, in what stage 1's --sparsity_of counted; by default, what the gates close is cut",
+        help="open or close gates, in the order that training found, until this sparsity is just reached, "
+        "counted as by stage 1's --sparsity_of; without it, what the gates close is cut",
     )
     run_record.add_argument(parser)
     return parser.parse_args()
@@ -98,21 +92,21 @@ def prune(model: Wav2Vec2Model, settings: Mapping, args: argparse.Namespace) -> 
 
 def main() -> None:
     args = parse_args()
-    output = begin("prune", args, "distilled_ckpt", "original_ckpt")
-    if output is None:
+    begun = begin("prune", args, "distilled_ckpt", "original_ckpt")
+    if begun is None:
         return
+    out, log = begun
     trained = read_trained(args.distilled_ckpt)
-    tensors = gated_tensors(trained["state_dict"], args.distilled_ckpt)
-    check_student(trained, output, "original_ckpt", args.distilled_ckpt, args.allow_changed)
-    student = gated_student(tensors, args.distilled_ckpt, args.original_ckpt)
-    with run_record.RunLog(output.folder, output.record, args) as log:
+    student = gated_student(trained, args.distilled_ckpt, args.original_ckpt)
+    check_student(trained, log.record, "original_ckpt", args.distilled_ckpt, args.allow_changed)
+    with log:
         table = prune(student, trained["hyper_parameters"], args)
         projections = part(trained["state_dict"], "distill_linear_projs.")
-        save_checkpoint(output.path, student, verify=True, distill_linear_projs=projections)
-        log.note(output=run_record.file_input(output.path))
+        save_checkpoint(out, student, verify=True, distill_linear_projs=projections)
+        log.note(output=run_record.file_input(out))
         if "run" in trained:
             log.note(distilled=trained["run"])
-    print(f"{table}\nwrote {output.path}")
+    print(f"{table}\nwrote {out}")
 
 
 if __name__ == "__main__":

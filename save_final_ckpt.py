@@ -12,17 +12,14 @@ from wav2vec2.cost import count_parameters
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--config_path", type=path, required=True, help="stage 2's file, which knows the pruned config"
-    )
-    parser.add_argument(
-        "--ckpt_after_final_distill", type=path, required=True, help="stage 3's EXP/ckpts/last.ckpt"
-    )
-    parser.add_argument(
-        "--out", type=path, help="default: pruned_hubert_base.pth beside --ckpt_after_final_distill"
+    parser = argparse.ArgumentParser(description=__doc__)
+    flag = parser.add_argument
+    flag("--config_path", type=path, required=True, help="stage 2's file, which knows the pruned config")
+    flag("--ckpt_after_final_distill", type=path, required=True, help="stage 3's EXP/ckpts/last.ckpt")
+    flag(
+        "--out",
+        type=path,
+        help="file to write, or else pruned_hubert_base.pth beside --ckpt_after_final_distill",
     )
     run_record.add_argument(parser)
     return parser.parse_args()
@@ -30,21 +27,22 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    output = begin("save_final_ckpt", args, "ckpt_after_final_distill", "config_path")
-    if output is None:
+    begun = begin("save_final_ckpt", args, "ckpt_after_final_distill", "config_path")
+    if begun is None:
         return
+    out, log = begun
     trained = read_trained(args.ckpt_after_final_distill)
-    tensors = student_tensors(trained["state_dict"], args.ckpt_after_final_distill)
-    check_student(trained, output, "config_path", args.ckpt_after_final_distill, args.allow_changed)
+    tensors = student_tensors(trained, args.ckpt_after_final_distill)
+    check_student(trained, log.record, "config_path", args.ckpt_after_final_distill, args.allow_changed)
     config = read_checkpoint(args.config_path)["config"]
     source = f"{args.ckpt_after_final_distill} with the config of --config_path {args.config_path}"
     model = build_model(config, tensors, source).eval()
     if model.gates():
         raise UserError(f"{args.config_path}: its config has gates; give stage 2's file")
-    with run_record.RunLog(output.folder, output.record, args) as log:
-        save_checkpoint(output.path, model, verify=True)
-        log.note(output=run_record.file_input(output.path))
-    print(f"wrote {output.path}: {count_parameters(model):,} parameters")
+    with log:
+        save_checkpoint(out, model, verify=True)
+        log.note(output=run_record.file_input(out))
+    print(f"wrote {out}: {count_parameters(model):,} parameters")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from exports.common import replacing
-from utils.checkpoint import to_builtin
 from utils.cli import needs_extra, writes
 from utils.compare import relative_difference
 from utils.files import UserError
@@ -83,7 +82,7 @@ def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
 
 def in_transformers(model: Wav2Vec2Model, folder: Path) -> transformers.PreTrainedModel:
     """The same model as transformers knows it, built by the code in ``folder``."""
-    config = {key: value for key, value in to_builtin(model.config).items() if key not in NO_GATES}
+    config = {key: value for key, value in model.config.items() if key not in NO_GATES}
     tokens = config.pop("aux_num_out")
     head = {} if tokens is None else {"vocab_size": tokens}
     name = AUTO_MAP["AutoModel" if tokens is None else "AutoModelForCTC"]

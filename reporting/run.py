@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.checkpoint import build_model, load_model, read_checkpoint
 from utils.files import UserError
 from utils.run_record import read_run
-from utils.stage_checkpoint import gated_student, gated_tensors, part, read_trained
+from utils.stage_checkpoint import gated_student, part, read_trained
 from wav2vec2 import PruningError, Wav2Vec2Model
 
 STAGES = {
@@ -132,7 +132,7 @@ class Run:
                 "wait until stage 1 has saved (every --save_interval updates), or give another run's folder"
             )
         content = read_trained(distilled)
-        gated = gated_student(gated_tensors(content["state_dict"], distilled), distilled, original)
+        gated = gated_student(content, distilled, original)
         model = copy.deepcopy(gated)
         try:
             model.prune()

@@ -9,7 +9,13 @@ import pytest
 import soundfile
 
 from tests.helpers.models import tiny_config
-from tests.helpers.stages import run
+from tests.helpers.stages import run, sentence_of
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Runs a script's main in this process, which has to fail with one sentence; returns that."""
+    return lambda script, *args: sentence_of(monkeypatch, capsys, script, *args)
 
 
 @pytest.fixture(scope="session")

@@ -8,22 +8,10 @@ import soundfile
 import torch
 
 from tests.helpers.models import tiny_config
-from tests.helpers.stages import ENVIRONMENT, ROOT, call, flags, sentence_of
+from tests.helpers.stages import ENVIRONMENT, ROOT, call, flags, run
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.files import atomic_write
 from wav2vec2 import wav2vec2_model
-
-
-@pytest.fixture
-def fails(monkeypatch, capsys):
-    return lambda script, *args: sentence_of(monkeypatch, capsys, script, *args)
-
-
-def broken(tmp_path, name, content):
-    path = tmp_path / name
-    path.write_bytes(content)
-    return path
-
 
 MISTAKES = [
     ({"teacher_ckpt": "no/such.pth"}, "no/such.pth: no such file"),
@@ -50,14 +38,6 @@ MISTAKES = [
 def test_a_mistake_in_stage_1_is_one_sentence(changes, words, fails, manifests, teacher, tmp_path):
     assert words in fails("distill", *flags(manifests, teacher, tmp_path / "exp", **changes))
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_a_damaged_checkpoint_is_named(fails, manifests, teacher, tmp_path):
-    truncated = broken(tmp_path, "truncated.pth", teacher.read_bytes()[:5000])
-    text = broken(tmp_path, "text.pth", b"not a checkpoint")
-    for path in (truncated, text):
-        sentence = fails("distill", *flags(manifests, teacher, tmp_path / "exp", teacher_ckpt=path))
-        assert f"{path} is damaged, or is not a checkpoint" in sentence
 
 
 def stage_1(teacher, tmp_path, log_alpha=3.0):
@@ -92,24 +72,24 @@ def test_stage_2_wants_stage_1s_file_and_its_teacher(fails, teacher, tmp_path):
 
 @pytest.mark.slow
 def test_compiling_without_a_compiler_is_one_sentence(manifests, teacher, tmp_path):
-    command = [sys.executable, ROOT / "distill.py", *flags(manifests, teacher, tmp_path / "exp"), "--compile"]
-    environment = {
-        **ENVIRONMENT,
-        "CXX": "/no/such/compiler",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
+    arguments = flags(manifests, teacher, tmp_path / "exp")
+    process = run("distill.py", *arguments, "--compile", check=False, **environment)
     assert process.returncode == 2, process.stderr
     assert "--compile: torch cannot compile here" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
 
 
 def test_out_names_another_file_which_is_replaced_whole(monkeypatch, teacher, tmp_path):
-    distilled = stage_1(teacher, tmp_path)
+    files = ["--distilled_ckpt", stage_1(teacher, tmp_path), "--original_ckpt", teacher]
     out = tmp_path / "new" / "small.pth"
-    call(monkeypatch, "prune", "--distilled_ckpt", distilled, "--original_ckpt", teacher, "--out", out)
-    assert out.exists() and not (tmp_path / "pruned_hubert_base.pth").exists()
-    assert [path.name for path in out.parent.iterdir()] == ["small.pth"]
+    out.parent.mkdir()
+    # What lies there is no checkpoint: at first unknown to run.json, then known.
+    for _ in range(2):
+        out.write_bytes(b"half")
+        call(monkeypatch, "prune", *files, "--out", out)
+        assert read_checkpoint(out)["config"]
+    assert not (tmp_path / "pruned_hubert_base.pth").exists()
     with pytest.raises(RuntimeError), atomic_write(out) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
@@ -142,26 +122,6 @@ def test_an_audio_file_that_has_broken_is_named(fails, corpus, teacher, tmp_path
     (tmp_path / "1.wav").write_bytes(b"broken")
     sentence = fails("distill", *flags(tmp_path / "tsv", teacher, tmp_path / "exp", num_workers=0))
     assert "1.wav" in sentence
-
-
-def test_a_full_disk_leaves_what_was_there(teacher, tmp_path):
-    """The limit on the size of a file stands in for the end of the disk."""
-    distilled = stage_1(teacher, tmp_path)
-    out = tmp_path / "pruned_hubert_base.pth"
-    out.write_bytes(b"an earlier file")
-    command = [sys.executable, ROOT / "prune.py", "--distilled_ckpt", distilled, "--original_ckpt", teacher]
-    limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
-    limited += (
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", limited, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert process.returncode == 2, process.stderr
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.endswith("could not be written; is there room on the disk?")
-    assert "Traceback" not in process.stderr
-    assert out.read_bytes() == b"an earlier file" and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_stages_2_and_4_need_torch_alone():

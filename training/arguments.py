@@ -15,89 +15,70 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """Lightning's names for the values of --precision."""
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser, learning_rate: float, warmup_updates: int, max_updates: int
-) -> None:
-    """Adds the flags of a training stage; the arguments are the stage's own defaults."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--tsv_dir", type=path, default="data/librispeech", help="folder of the manifests (prepare_data.py)"
-    )
-    data.add_argument("--train_subset", default="train100", help="NAME of the training manifest NAME.tsv")
-    data.add_argument(
-        "--seconds_per_batch", type=positive, default=87.5, help="seconds of audio per batch and device"
-    )
-    data.add_argument(
-        "--num_workers", type=nonnegative_int, default=1, help="processes per device that read audio"
-    )
+HUBERT_BASE = "pretrained/hubert-base-ls960.hf.pth"
 
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--exp_dir",
-        type=path,
-        default="./exp",
-        help="folder of checkpoints and logs; a run that is there already goes on",
+
+def training_parser(
+    description: str, learning_rate: float, warmup_updates: int, max_updates: int
+) -> argparse.ArgumentParser:
+    """The parser of a training stage's flags; the numbers are the stage's own defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    run.add_argument("--resume_checkpoint", type=path, help="go on from this file, not EXP/ckpts/last.ckpt")
-    run_record.add_argument(run)
-    run.add_argument("--save_interval", type=positive_int, default=1000, help="updates between checkpoints")
-    run.add_argument("--log_interval", type=positive_int, default=50, help="updates between log entries")
-    run.add_argument(
+    data = parser.add_argument_group("data").add_argument
+    data("--tsv_dir", type=path, default="data/librispeech", help="folder of the manifests (prepare_data.py)")
+    data("--train_subset", default="train100", help="NAME of the training manifest NAME.tsv")
+    data("--seconds_per_batch", type=positive, default=87.5, help="seconds of audio per batch and device")
+    data("--num_workers", type=nonnegative_int, default=1, help="processes per device that read audio")
+
+    group = parser.add_argument_group("run")
+    run_record.add_argument(group)
+    run = group.add_argument
+    run("--exp_dir", type=path, default="./exp", help="folder of the run, which goes on where it has begun")
+    run("--resume_checkpoint", type=path, help="go on from this file, not from the last one in --exp_dir")
+    run("--save_interval", type=positive_int, default=1000, help="updates between checkpoints")
+    run("--log_interval", type=positive_int, default=50, help="updates between log entries")
+    run(
         "--seed", type=nonnegative_int, default=2022, help="seed for gates, dropout and the order of the data"
     )
-    run.add_argument("--num_nodes", type=positive_int, default=1, help="machines that train together")
-    run.add_argument("--gpus", type=nonnegative_int, default=4, help="GPUs per node; 0 for the CPU")
-    run.add_argument(
-        "--compile", action="store_true", help="use torch.compile, for fewer and larger kernels on a GPU"
-    )
-    run.add_argument("--precision", choices=PRECISIONS, default="32", help="16 and bf16 are mixed precision")
-    run.add_argument("--tf32", action="store_true", help="use TF32 for float32 matrix products (GPU only)")
-    run.add_argument(
-        "--activation_checkpointing",
-        action="store_true",
-        help="compute the student's layers twice, which saves memory",
-    )
+    run("--num_nodes", type=positive_int, default=1, help="machines that train together")
+    run("--gpus", type=nonnegative_int, default=4, help="GPUs per node; 0 for the CPU")
+    run("--compile", action="store_true", help="use torch.compile, for fewer and larger kernels on a GPU")
+    run("--precision", choices=PRECISIONS, default="32", help="32 bits, or mixed precision with 16 or bf16")
+    run("--tf32", action="store_true", help="use TF32 for float32 matrix products (GPU only)")
+    recompute = "save memory: compute the student's layers again in the backward pass"
+    run("--activation_checkpointing", action="store_true", help=recompute)
 
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--learning_rate", type=positive, default=learning_rate, help="peak rate")
-    optimisation.add_argument("--weight_decay", type=nonnegative, default=0.0, help="AdamW's weight decay")
-    optimisation.add_argument(
-        "--warmup_updates", type=nonnegative_int, default=warmup_updates, help="updates to the peak rate"
+    optimisation = parser.add_argument_group("optimisation").add_argument
+    optimisation("--learning_rate", type=positive, default=learning_rate, help="peak learning rate")
+    optimisation("--weight_decay", type=nonnegative, default=0.0, help="AdamW's weight decay")
+    optimisation(
+        "--warmup_updates", type=nonnegative_int, default=warmup_updates, help="updates up to the peak"
     )
-    optimisation.add_argument(
-        "--max_updates", type=positive_int, default=max_updates, help="updates in all, the last at rate 0"
-    )
-    optimisation.add_argument(
-        "--clip_norm", type=nonnegative, default=10.0, help="largest norm of all gradients; 0 clips nothing"
-    )
-    optimisation.add_argument("--accum_grad", type=positive_int, default=1, help="batches per update")
+    optimisation("--max_updates", type=positive_int, default=max_updates, help="updates in all")
+    optimisation("--clip_norm", type=nonnegative, default=10.0, help="largest norm of the gradients; 0: any")
+    optimisation("--accum_grad", type=positive_int, default=1, help="batches per update")
 
-    distillation = parser.add_argument_group("distillation")
-    distillation.add_argument(
-        "--teacher_ckpt", type=path, default="pretrained/hubert-base-ls960.hf.pth", help="the teacher's file"
-    )
-    distillation.add_argument(
+    distillation = parser.add_argument_group("distillation").add_argument
+    distillation("--teacher_ckpt", type=path, default=HUBERT_BASE, help="the teacher's file")
+    distillation(
         "--distill_layers",
         default="0.4,8,12",
         help="layers to match: commas separate the layers of a group, which share a projection, and periods "
         "the groups",
     )
-    distillation.add_argument(
+    distillation(
         "--distill_mode",
         choices=["layer2layer", "predlayer"],
         default="layer2layer",
         help="compare layer with layer, or predict all from the student's last layer",
     )
-    distillation.add_argument(
-        "--l2_weight", type=nonnegative, default=0.0, help="weight of the squared error"
-    )
-    distillation.add_argument("--l1_weight", type=nonnegative, default=1.0, help="weight of the L1 distance")
-    distillation.add_argument(
-        "--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance"
-    )
-    distillation.add_argument(
-        "--cos_type", choices=["raw", "log_sig"], default="raw", help="-cos, or -log sigmoid cos"
-    )
+    distillation("--l2_weight", type=nonnegative, default=0.0, help="weight of the squared error")
+    distillation("--l1_weight", type=nonnegative, default=1.0, help="weight of the L1 distance")
+    distillation("--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance")
+    cosines = "the cosine distance: -cos, or -log sigmoid(cos)"
+    distillation("--cos_type", choices=["raw", "log_sig"], default="raw", help=cosines)
+    return parser
 
 
 def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> dict:
@@ -113,17 +94,15 @@ def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2
     num_layers = min(len(model.encoder.transformer.layers) for model in compared)
     groups = parse_distill_layers(args.distill_layers, num_layers)
     dimensions = [model.config["encoder_embed_dim"] for model in (student, teacher)]
-    names = (
-        "distill_mode learning_rate weight_decay warmup_updates max_updates "
-        "tsv_dir train_subset seconds_per_batch num_workers seed"
-    )
+    names = "distill_mode learning_rate weight_decay warmup_updates max_updates"
+    recorded = "tsv_dir train_subset seconds_per_batch num_workers seed"
     return {
         "teacher_model": teacher,
         "student_model": student,
         "distill_layers": [layer for group in groups for layer in group],
         "distill_linear_projs": distill_projections(args.distill_mode, groups, *dimensions),
         "distill_loss": DistillLoss(args.l2_weight, args.l1_weight, args.cos_weight, args.cos_type),
-        **{name: getattr(args, name) for name in names.split()},
+        **{name: getattr(args, name) for name in f"{names} {recorded}".split()},
     }
 
 

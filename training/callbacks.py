@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,27 +24,25 @@ if TYPE_CHECKING:
     from training.resume import Run
 
 
-class AfterUpdates(pl.Callback):
+class AfterUpdates(Callback):
     """A callback whose ``on_update`` comes once after each update, however many batches that has."""
 
     step = 0
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, index) -> None:
         if trainer.global_step != self.step:
             self.step = trainer.global_step
             self.on_update(trainer, module)
 
-    def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         """Update ``self.step``, counted from 1, has been made."""
 
 
 GPU_INTERVAL = 10
-"""Updates between looks at what is on a GPU, since each look waits for the GPU."""
+"""Updates between reads of what is on a GPU, since each waits for the GPU."""
 
 
 class StopOnSignal(AfterUpdates):
@@ -66,12 +64,12 @@ class StopOnSignal(AfterUpdates):
             os._exit(128 + number)
         self.received = number
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         # Until now there was nothing to save.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
-    def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         received = self.received
         if trainer.world_size > 1:
             if module.device.type == "cuda" and self.step % GPU_INTERVAL:
@@ -84,16 +82,16 @@ class StopOnSignal(AfterUpdates):
             trainer.should_stop = True
             trainer.limit_val_batches = 0
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.signal:
             say(f"stopped at update {trainer.global_step}; run the same command again to go on")
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         # The processes that Lightning has started would wait for this one.
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
 
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
@@ -101,9 +99,8 @@ class StopOnSignal(AfterUpdates):
 class StopOnNonFinite(AfterUpdates):
     """Ends a run whose loss or gradient norm is a NaN or an infinity, before a checkpoint is made of it.
 
-    Under float16 an overflow is expected: the update is skipped and the loss scale halved. The scale starts
-    at 2^16 and rarely grows beyond 2^24, so after ``SKIPS`` halvings in a row it is down to about 1, and the
-    fault is not the scale's.
+    Under float16 an overflow skips the update and halves the loss scale. The scale starts at 2^16 and rarely
+    grows beyond 2^24, so after ``SKIPS`` halvings in a row it is about 1, and the fault is another one.
 
     Args:
         last: the last checkpoint, for the message.
@@ -117,37 +114,35 @@ class StopOnNonFinite(AfterUpdates):
         self._unseen: dict[int, Tensor] = {}
         self._in_a_row = 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, index) -> None:
         self._loss = self._loss + outputs["loss"].detach()
-        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, module, outputs, batch, index)
 
-    def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         self._unseen[self.step] = torch.stack([self._loss.double(), module.gradient_norm.double()])
         self._loss = 0.0
         if module.device.type == "cpu" or len(self._unseen) >= GPU_INTERVAL:
             self._look(trainer)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
         self._look(trainer)
 
-    def _look(self, trainer: pl.Trainer) -> None:
+    def _look(self, trainer: Trainer) -> None:
         if not self._unseen:
             return
-        updates, numbers = list(self._unseen), torch.stack([*self._unseen.values()])
-        self._unseen = {}
-        bad = (~torch.isfinite(numbers)).any(dim=1).double()
+        numbers = torch.stack(list(self._unseen.values()))
+        bad = (~torch.isfinite(numbers)).any(dim=1, keepdim=True).double()
         if trainer.world_size > 1:
             bad = trainer.strategy.reduce(bad, reduce_op="max")
+        rows = torch.cat([numbers, bad], dim=1).tolist()
         tolerated = self.SKIPS if trainer.precision == "16-mixed" else 0
-        rows = torch.cat([numbers, bad.unsqueeze(1)], dim=1).tolist()
-        for update, (loss, norm, is_bad) in zip(updates, rows, strict=True):
+        for update, (loss, norm, is_bad) in zip(self._unseen, rows, strict=True):
             self._in_a_row = self._in_a_row + 1 if is_bad else 0
             if self._in_a_row > tolerated:
                 self._stop(trainer, update, loss, norm)
+        self._unseen = {}
 
-    def _stop(self, trainer: pl.Trainer, update: int, loss: float, norm: float) -> None:
+    def _stop(self, trainer: Trainer, update: int, loss: float, norm: float) -> None:
         data = trainer.datamodule
         paths = [] if data is None or math.isfinite(loss) else data.utterances(update)
         if trainer.world_size > 1:
@@ -175,7 +170,7 @@ class LastCheckpoint(AfterUpdates):
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         last, resumed = self.run.last, self.run.resumed
         if is_first() and resumed is not None and last.exists() and not last.samefile(resumed):
@@ -184,10 +179,10 @@ class LastCheckpoint(AfterUpdates):
             last.replace(aside)
             say(f"kept {last} as {aside}")
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
         checkpoint["run"] = self.run.record
 
-    def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         due = self.step % self.run.args.save_interval == 0
         if due or trainer.should_stop or self.step >= trainer.max_steps:
             trainer.save_checkpoint(self.run.last)
@@ -202,30 +197,27 @@ class Progress(AfterUpdates):
         self._samples = 0
         self._since = self._paused = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         self._samples, self._since = 0, time.monotonic()
         if is_first() and sys.stderr.isatty():
-            total, options = trainer.max_steps, {"dynamic_ncols": True, "smoothing": 0.05}
-            self._bar = tqdm(total=total, initial=self.step, unit="update", **options)
+            self._bar = tqdm(
+                total=trainer.max_steps, initial=self.step, unit="update", dynamic_ncols=True, smoothing=0.05
+            )
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, index) -> None:
         waveforms = batch[0] if isinstance(batch, (tuple, list)) else batch
         self._samples += waveforms.numel() * trainer.world_size
-        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, module, outputs, batch, index)
 
-    def on_update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         elapsed = time.monotonic() - self._since
         due = self.step % self.run.args.log_interval == 0 or self.step >= trainer.max_steps
         logged = trainer.callback_metrics
         if "train_loss" in logged and (due or (self._bar is not None and elapsed >= 1)):
             speed = self._samples / 16_000 / elapsed
-            words = {"loss": f"{logged['train_loss']:.4f}"}
-            if "sparsity_expected" in logged:
-                words["sparsity"] = f"{logged['sparsity_expected']:.4f}"
-                words["target"] = f"{logged['sparsity_target']:.4f}"
+            names = {"loss": "train_loss", "sparsity": "sparsity_expected", "target": "sparsity_target"}
+            words = {word: f"{logged[name]:.4f}" for word, name in names.items() if name in logged}
             words["audio"] = f"{speed:.1f} s/s"
             self._samples, self._since = 0, time.monotonic()
             if due:
@@ -239,19 +231,19 @@ class Progress(AfterUpdates):
         if self._bar is not None:
             self._bar.update(self.step - self._bar.n)
 
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._paused = time.monotonic()
 
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._since += time.monotonic() - self._paused
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.run.validated = trainer.global_step
         logged = trainer.callback_metrics
         if "valid_loss_distill" in logged:
             line = f"update {trainer.global_step}: valid loss_distill {logged['valid_loss_distill']:.4f}"
             say(line) if self._bar is None else tqdm.write(line, file=sys.stderr)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self._bar is not None:
             self._bar.close()

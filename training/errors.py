@@ -34,7 +34,7 @@ def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iter
         yield
     except (OSError, RuntimeError) as error:
         lost = lost_process(error, args)
-        sentence = lost or _machine_failed(error, args)
+        sentence = lost or machine_failed(error, args)
         if sentence is None:
             raise
         # torch would raise an error for each further worker that ends, wherever this process then is.
@@ -49,12 +49,9 @@ def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iter
 def lost_process(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
     """The sentence for another process that has ended or failed; None where the error is another one."""
     said = str(error)
-    if isinstance(error, (ConnectionError, FileNotFoundError)) and error.filename is None:
-        # A loader's process has died while it handed a batch over.
-        return LOST_WORKER
-    if isinstance(error, OSError):
-        return None
-    if "DataLoader worker" in said:
+    # The first two are what a loader's process leaves that has died while it handed a batch over.
+    nameless = isinstance(error, (ConnectionError, FileNotFoundError)) and error.filename is None
+    if nameless or "DataLoader worker" in said:
         return LOST_WORKER
     if "clients joined" in said or "client socket has timed out" in said:
         return (
@@ -62,13 +59,10 @@ def lost_process(error: OSError | RuntimeError, args: argparse.Namespace) -> str
             f"(--num_nodes {args.num_nodes}, --gpus {args.gpus}): start this command on every node"
         )
     # gloo's own errors have no type.
-    if (
-        isinstance(error, torch.distributed.DistError)
-        or "gloo" in said
-        or "Connection closed by peer" in said
-    ):
+    gloo = "gloo" in said or "Connection closed by peer" in said
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and gloo):
         # torch's reason comes after the place in its source, and before its advice.
-        reason = said.splitlines()[0].rpartition("] ")[2].partition(". ")[0] if said else "no reason given"
+        reason = said.partition("\n")[0].rpartition("] ")[2].partition(". ")[0] or "no reason given"
         return (
             f"another process of this run has ended or does not answer ({reason}): see its message, and run "
             "the same command again to go on from the last checkpoint"
@@ -76,7 +70,8 @@ def lost_process(error: OSError | RuntimeError, args: argparse.Namespace) -> str
     return None
 
 
-def _machine_failed(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
+def machine_failed(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
+    """The sentence for a GPU, compiler or disk that failed; None where the error is another one."""
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is too small for a batch: lower --seconds_per_batch and raise --accum_grad, or "

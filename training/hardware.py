@@ -25,7 +25,7 @@ DIST_TIMEOUT = timedelta(seconds=600)
 
 
 def devices_per_node(args: argparse.Namespace) -> tuple[str, int]:
-    """What --gpus comes to here: ``Trainer``'s ``accelerator``, and the processes of a node, one per device.
+    """``Trainer``'s ``accelerator`` for --gpus on this machine, and the processes of a node, one per device.
 
     Raises:
         UserError: this machine, or the tasks that SLURM has started, are not what the flag asks for.
@@ -79,12 +79,10 @@ def trainer_devices(args: argparse.Namespace) -> dict:
 
 
 def cluster(args: argparse.Namespace) -> list[SLURMEnvironment]:
-    """``Trainer``'s plugin for SLURM, where srun has started this process.
-
-    Lightning looks at the job's name too, and would start processes of its own inside salloc.
-    """
+    """``Trainer``'s plugin for SLURM, where srun has started this process."""
     if "SLURM_PROCID" not in os.environ:
         return []
+    # Lightning looks at the job's name too, and would start processes of its own inside salloc.
     return [BoundTask() if _sees_one_gpu(args) else SLURMEnvironment(auto_requeue=False)]
 
 

@@ -1,7 +1,7 @@
 """The folder of a training stage: who may train in it, how far it is, and its checkpoints.
 
-``ckpts/last.ckpt`` is where the run is, ``ckpts/previous.ckpt`` the checkpoint before that. Running a stage
-again in its folder goes on from there, and a folder never holds two runs.
+``ckpts/last.ckpt`` is where the run is, ``ckpts/previous.ckpt`` the checkpoint before that. A stage that is
+run again in its folder goes on from there; no folder holds two runs.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from pytorch_lightning.plugins.io import CheckpointIO
-from torch import Tensor
 
 from lightning import DistillModule
 from training.callbacks import StopOnSignal
 from training.errors import errors_as_sentences
 from training.hardware import prepared_process, world_size
 from utils import run_record
-from utils.checkpoint import read_file, writing
+from utils.checkpoint import not_finite, read_file, writing
 from utils.cli import some
 from utils.files import UserError
 from utils.processes import is_first, say
@@ -73,9 +71,8 @@ class Run:
 def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
     """The stage's run in ``args.exp_dir``: a new one, one that goes on, or None where it is finished.
 
-    What lies in the folder decides, or ``--resume_checkpoint``. No other run gets into the folder meanwhile,
-    and ``run.json`` there says how the work went. A signal that has stopped the run ends this process with
-    status 128 + the signal's number, as a shell has it.
+    No other run gets into the folder meanwhile, and ``run.json`` there says how the work went. A signal that
+    has stopped the run ends this process with status 128 + the signal's number.
 
     Args:
         stage: the script's name without ``.py``.
@@ -88,7 +85,8 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
     inputs["train_subset"] = run_record.manifest_input(args.tsv_dir, args.train_subset)
     batches = world_size(args) * args.accum_grad
     run = Run(args, run_record.make_record(stage, args, inputs, batches_an_update=batches))
-    with lock_folder(Path(args.exp_dir)):
+    with lock_folder(Path(args.exp_dir)) if is_first() else nullcontext():
+        run.resumed, run.content = checkpoint_to_resume(args)
         if is_finished(run):
             yield None
             return
@@ -96,9 +94,9 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
         with log:
             with prepared_process(args), errors_as_sentences(args, run.stopper):
                 yield run
-            if run.stopper.signal and is_first():
+            if run.stopped and is_first():
                 log.outcome = f"stopped by {signal.Signals(run.stopper.signal).name}"
-    if run.stopper.signal:
+    if run.stopped:
         sys.exit(128 + run.stopper.signal)
 
 
@@ -109,13 +107,9 @@ def lock_folder(exp_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it, or the folder cannot be made.
     """
-    if not is_first():
-        yield
-        return
-    path = exp_dir / ".lock"
     try:
         exp_dir.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(exp_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise UserError(
             f"--exp_dir {exp_dir} cannot be written to ({error.strerror}): name another"
@@ -132,28 +126,47 @@ def lock_folder(exp_dir: Path) -> Iterator[None]:
                 "choose another --exp_dir"
             ) from None
         except OSError as error:
-            say(f"warning: {path} cannot be locked ({error.strerror}): start no second run in {exp_dir}")
+            say(f"warning: {exp_dir} cannot be locked ({error.strerror}): start no second run in it")
         else:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-            left_by_a_killed_run = [*exp_dir.glob(".run.json.*.tmp"), *exp_dir.glob("ckpts/.last.ckpt.*.tmp")]
-            for temporary in left_by_a_killed_run:
-                temporary.unlink(missing_ok=True)
+            print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+            for pattern in (".run.json.*.tmp", "ckpts/.last.ckpt.*.tmp"):
+                for left_by_a_killed_run in exp_dir.glob(pattern):
+                    left_by_a_killed_run.unlink(missing_ok=True)
         yield
 
 
+def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path, dict] | tuple[None, None]:
+    """What a stage goes on from: ``--resume_checkpoint``, or its last one, or the one before that where the
+    last one is missing or cannot be read.
+
+    Returns:
+        The file and what is in it; None and None where there is no checkpoint.
+    Raises:
+        UserError: none can be read.
+    """
+    last, previous = last_of(args.exp_dir), previous_of(args.exp_dir)
+    if args.resume_checkpoint is not None:
+        path = Path(args.resume_checkpoint)
+    elif previous.exists():
+        try:
+            return last, read_training_checkpoint(last)
+        except UserError as error:
+            say(f"{error}; going on from {previous}")
+            path = previous
+    elif last.exists():
+        path = last
+    else:
+        return None, None
+    return path, read_training_checkpoint(path)
+
+
 def is_finished(run: Run) -> bool:
-    """Reads what the run goes on from, if there is anything; whether there is nothing left to do.
+    """Whether there is nothing left to do.
 
     Raises:
-        UserError: this is no checkpoint of this very stage.
+        UserError: the checkpoint is none of this very stage.
     """
-    if run.args.resume_checkpoint is not None:
-        run.resumed = Path(run.args.resume_checkpoint)
-        run.content = read_training_checkpoint(run.resumed)
-    else:
-        run.resumed, run.content = newest_checkpoint(run.args.exp_dir)
     if run.content is None:
         return False
     then, now = run.content["run"], run.record
@@ -170,24 +183,6 @@ def is_finished(run: Run) -> bool:
     return done >= run.args.max_updates
 
 
-def newest_checkpoint(exp_dir: str | Path) -> tuple[Path, dict] | tuple[None, None]:
-    """The checkpoint that a stage goes on from: its last one, or the one before where that cannot be read.
-
-    Returns:
-        The file and what is in it; None and None where there is no checkpoint.
-    Raises:
-        UserError: neither can be read.
-    """
-    last, previous = last_of(exp_dir), previous_of(exp_dir)
-    if not previous.exists():
-        return (last, read_training_checkpoint(last)) if last.exists() else (None, None)
-    try:
-        return last, read_training_checkpoint(last)
-    except UserError as error:
-        say(f"{error}; going on from {previous}")
-        return previous, read_training_checkpoint(previous)
-
-
 def read_training_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint of a training stage.
 
@@ -195,18 +190,8 @@ def read_training_checkpoint(path: str | Path) -> dict:
         UserError: it is none.
     """
     content = read_file(path)
-    entries = {
-        "global_step": int,
-        "state_dict": dict,
-        "optimizer_states": list,
-        "lr_schedulers": list,
-        "loops": dict,
-        "random_state": list,
-        "SpeechDataModule": dict,
-        "run": dict,
-    }
-    complete = all(isinstance(content.get(name), kind) for name, kind in entries.items())
-    if not (complete and run_record.is_record(content["run"])):
+    entries = "global_step state_dict optimizer_states lr_schedulers loops random_state SpeechDataModule run"
+    if not (content.keys() >= set(entries.split()) and run_record.is_record(content["run"])):
         raise UserError(
             f"{path} is not a checkpoint that this version's training stages wrote: give another one, or "
             "start a new run in another --exp_dir"
@@ -227,14 +212,16 @@ def resume_state(run: Run, module: DistillModule) -> dict:
     [optimizer], [schedule] = module.configure_optimizers()
     [saved] = content["optimizer_states"]
     groups = optimizer.state_dict()["param_groups"]
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    expected = {name: shape for name, shape in expected.items() if not name.startswith("teacher_model.")}
+    expected = {
+        name: tensor.shape
+        for name, tensor in module.state_dict().items()
+        if not name.startswith("teacher_model.")
+    }
     found = {name: tensor.shape for name, tensor in content["state_dict"].items()}
-    same_groups = [group["params"] for group in saved["param_groups"]] == [
-        group["params"] for group in groups
-    ]
-    if found != expected or not same_groups:
-        differing = sorted(name for name, _ in expected.items() ^ found.items()) or ["what is trained"]
+    differing = sorted({name for name, _ in expected.items() ^ found.items()})
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+        differing = differing or ["what is trained"]
+    if differing:
         raise UserError(
             f"{run.resumed} does not belong to these models and flags: {some(differing)} differ; give what "
             "it was made with, or start a new run in another --exp_dir"
@@ -294,17 +281,3 @@ def _keep_as(path: Path, other: Path) -> None:
         os.replace(path, other)
     else:
         os.replace(link, other)
-
-
-def not_finite(checkpoint: Mapping) -> str | None:
-    """The name of a weight or an optimiser's state that holds a NaN or an infinity, or None."""
-    tensors = dict(checkpoint["state_dict"])
-    for optimizer in checkpoint["optimizer_states"]:
-        for number, state in optimizer["state"].items():
-            tensors |= {
-                f"{name} of the optimiser's parameter {number}": value for name, value in state.items()
-            }
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            return name
-    return None

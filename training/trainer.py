@@ -57,11 +57,11 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
 
 
 def leave_signals_to_us(trainer: pl.Trainer) -> None:
-    """Takes Lightning's own answer to SIGTERM away, for which it has no public switch.
+    """Takes Lightning's own answer to SIGTERM away, for which it has no public switch; ``StopOnSignal`` does
+    its work.
 
-    It sends a message to the other ranks from within the signal handler, which mixes with what they are
-    sending each other at that moment; and before every batch it asks them, and waits for the GPU to hear the
-    answer. ``processes.quit_on_signals`` and ``StopOnSignal`` do in its place what is to be done.
+    Lightning's handler sends the other ranks a message that mixes with what they are sending each other, and
+    it asks them before every batch, which waits for the GPU.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -15,33 +15,24 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's ``main``; a user's mistake or a failing disk is one sentence and exit status 2."""
     try:
         main()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        message = str(error) if error.filename is not None else UNWRITTEN.format(error.strerror)
-    else:
-        message = None
-    try:
         sys.stdout.flush()
+    except UserError as error:
+        _exit_with(str(error))
     except OSError as error:
-        # Python would try once more, and say so in its own way.
+        if error.filename is not None:
+            _exit_with(str(error))
+        if error.errno is None:
+            raise
+        # Python would try once more to print what is left, and say so in its own way.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message = message or UNWRITTEN.format(error.strerror)
-    if message is not None:
-        _exit_with(message)
-
-
-UNWRITTEN = "what this command prints, or a file without a name, could not be written ({})"
+        _exit_with(
+            f"what this command prints, or a file without a name, could not be written ({error.strerror})"
+        )
 
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Wraps a script's imports of packages that only an extra of ``pyproject.toml`` installs.
-
-    A missing package ends the script with one sentence that says how to install it, and with exit status 2.
-    """
+    """Wraps a script's imports of what only an extra of ``pyproject.toml`` installs."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -55,12 +46,8 @@ def missing_package(error: ModuleNotFoundError, extra: str) -> str:
 
 @contextmanager
 def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
-    """Wraps the writing of ``path`` by way of other files; where that fails, the sentence names ``path``.
-
-    Args:
-        path: what is to be written.
-        errors: what a package raises in place of an OSError.
-    """
+    """Wraps the writing of ``path`` by way of other files, and names ``path`` where that fails with an
+    OSError, or with one of ``errors``, which a package raises in its place."""
     try:
         yield
     except (OSError, *errors) as error:
@@ -77,12 +64,7 @@ def _exit_with(message: str) -> None:
 
 def abbreviate(value) -> str:
     """A value for an error message: short text as it was written, else as Python writes it, cut to size."""
-    if isinstance(value, str) and value.isprintable() and len(value) < 200:
-        return value
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer with more digits than Python is willing to print
-        return f"a huge {type(value).__name__}"
+    return value if isinstance(value, str) and len(value) < 200 else reprlib.repr(value)
 
 
 def some(names: Iterable[object]) -> str:
@@ -95,13 +77,10 @@ def number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callabl
     """An argparse type: a number of ``kind`` that ``accepts`` holds for, in words ``wanted``."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
+        with suppress(ValueError):
+            if accepts(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
     return parse
 

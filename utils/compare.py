@@ -6,13 +6,8 @@ from torch import Tensor
 
 
 def relative_difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The largest difference between tensors, each relative to the largest value that is expected of it.
-
-    Args:
-        found, expected: tensors in pairs of one shape.
-    Returns:
-        Infinity where a number is not finite.
-    """
+    """The largest difference between the tensors of each pair, relative to the largest expected value;
+    infinity where a number is not finite."""
     errors = [
         (ours - right).abs().max() / right.abs().max() for ours, right in zip(found, expected, strict=True)
     ]

@@ -1,7 +1,6 @@
 """The processes of a run: which one speaks for all, and how they end where there is nothing to save.
 
-It imports nothing heavy, so that a script can call ``quit_on_signals`` before it spends seconds on importing
-torch.
+It imports nothing heavy, so that a script can call ``quit_on_signals`` before it imports torch for seconds.
 """
 
 import multiprocessing
@@ -24,11 +23,9 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """A line for the user, on the first process of a run alone.
-
-    Where it cannot be written, because the terminal is gone or the disk of the log is full, the run goes on.
-    """
+    """Prints a line for the user, on the first process alone."""
     if is_first():
+        # A run goes on where its terminal is gone or the disk of its log is full.
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 

@@ -1,7 +1,7 @@
 """What a file was made from: the flags and the inputs' fingerprints of each stage.
 
-A training stage keeps its record in its checkpoints, and every stage in the ``run.json`` of its folder. What
-is done, and what belongs together, is decided by these records and the files' content, never by their dates.
+A training stage keeps its record in its checkpoints, and every stage in the ``run.json`` of its folder. They
+and the files' content decide what is done and what belongs together; dates do not.
 """
 
 from __future__ import annotations
@@ -53,20 +53,13 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def file_input(path: str | Path) -> dict[str, str]:
-    """A file among a stage's inputs, for :func:`make_record`.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """A file among a stage's inputs; raises a UserError where it is missing or damaged."""
     return {"path": str(path), "sha256": fingerprint(path)}
 
 
 def manifest_input(tsv_dir: str | Path, name: str) -> dict[str, str]:
-    """A manifest among a stage's inputs: its utterances count, not the folder that they lie in.
-
-    Raises:
-        UserError: it is missing or malformed.
-    """
+    """A manifest among a stage's inputs: its utterances count, not the folder that they lie in. Raises a
+    UserError where it is missing or malformed."""
     # Stages 2 and 4 read no audio, and need none of the packages that do.
     from dataset import read_manifest
 
@@ -91,24 +84,22 @@ def make_record(stage: str, args: argparse.Namespace, inputs: Mapping[str, dict]
 
 def is_record(value: object) -> bool:
     """Whether what was read from a file is a record that :func:`make_record` made."""
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("stage"), str)
-        and isinstance(value.get("flags"), dict)
-        and isinstance(value.get("inputs"), dict)
-        and all(_is_input(entry) for entry in value["inputs"].values())
+    return _has(value, {"stage": str, "flags": dict, "inputs": dict}) and all(
+        _has(each, INPUT) for each in value["inputs"].values()
     )
 
 
-def _is_input(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("path", "sha256"))
+INPUT = {"path": str, "sha256": str}
+SESSION = {"outcome": str, "started": str, "seconds": (int, float, type(None))}
+SESSION |= dict.fromkeys(("machine", "versions", "flags"), dict)
+
+
+def _has(value: object, entries: Mapping) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in entries.items())
 
 
 def differences(then: Mapping, now: Mapping) -> dict[str, str]:
-    """What two records differ in: by its name, what it was and what it is.
-
-    A flag or input that only one of them has is no difference.
-    """
+    """By its name, what each flag and input that both records have was and is, where that differs."""
     found = {}
     for name in then["flags"].keys() & now["flags"].keys():
         if then["flags"][name] != now["flags"][name]:
@@ -125,14 +116,16 @@ def _file(entry: Mapping[str, str]) -> str:
 
 
 def check_unchanged(then: Mapping, now: Mapping, source: str | Path, allow_changed: str, remedy: str) -> None:
-    """Raises an error that lists the differences of two records of which ``--allow_changed`` does not speak.
+    """Compares two records, and prints the differences that ``--allow_changed`` names.
 
     Args:
-        then, now: as for :func:`differences`.
+        then, now: the records.
         source: the file that was made with ``then``.
         allow_changed: the flag, a comma list. run.sh gives all stages the same, so it may name what this
             stage does not have.
         remedy: what to do instead of allowing it.
+    Raises:
+        UserError: there are other differences.
     """
     found, allowed = differences(then, now), {name.strip() for name in allow_changed.split(",")}
     for name in found.keys() & allowed:
@@ -146,12 +139,10 @@ def check_unchanged(then: Mapping, now: Mapping, source: str | Path, allow_chang
 
 
 def refuse_overwriting(out: str | Path, inputs: Mapping[str, str | Path], flag: str = "out") -> None:
-    """Raises an error where an output names one of the files that the command reads.
+    """Checks an output, of the name ``flag``, against the inputs by their flags: files, or folders of files.
 
-    Args:
-        out: the file to write.
-        inputs: by its flag, each file to read, or folder all of whose files may be read.
-        flag: the output's.
+    Raises:
+        UserError: it would replace one of them.
     """
     real = os.path.realpath(out)
     for name, path in inputs.items():
@@ -171,8 +162,8 @@ def read_run(folder: Path) -> dict[str, dict]:
     """The ``run.json`` of a folder.
 
     Returns:
-        For each stage its record, with ``sessions`` (when, where and with which flags it ran, and how that
-        ended) and, where it has written a file, ``output``. Stage 2's has stage 1's record, ``distilled``.
+        For each stage its record; its ``sessions``, at least one: when, where and with which flags it ran,
+        and how that ended; ``output``, the file it wrote; and for stage 2 stage 1's record, ``distilled``.
     Raises:
         UserError: it is damaged.
     """
@@ -188,23 +179,15 @@ def read_run(folder: Path) -> dict[str, dict]:
     return content
 
 
-def _is_entry(entry: object) -> bool:
+def _is_entry(value: object) -> bool:
     return (
-        is_record(entry)
-        and is_record(entry.get("distilled", entry))
-        and ("output" not in entry or _is_input(entry["output"]))
-        and isinstance(entry.get("sessions"), list)
-        and all(isinstance(each, dict) and isinstance(each.get("flags"), dict) for each in entry["sessions"])
+        is_record(value)
+        and is_record(value.get("distilled", value))
+        and ("output" not in value or _has(value["output"], INPUT))
+        and isinstance(value.get("sessions"), list)
+        and bool(value["sessions"])
+        and all(_has(session, SESSION) for session in value["sessions"])
     )
-
-
-def made_by(path: str | Path, folder: Path | None = None) -> dict | None:
-    """The record of the stage that wrote ``path``, found by its content in the ``run.json`` of a folder, by
-    default its own experiment's."""
-    for entry in read_run(folder or folder_of(path)).values():
-        if "output" in entry and entry["output"]["sha256"] == fingerprint(path):
-            return entry
-    return None
 
 
 class RunLog:
@@ -216,40 +199,42 @@ class RunLog:
         args: all flags, also those that may change.
 
     Attributes:
+        record: the same as above.
+        earlier: the stage's entry up to now, empty where there is none.
         outcome: how the work ended, if not by an error.
     """
 
-    def __init__(self, folder: Path, record: Mapping, args: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, record: dict, args: argparse.Namespace) -> None:
         self.folder = folder
+        self.record = record
+        self.earlier = read_run(folder).get(record["stage"], {})
         self.outcome = "finished"
+        self._more: dict = {}
         self._begin = time.monotonic()
         self._session = {
             **{"started": _now(), "ended": None, "seconds": None, "outcome": "running"},
-            **{"machine": _machine(), "versions": _versions(), "flags": dict(vars(args))},
+            **{"machine": _machine(), "versions": _versions(), "flags": vars(args)},
         }
-        earlier = read_run(folder).get(record["stage"], {})
-        self._new = dict(record)
-        # A failed attempt leaves no file, so the entry stays that of the file that is there.
-        self._kept = earlier if "output" in earlier else self._new
-        self._sessions = [*earlier.get("sessions", []), self._session]
 
     def note(self, **more) -> None:
         """Adds to the stage's entry."""
-        self._new.update(more)
+        self._more |= more
 
     def __enter__(self) -> RunLog:
-        self._write(self._kept)
+        self._write(done=False)
         return self
 
     def __exit__(self, error, *_) -> None:
         self._session["ended"] = _now()
         self._session["seconds"] = round(time.monotonic() - self._begin, 3)
         self._session["outcome"] = self.outcome if error is None else "failed"
-        self._write(self._new if error is None else self._kept)
+        self._write(done=error is None)
 
-    def _write(self, entry: Mapping) -> None:
-        entry = {**entry, "sessions": self._sessions}
-        content = {**read_run(self.folder), self._new["stage"]: entry}
+    def _write(self, done: bool) -> None:
+        # A failed attempt leaves no file, so the entry stays that of the file that is there.
+        entry = self.earlier if "output" in self.earlier and not done else {**self.record, **self._more}
+        sessions = [*self.earlier.get("sessions", []), self._session]
+        content = {**read_run(self.folder), self.record["stage"]: {**entry, "sessions": sessions}}
         with atomic_write(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -114,8 +114,16 @@ def drop_tensor(name):
         ("fairseq_hubert_base", set_tensor("layer_norm.bias", torch.zeros(16).int()), "floating-point"),
         ("fairseq_hubert_base", drop_tensor("encoder.layers.1.fc1.bias"), "feed_forward.intermediate_dense"),
         ("fairseq_hubert_base", drop_tensor("layer_norm.weight"), "feature_projection.layer_norm.weight"),
-        ("fairseq_hubert_base", set_option(encoder_ffn_embed_dim=48), "by the config it should be (48,)"),
-        ("fairseq_hubert_base", set_option(encoder_attention_heads=5), "by the config it should be (30,)"),
+        (
+            "fairseq_hubert_base",
+            set_option(encoder_ffn_embed_dim=48),
+            "the shape in current model is torch.Size([48])",
+        ),
+        (
+            "fairseq_hubert_base",
+            set_option(encoder_attention_heads=5),
+            "the shape in current model is torch.Size([30])",
+        ),
         ("fairseq_hubert_base", set_option(encoder_layers=None), "encoder_layers of its config is None"),
         ("fairseq_hubert_base", set_option(dropout=7.0), "encoder_dropout is 7.0"),
         ("fairseq_wav2vec2_base", set_option(layer_type="conformer"), "layer_type is 'conformer'"),

@@ -18,7 +18,7 @@ from utils.cli import run_script
 out, rank = Path(os.environ["NOTES"]), os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
 (out / f"rank{rank}.pid").write_text(str(os.getpid()))
 hardware.DIST_TIMEOUT = timedelta(seconds=int(os.environ.get("PATIENCE", "600")))
-modules, batches, batches_an_epoch, broadcasts = [], [], [], []
+modules, batches, samplers, broadcasts = [], [], [], []
 crops, make_module = dataset.batches.BucketBatchSampler._crops, distill.DistillModule
 broadcast = torch.distributed.broadcast
 
@@ -26,7 +26,7 @@ broadcast = torch.distributed.broadcast
 def note_batch(self, utterances, epoch):
     if self.shuffle:
         batches.append(utterances.tolist())
-        batches_an_epoch.append(self.batches_an_epoch)
+        samplers.append(self)
     return crops(self, utterances, epoch)
 
 
@@ -49,5 +49,6 @@ except SystemExit as exit:
     (out / f"rank{rank}.status").write_text(str(exit.code))
     raise
 weights = {k: v for k, v in modules[0].state_dict().items() if not k.startswith("teacher_model.")}
-content = {"weights": weights, "batches": batches, "batches_an_epoch": (batches_an_epoch or [0])[0]}
-torch.save({**content, "broadcasts": len(broadcasts)}, out / f"rank{rank}.pt")
+content = {"weights": weights, "batches": batches, "broadcasts": len(broadcasts)}
+content["batches_an_epoch"] = samplers[0].batches_an_epoch if samplers else 0
+torch.save(content, out / f"rank{rank}.pt")

@@ -4,6 +4,8 @@ import importlib
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,20 +35,33 @@ RECIPE = {
 
 def run(script, *args, check=True, **environment):
     """Runs a script of the checkout as a user would; returns the finished process with its output."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
     process = subprocess.run(
-        command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
+        command(script, *args), env=variables(environment), capture_output=True, text=True, timeout=300
     )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process
 
 
-def start(script, *args, **arguments):
-    """Starts a script of the checkout; its output is one stream of lines."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+def start(script, *args, ranks=1, **environment):
+    """Starts a script of the checkout in a process group of its own; its output is one stream of lines."""
     return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **arguments
+        command(script, *args, ranks=ranks),
+        env=variables(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
+
+
+def command(script, *args, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if ranks == 2 else []
+    interpreter = ["bash"] if script.endswith(".sh") else [sys.executable, *launcher]
+    return [*interpreter, str(ROOT / script), *map(str, args)]
+
+
+def variables(environment):
+    return ENVIRONMENT | {name: str(value) for name, value in environment.items()}
 
 
 def wait_for(process, beginning):
@@ -59,10 +74,25 @@ def wait_for(process, beginning):
     raise AssertionError(f"ended without {beginning!r}: {''.join(lines)}")
 
 
-def two_ranks(script, *args):
-    """The command that runs a script of the checkout on two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return [*launcher, str(ROOT / script), *map(str, args)]
+def ended(process, seconds=60):
+    """Waits for a started process and for all of its group; returns its status and what it said."""
+    output = process.stdout.read()
+    status = process.wait(seconds)
+    end = time.monotonic() + seconds
+    while (left := members(process.pid)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
+    return status, output
+
+
+def members(group):
+    """The processes of a process group that are still there, zombies not counted."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            found += [stat] if its_group == str(group) and state != "Z" else []
+    return found
 
 
 def call(monkeypatch, script, *args):

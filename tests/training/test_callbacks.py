@@ -2,12 +2,9 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
-from dataset import AudioError, make_loader, write_manifests
 from tests.helpers.stages import checkpoint
 from training.callbacks import StopOnNonFinite, StopOnSignal
 from training.resume import RunCheckpointIO
@@ -50,38 +47,20 @@ def test_float16_may_overflow_while_its_scale_can_be_halved(tmp_path):
             updates(StopOnNonFinite(tmp_path), precision, [1.0], loss=float("nan"))
 
 
-@pytest.mark.parametrize("where", ["weight", "moment"])
-def test_a_checkpoint_that_is_not_finite_replaces_none(where, tmp_path):
-    path = tmp_path / "last.ckpt"
-    values = {"weight": torch.ones(3), "moment": torch.ones(3)}
-
-    def content():
-        return {
-            "global_step": 7,
-            "state_dict": {"student_model.weight": values["weight"]},
-            "optimizer_states": [{"state": {0: {"exp_avg": values["moment"]}}}],
-        }
-
-    RunCheckpointIO(None).save_checkpoint(content(), path)
+@pytest.mark.parametrize("name", ["state_dict.student_model.weight", "optimizer_states.0.state.0.exp_avg"])
+def test_a_checkpoint_that_is_not_finite_replaces_none(name, tmp_path):
+    path, weight, moment = tmp_path / "last.ckpt", torch.ones(3), torch.ones(3)
+    content = {
+        "global_step": 7,
+        "state_dict": {"student_model.weight": weight},
+        "optimizer_states": [{"state": {0: {"exp_avg": moment}}}],
+    }
+    RunCheckpointIO().save_checkpoint(content, path)
     good = path.read_bytes()
-    values[where] = torch.tensor([1.0, float("inf"), 1.0])
-    name = {"weight": "student_model.weight", "moment": "exp_avg of the optimiser's parameter 0"}[where]
+    (weight if name.endswith("weight") else moment)[1] = float("inf")
     with pytest.raises(UserError, match=f"{name} is not finite at update 7"):
-        RunCheckpointIO(None).save_checkpoint(content(), path)
+        RunCheckpointIO().save_checkpoint(content, path)
     assert path.read_bytes() == good and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-@pytest.mark.parametrize(
-    "value, reason",
-    [(np.nan, "not finite"), (-np.inf, "not finite"), (1e30, "1e.30, where audio lies between")],
-)
-def test_audio_that_is_none_is_named(value, reason, tmp_path):
-    samples = np.zeros(40_000, dtype=np.float32)
-    samples[39_000] = value
-    soundfile.write(tmp_path / "one.wav", samples, 16_000, subtype="FLOAT")
-    write_manifests(tmp_path, str(tmp_path), {"train": [("one.wav", 40_000)]})
-    with pytest.raises(AudioError, match=f"{tmp_path}/one.wav: holds samples .*{reason}"):
-        next(iter(make_loader(tmp_path, "train", 87.5, 0, shuffle=True)))
 
 
 @pytest.mark.parametrize(("device", "asked"), [("cuda", [10, 20, 30]), ("cpu", list(range(1, 31)))])

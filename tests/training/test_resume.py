@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ import torch
 import dataset.batches
 from lightning import DistillModule
 from tests.helpers.stages import (
-    ENVIRONMENT,
     assert_equal_to_the_bit,
     checkpoint,
+    ended,
     flags,
     start,
-    two_ranks,
     wait_for,
     weights,
 )
@@ -24,8 +22,7 @@ from tests.helpers.stages import (
 def test_killed_run_ends_with_the_unbroken_runs_weights(distil, manifests, teacher, tmp_path):
     """With two processes that read audio, over the end of epochs of three updates of two batches each."""
     distil("whole", accum_grad=2)
-    arguments = flags(manifests, teacher, tmp_path / "cut", num_workers=2, accum_grad=2)
-    process = start("distill.py", *arguments)
+    process = start("distill.py", *flags(manifests, teacher, tmp_path / "cut", num_workers=2, accum_grad=2))
     wait_for(process, "update 6/10")
     process.kill()
     process.wait()
@@ -45,7 +42,7 @@ def test_mixed_precision_resumes_to_the_bit(precision, distil, tmp_path):
 
 @pytest.fixture
 def updates(monkeypatch):
-    """For each update that has begun: its utterances, batch by batch, and the optimiser's groups."""
+    """For each update that has begun: each batch's epoch and utterances, and the optimiser's groups."""
     found, unused = {}, []
     crops, step = dataset.batches.BucketBatchSampler._crops, DistillModule.training_step
     clip = DistillModule.configure_gradient_clipping
@@ -71,33 +68,27 @@ def updates(monkeypatch):
 
 
 def test_another_accum_grad_goes_on_with_the_right_batches(distil, updates, tmp_path):
-    """Update u trains on batches 3 (u - 1) to 3 u - 1 of the run, whatever those before it trained on."""
-    distil("three", accum_grad=3)
+    """Update u trains on batches 4 (u - 1) to 4 u - 1 of the run, whatever those before it trained on."""
+    distil("four", accum_grad=4, max_updates=6)
     expected = {update: noted["batches"] for update, noted in updates.items()}
     updates.clear()
-    distil("two", accum_grad=2, save_interval=8)
+    assert [len(batches) for batches in expected.values()] == [4] * 6
+    # An epoch of six batches ends within an update.
+    assert {epoch for epoch, _ in expected[2]} == {0, 1}
+    batches = [batch for batches in expected.values() for batch in batches]
+    assert sorted(index for epoch, indices in batches if epoch == 0 for index in indices) == list(range(12))
+    distil("two", accum_grad=2, max_updates=6)
     updates.clear()
-    changed = {"accum_grad": 3, "allow_changed": "batches_an_update", "max_updates": 10}
-    previous = tmp_path / "two" / "ckpts" / "previous.ckpt"
-    distil("on", resume_checkpoint=previous, **changed, save_interval=9)
-    assert list(updates) == [9, 10]
+    changed = {"accum_grad": 4, "allow_changed": "batches_an_update", "max_updates": 6}
+    distil("on", resume_checkpoint=tmp_path / "two" / "ckpts" / "previous.ckpt", **changed, save_interval=5)
     assert {update: noted["batches"] for update, noted in updates.items()} == {
-        update: expected[update] for update in (9, 10)
+        update: expected[update] for update in (5, 6)
     }
     steps = checkpoint(tmp_path / "on")["optimizer_states"][0]["state"]
-    assert {int(state["step"]) for state in steps.values()} == {10}
+    assert {int(state["step"]) for state in steps.values()} == {6}
     # What was written under the new number goes on to the bit.
     distil("again", resume_checkpoint=tmp_path / "on" / "ckpts" / "previous.ckpt", **changed)
     assert_equal_to_the_bit(weights(tmp_path / "again"), weights(tmp_path / "on"))
-
-
-def test_gradients_are_accumulated_across_epochs(distil, updates):
-    distil("exp", accum_grad=4, max_updates=3)
-    assert [len(noted["batches"]) for noted in updates.values()] == [4, 4, 4]
-    batches = [batch for noted in updates.values() for batch in noted["batches"]]
-    first_epoch = [index for epoch, indices in batches if epoch == 0 for index in indices]
-    assert sorted(first_epoch) == list(range(12))
-    assert len({epoch for epoch, _ in updates[2]["batches"]}) == 2
 
 
 def test_a_resumed_run_has_the_rates_of_its_flags(distil, updates, tmp_path):
@@ -106,9 +97,10 @@ def test_a_resumed_run_has_the_rates_of_its_flags(distil, updates, tmp_path):
     previous = tmp_path / "first" / "ckpts" / "previous.ckpt"
     changes = {"learning_rate": 0.5, "weight_decay": 0.1, "max_updates": 12}
     distil("on", resume_checkpoint=previous, **changes, allow_changed=",".join(changes))
-    main, gates, _ = updates[9]["groups"]
-    assert main == pytest.approx({"lr": 0.5 * (12 - 9) / (12 - 3), "weight_decay": 0.1})
-    assert gates == pytest.approx({"lr": 0.02 * (12 - 9) / (12 - 3), "weight_decay": 0.0})
+    for update in (9, 11):
+        main, gates, _ = updates[update]["groups"]
+        assert main == pytest.approx({"lr": 0.5 * (12 - update) / (12 - 3), "weight_decay": 0.1})
+        assert gates == pytest.approx({"lr": 0.02 * (12 - update) / (12 - 3), "weight_decay": 0.0})
 
 
 def test_a_checkpoint_of_other_models_is_one_sentence(distil, refused, tmp_path):
@@ -127,18 +119,16 @@ def test_a_checkpoint_of_other_models_is_one_sentence(distil, refused, tmp_path)
 
 
 def test_the_checkpoint_before_the_last_one_stands_in_for_it(distil, tmp_path):
-    distil("exp", save_interval=4)
+    distil("exp")
     ckpts, whole = tmp_path / "exp" / "ckpts", weights(tmp_path / "exp")
-    assert checkpoint(tmp_path / "exp")["global_step"] == 10
-    assert checkpoint(tmp_path / "exp", "previous.ckpt")["global_step"] == 8
     (ckpts / "last.ckpt").write_bytes((ckpts / "last.ckpt").read_bytes()[:-30_000])
-    said = distil("exp", save_interval=4)
+    said = distil("exp")
     assert f"{ckpts}/last.ckpt is damaged" in said and f"going on from {ckpts}/previous.ckpt" in said
     assert "update 9/10" in said and "update 8/10" not in said
     assert_equal_to_the_bit(weights(tmp_path / "exp"), whole)
     assert checkpoint(tmp_path / "exp", "previous.ckpt")["global_step"] == 8
     (ckpts / "last.ckpt").unlink()
-    distil("exp", save_interval=4)
+    distil("exp")
     assert_equal_to_the_bit(weights(tmp_path / "exp"), whole)
 
 
@@ -149,7 +139,7 @@ def test_running_again_and_going_back_lose_nothing(distil, refused, tmp_path):
     assert "finished" in distil("exp", max_updates=6)
     assert "cos_type was raw" in refused("exp", max_updates=6, cos_type="log_sig")
     assert content == {path.name: path.read_bytes() for path in ckpts.iterdir()}
-    distil("exp", "--resume_checkpoint", ckpts / "previous.ckpt", max_updates=6, save_interval=2)
+    distil("exp", resume_checkpoint=ckpts / "previous.ckpt", max_updates=6, save_interval=2)
     assert (ckpts / "last.1.ckpt").read_bytes() == content["last.ckpt"]
     assert (ckpts / "previous.ckpt").read_bytes() == content["previous.ckpt"]
     assert checkpoint(tmp_path / "exp")["global_step"] == 6
@@ -157,44 +147,20 @@ def test_running_again_and_going_back_lose_nothing(distil, refused, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_go_on_to_the_bit(manifests, teacher, tmp_path):
-    def arguments(name):
-        return flags(manifests, teacher, tmp_path / name, num_workers=1, accum_grad=2, save_interval=1000)
+    def train(name):
+        arguments = flags(
+            manifests, teacher, tmp_path / name, num_workers=1, accum_grad=2, save_interval=1000
+        )
+        return start("tests/helpers/ddp_worker.py", *arguments, ranks=2, NOTES=tmp_path)
 
-    subprocess.run(
-        two_ranks("distill.py", *arguments("whole")), env=ENVIRONMENT, check=True, capture_output=True
-    )
-    command = two_ranks("tests/helpers/ddp_worker.py", *arguments("cut"))
-    environment = {**ENVIRONMENT, "NOTES": str(tmp_path)}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    assert ended(train("whole"))[0] == 0
+    process = train("cut")
     wait_for(process, "update 3/10")
     os.kill(int((tmp_path / "rank1.pid").read_text()), signal.SIGUSR1)
-    output = process.stdout.read()
-    assert process.wait() != 0
-    assert "stopped at update" in output
+    status, output = ended(process)
+    assert status != 0 and "stopped at update" in output
     assert 3 <= checkpoint(tmp_path / "cut")["global_step"] < 10
     # Each rank has to end with the status by which run.sh requeues.
     assert {(tmp_path / f"rank{rank}.status").read_text() for rank in (0, 1)} == {"138"}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert ended(train("cut"))[0] == 0
     assert_equal_to_the_bit(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-
-
-def test_a_resumed_schedule_takes_its_shape_from_the_flags():
-    from lightning import LinearDecayLRScheduler
-
-    def scheduled(max_updates, rate):
-        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-        return optimizer, LinearDecayLRScheduler(optimizer, 3, max_updates)
-
-    first, schedule = scheduled(4, 1.0)
-    for _ in range(4):
-        first.step()
-        schedule.step()
-    assert first.param_groups[0]["lr"] == 0
-    second, longer = scheduled(8, 2.0)
-    second.load_state_dict(first.state_dict())
-    longer.load_state_dict(schedule.state_dict())
-    second.step()
-    longer.step()
-    assert second.param_groups[0]["lr"] == pytest.approx(2.0 * (8 - 6) / (8 - 3))
