@@ -14,7 +14,6 @@ import torch
 from utils.checkpoint import load_model
 from utils.cli import fraction, needs_extra, nonnegative_int, path, positive, run_script
 from utils.files import UserError
-from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 
 with needs_extra("train"):
@@ -44,30 +43,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def gates(pruning_units: str) -> dict[str, bool]:
-    """``"conv,head"`` -> the config keys of the gates, each True or False.
-
-    Raises:
-        UserError: a unit is unknown.
-    """
-    units = [unit.strip() for unit in pruning_units.split(",") if unit.strip()]
-    for unit in units:
-        if unit not in PRUNING_UNITS:
-            raise UserError(f"--pruning_units {pruning_units}: {unit} is none of {', '.join(PRUNING_UNITS)}")
-    if not units:
-        raise UserError(f"--pruning_units is empty: name some of {', '.join(PRUNING_UNITS)}")
-    return {key: unit in units for unit, key in PRUNING_UNITS.items()}
-
-
 def main() -> None:
     args = parse_args()
-    new_gates = gates(args.pruning_units)
     with open_run("distill", args) as run:
         if run is None:
             return
         torch.manual_seed(args.seed)
         teacher = load_model(args.teacher_ckpt)
-        student = load_model(args.student_ckpt, **new_gates)
+        student = load_model(args.student_ckpt)
+        try:
+            student.add_gates(args.pruning_units)
+        except ValueError as error:
+            raise UserError(f"--pruning_units {args.pruning_units}: {error}") from error
         module = DistillModule(
             **distillation(args, teacher, student),
             use_reg=True,

@@ -150,18 +150,13 @@ def is_state_dict(value: object) -> bool:
     )
 
 
-def build_model(
-    config: Mapping, state_dict: Mapping[str, Tensor], source: str | Path, new_gates: bool = False
-) -> Wav2Vec2Model:
+def build_model(config: Mapping, state_dict: Mapping[str, Tensor], source: str | Path) -> Wav2Vec2Model:
     """A model of ``config`` that holds the very tensors of ``state_dict`` (no copy is made of float32 ones).
-
-    Config and state dict must match, but for gates where they may be new.
 
     Args:
         config: keyword arguments of :func:`wav2vec2.wav2vec2_model`.
         state_dict: its tensors, under either spelling of the weight norm's names.
         source: what the two come from, named in errors.
-        new_gates: gates that the config asks for and the state dict lacks start anew.
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
@@ -180,33 +175,22 @@ def build_model(
         # torch lists the tensors of another shape below the first line.
         shapes = some(line.strip() for line in str(error).splitlines()[1:])
         raise UserError(f"{source}: the state dict does not belong to its config: {shapes}") from error
-    if new_gates:
-        missing = [key for key in missing if not key.endswith("log_alpha")]
     for problem, keys in (("lacks the tensor", missing), ("has the unexpected tensor", unexpected)):
         if keys:
             raise UserError(
                 f"{source}: the state dict {problem} {some(keys)}, so it does not belong to its config"
             )
-    for gate in model.gates():
-        if gate.log_alpha.is_meta:
-            gate.log_alpha = torch.nn.Parameter(torch.empty(gate.n_in))
-            gate.reset_parameters()
     return model
 
 
-def load_model(path: str | Path, **changes) -> Wav2Vec2Model:
+def load_model(path: str | Path) -> Wav2Vec2Model:
     """The model of a checkpoint file, in training mode as torch builds it.
 
-    Args:
-        path: the file.
-        changes: config keys to change, the gates to add, say.
     Raises:
-        UserError: as :func:`read_checkpoint` and :func:`build_model` say.
+        UserError: it cannot be read, or its tensors do not belong to its config.
     """
     checkpoint = read_checkpoint(path)
-    return build_model(
-        {**checkpoint["config"], **changes}, checkpoint["state_dict"], path, new_gates=bool(changes)
-    )
+    return build_model(checkpoint["config"], checkpoint["state_dict"], path)
 
 
 def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False, **extra: dict) -> None:

@@ -72,9 +72,10 @@ class Wav2Vec2Model(nn.Module):
         """
         names = [unit.strip() for unit in units.split(",") if unit.strip()]
         unknown = [name for name in names if name not in PRUNING_UNITS]
-        if unknown or not names:
-            wrong = f"{unknown[0]!r} is none of them" if unknown else "none is named"
-            raise ValueError(f"units to prune are {', '.join(PRUNING_UNITS)}, and {wrong}")
+        if unknown:
+            raise ValueError(f"{unknown[0]} is none of {', '.join(PRUNING_UNITS)}")
+        if not names:
+            raise ValueError(f"no unit is named: name some of {', '.join(PRUNING_UNITS)}")
         if self.is_gated:
             raise ValueError("the model has gates already: prune() takes them away")
         put_gates(self, names)

@@ -159,7 +159,7 @@ def test_a_pruned_model_may_be_gated_and_pruned_again(family):
 
 def test_gates_are_added_once_and_by_known_names():
     model = ungated("hubert_base")
-    for units, words in (("conv,heads", "'heads' is none"), (" ,", "none is named")):
+    for units, words in (("conv,heads", "heads is none of conv"), (" ,", "no unit is named")):
         with pytest.raises(ValueError, match=words):
             model.add_gates(units)
     assert not model.is_gated
