@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -18,14 +19,11 @@ from utils.checkpoint import load_model
 from utils.cli import fraction, positive
 from utils.files import UserError
 from utils.processes import available_cpus, processor
-from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wav2vec2_model, wavlm_base
-from wav2vec2.config import PRUNING_UNITS
+from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base
 
 SAMPLE_RATE = 16_000
 MODELS = {"hubert_base": hubert_base, "hubert_large": hubert_large, "wavlm_base_plus": wavlm_base}
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-GATED = {key: unit in ("conv", "head", "interm") for unit, key in PRUNING_UNITS.items()}
-"""The gates that run.sh trains."""
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -101,8 +99,8 @@ def gated_copy(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None
     Raises:
         UserError: no share of open units gives this sparsity, 1 - expected size / the teacher's size.
     """
-    student = wav2vec2_model(**{**teacher.config, **GATED})
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    student = copy.deepcopy(teacher)
+    student.add_gates("conv,head,interm")  # those that run.sh trains
     size, gates = teacher.get_num_params().item(), student.gates()
     convs = set(student.feature_extractor.modules())
     # Each gate opens its units in a random order, and rounds their number up or down at random.
