@@ -1,22 +1,16 @@
 """The plain computation that train_step.py compares the product with: in eager mode, as the original does it.
 
-Every unit is computed and then multiplied by its mask, and each gate draws its mask where it is used.
-Attention is written out step by step, always with a mask of (batch, 1, frame, frame). Weights, names, the
-gates' formula and the sum of the expected size, which takes next to no time, are the product's. A later
-change to how the product computes does not reach this file.
+Every unit is computed and then multiplied by its mask, and attention is written out step by step. Weights,
+names, the gates' formula and the expected size are the product's; how the product computes is not used here.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.components import ConvLayerBlock, EncoderLayer, FeedForward, SelfAttention, WavLMSelfAttention
@@ -32,10 +26,7 @@ class PlainModel(Wav2Vec2Model):
     """A model that computes ``extract_features``, which is what distillation asks of it, in the plain way."""
 
     def extract_features(
-        self,
-        waveforms: Tensor,
-        lengths: Tensor | None = None,
-        num_layers: int | None = None,
+        self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Computes what :meth:`Wav2Vec2Model.extract_features` computes."""
         valid = waveforms.new_full((len(waveforms),), waveforms.size(1)) if lengths is None else lengths
@@ -44,9 +35,7 @@ class PlainModel(Wav2Vec2Model):
         x = waveforms.unsqueeze(1)
         for block in self.feature_extractor.conv_layers:
             x = conv_block(block, x)
-            valid = (torch.div(valid - block.kernel_size, block.stride, rounding_mode="floor") + 1).clamp(
-                min=0
-            )
+            valid = ((valid - block.kernel_size) // block.stride + 1).clamp(min=0)
         x = x.transpose(1, 2) * self.feature_extractor.dummy_weight
 
         projection = self.encoder.feature_projection

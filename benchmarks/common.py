@@ -1,14 +1,13 @@
-"""What the benchmarks share: models, clocks, the machine and its speed, and tables."""
+"""What the benchmarks share: flags, models, clocks, and how figures are printed and kept."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,21 +16,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils.checkpoint import load_model
-from utils.cli import fraction, positive, positive_int
+from utils.cli import fraction, positive
 from utils.files import UserError
-from utils.processes import processor
-from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wav2vec2_model, wavlm_base
-from wav2vec2.config import PRUNING_UNITS
+from utils.processes import available_cpus, processor
+from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base
 
 SAMPLE_RATE = 16_000
-MODELS: dict[str, Callable[..., Wav2Vec2Model]] = {
-    "hubert_base": hubert_base,
-    "hubert_large": hubert_large,
-    "wavlm_base_plus": wavlm_base,
-}
+MODELS = {"hubert_base": hubert_base, "hubert_large": hubert_large, "wavlm_base_plus": wavlm_base}
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-GATED = {key: unit in ("conv", "head", "interm") for unit, key in PRUNING_UNITS.items()}
-"""The gates that run.sh trains."""
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -43,26 +35,19 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say where to compute."""
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--threads", type=positive_int, help="threads of the CPU; default: torch's choice")
 
 
-def add_student_arguments(parser: argparse.ArgumentParser, sparsity: float | None) -> None:
-    """Adds the flags that make a student of a teacher."""
-    parser.add_argument("--sparsity", type=fraction, default=sparsity, help="1 - student's / teacher's size")
-    parser.add_argument(
-        "--conv_share",
-        type=positive,
-        help="share of the conv channels that is left; default: the same as of heads and features",
-    )
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name a teacher and make a student of it."""
+    parser.add_argument("--model", default="hubert_base", help=f"{', '.join(MODELS)} or a checkpoint FILE")
+    parser.add_argument("--sparsity", type=fraction, default=0.75, help="1 - student's / teacher's size")
+    help = "share of the conv channels that is left; default: the same as of heads and features"
+    parser.add_argument("--conv_share", type=positive, help=help)
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
-    """Sets the number of threads; returns the device to compute on."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is found; ask for cpu")
     return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,16 +56,10 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 def describe(device: torch.device) -> dict[str, str | int]:
     """Prints and returns what a table has to say of the machine that made it."""
     machine = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-    machine |= {
-        "cpu": processor(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    machine |= {"cpu": processor(), "cores": available_cpus(), "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     print("; ".join(f"{key} {value}" for key, value in machine.items()))
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    return {**machine, "command": command}
+    return {**machine, "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])}
 
 
 class Clock:
@@ -104,43 +83,24 @@ class Clock:
         return start.elapsed_time(end)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product, 4096 wide on a GPU and 1024 on a CPU."""
-    n, repeats = (4096, 20) if device.type == "cuda" else (1024, 1)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    clock, times = Clock(device), []
-    for _ in range(6):
-        start = clock.mark()
-        for _ in range(repeats):
-            a @ b
-        times.append(clock.milliseconds(start, clock.mark()))
-    return repeats * 2 * n**3 / (statistics.median(times[1:]) / 1000)
-
-
 def build(name: str) -> Wav2Vec2Model:
     """A model without gates: one of ``MODELS`` with random weights, or that of a checkpoint file."""
-    if name in MODELS:
-        return MODELS[name]()
-    if not Path(name).is_file():
-        raise UserError(f"--model {name}: neither a file nor one of {', '.join(MODELS)}")
-    return load_model(name)
+    if name not in MODELS and not Path(name).is_file():
+        raise UserError(f"{name}: neither a file nor one of {', '.join(MODELS)}")
+    return MODELS[name]() if name in MODELS else load_model(name)
 
 
 def gated_copy(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None = None) -> Wav2Vec2Model:
     """A student as in the middle of stage 1: the teacher's weights, and gates that expect ``sparsity``.
 
-    The same share of conv channels, heads and feed-forward features is open. Which ones they are is random;
-    their log_alpha is 6 and that of the others -6, with noise of standard deviation 1.
+    One share of the units of each kind is open, at random: their log_alpha is 6, that of the others -6, with
+    noise of standard deviation 1. ``conv_share`` is another share for the conv channels.
 
-    Args:
-        teacher: a model without gates.
-        sparsity: 1 - expected size / the teacher's size.
-        conv_share: the share of open conv channels, where it is to be another one.
     Raises:
-        UserError: no share of open units gives this sparsity.
+        UserError: no share of open units gives this sparsity, 1 - expected size / the teacher's size.
     """
-    student = wav2vec2_model(**{**teacher.config, **GATED})
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    student = copy.deepcopy(teacher)
+    student.add_gates("conv,head,interm")  # those that run.sh trains
     size, gates = teacher.get_num_params().item(), student.gates()
     convs = set(student.feature_extractor.modules())
     # Each gate opens its units in a random order, and rounds their number up or down at random.
@@ -160,9 +120,7 @@ def gated_copy(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None
         middle = (low + high) / 2
         low, high = (middle, high) if sparsity_at(middle) > sparsity else (low, middle)
     if abs((reached := sparsity_at(high)) - sparsity) > 0.05:
-        raise UserError(
-            f"--sparsity {sparsity}: the gates of this model reach {reached:.3f}; ask for what they can reach"
-        )
+        raise UserError(f"--sparsity {sparsity}: the gates of this model reach {reached:.3f}; ask for that")
     return student
 
 
@@ -173,31 +131,31 @@ def compressed(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None
     return student
 
 
-def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """The norm of the difference of all tensors over the norm of those that are expected."""
-    pairs = [
-        (a.detach().double().cpu(), e.detach().double().cpu()) for a, e in zip(actual, expected, strict=True)
-    ]
-    difference = sum((a - e).square().sum() for a, e in pairs)
-    return (difference / sum(e.square().sum() for _, e in pairs)).sqrt().item()
+    actual, expected = (
+        torch.cat([tensor.detach().double().cpu().flatten() for tensor in tensors])
+        for tensors in (actual, expected)
+    )
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
-def print_table(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str]) -> None:
+def print_table(rows: dict[str, dict[str, object]], columns: Iterable[str]) -> None:
     """Prints ``rows[name][column]`` with the rows' names on the left."""
-    cells = [["", *columns]]
-    cells += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
-    for line in cells:
-        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        print("  ".join([line[0].ljust(widths[0]), *rest]))
+    lines = [["", *columns]]
+    lines += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for name, *cells in lines:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print(name.ljust(widths[0]), *padded, sep="  ")
 
 
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, (int, float)):
+        return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
 
 
 def write_json(args: argparse.Namespace, **content: object) -> None:

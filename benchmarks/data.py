@@ -8,26 +8,17 @@ recordings, demo/corpus.py synthesises some.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import statistics
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
-from common import (
-    SAMPLE_RATE,
-    add_device_arguments,
-    choose_device,
-    describe,
-    make_parser,
-    print_table,
-    write_json,
-)
+from common import SAMPLE_RATE, describe, make_parser, print_table, write_json
 
 from dataset import AudioDataset, make_loader, read_manifest
 from prepare_data import prepare
@@ -35,7 +26,7 @@ from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of audio")
     parser.add_argument("--extension", default="flac", help="end of the audio files' names")
@@ -45,58 +36,39 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--max_seconds", type=positive, default=3600.0, help="decode at most this much audio")
     parser.add_argument("--repeats", type=positive_int, default=5, help="passes; medians are reported")
-    add_device_arguments(parser)
-    return parser.parse_args()
-
-
-def seconds_taken(work: Callable[[], object], repeats: int) -> float:
-    """The median of ``repeats`` runs of ``work``, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def main() -> None:
-    args = parse_args()
-    choose_device(args)
+    args = parser.parse_args()
     machine = describe(torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as temporary:
-        tsv_dir = str(Path(temporary) / "manifests")
+    rows = {}
+
+    def measure(name: str, samples: int, work: Callable[[], object], files: int | None = None) -> None:
+        """Adds a row: the median of the passes, after one that does not count."""
+        taken = statistics.median(timeit.repeat(work, number=1, repeat=1 + args.repeats)[1:])
+        audio = float(samples) / SAMPLE_RATE
+        rows[name] = {"files per second": files and files / taken, "audio seconds per second": audio / taken}
+
+    with tempfile.TemporaryDirectory() as tsv_dir:
 
         def make_manifest() -> None:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 prepare(args.data, tsv_dir, args.extension, "flat", 0.0, 2022, num_workers=1)
 
-        making = seconds_taken(make_manifest, args.repeats)
-        reading = seconds_taken(lambda: read_manifest(tsv_dir, "train"), args.repeats)
-        lengths = read_manifest(tsv_dir, "train").lengths
+        make_manifest()
         dataset, limit = AudioDataset(tsv_dir, "train"), args.max_seconds * SAMPLE_RATE
+        lengths = dataset.lengths
         few = max(1, int(np.searchsorted(np.cumsum(lengths), limit, side="right")))
         crops = [(i, 0, int(length)) for i, length in enumerate(lengths[:few])]
-        decoding = seconds_taken(lambda: [dataset[crop] for crop in crops], args.repeats)
-        rows = {
-            "manifest making": row(lengths.sum(), making, len(lengths)),
-            "manifest reading": row(lengths.sum(), reading, len(lengths)),
-            "decoding": row(lengths[:few].sum(), decoding, few),
-        }
+        measure("manifest making", lengths.sum(), make_manifest, len(lengths))
+        measure("manifest reading", lengths.sum(), lambda: read_manifest(tsv_dir, "train"), len(lengths))
+        measure("decoding", lengths[:few].sum(), lambda: [dataset[crop] for crop in crops], few)
         for workers in args.num_workers:
             loader = make_loader(tsv_dir, "train", args.seconds_per_batch, workers, shuffle=True)
             if not (given := samples_of_a_pass(loader, limit)):
                 raise UserError("no batch: the models take utterances of 2 to 15.6 s")
-            taken = seconds_taken(lambda loader=loader: samples_of_a_pass(loader, limit), args.repeats)
-            rows[f"batches, {workers} workers"] = row(given, taken)
+            measure(f"batches, {workers} workers", given, partial(samples_of_a_pass, loader, limit))
     hours = lengths.sum() / SAMPLE_RATE / 3600
     print(f"{len(lengths)} files, {hours:.2f} hours, batches of {args.seconds_per_batch:g} s")
     print_table(rows, ["files per second", "audio seconds per second"])
     write_json(args, machine=machine, rates=rows)
-
-
-def row(samples: int, taken: float, files: int | None = None) -> dict[str, float | None]:
-    audio = float(samples) / SAMPLE_RATE
-    return {"files per second": files and files / taken, "audio seconds per second": audio / taken}
 
 
 def samples_of_a_pass(loader: torch.utils.data.DataLoader, limit: float) -> int:

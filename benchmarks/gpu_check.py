@@ -16,25 +16,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
+import common
 import numpy as np
 import soundfile
 import torch
-from common import (
-    PRECISIONS,
-    SAMPLE_RATE,
-    add_device_arguments,
-    choose_device,
-    compressed,
-    describe,
-    gated_copy,
-    make_parser,
-    relative_error,
-    write_json,
-)
 from torch import Tensor
 from train_step import Step, Variant, compare
 
@@ -61,16 +49,11 @@ LIMITS = {"32": (1e-3, 1e-2, 0.005), "bf16": (0.05, 0.2, 0.05), "16": (0.02, 0.1
 
 
 class Checks:
-    """The checks that have been made.
-
-    Args:
-        device: the device that is checked.
-        small: whether models and batches are tiny.
-    """
+    """The checks that have been made on ``device``; models and batches are tiny where ``small``."""
 
     def __init__(self, device: torch.device, small: bool) -> None:
         self.device, self.small, self.on_gpu = device, small, device.type == "cuda"
-        self.precisions = ["32", "bf16"] if small else list(PRECISIONS)
+        self.precisions = ["32", "bf16"] if small else list(LIMITS)
         self.rows: dict[str, dict[str, object]] = {}
 
     def add(self, name: str, figure: object, passed: bool | None = None) -> None:
@@ -84,33 +67,27 @@ class Checks:
         try:
             check(self)
         except Exception as error:
-            self.add(check.__name__.replace("_", " "), f"{type(error).__name__}: {error}"[:300], False)
+            self.add(check.__name__, f"{type(error).__name__}: {error}"[:300], False)
         if self.on_gpu:
             torch.cuda.empty_cache()
 
-    def model(self, family: str) -> Wav2Vec2Model:
+    def model(self, family: str = "hubert_base") -> Wav2Vec2Model:
         torch.manual_seed(0)
         return FAMILIES[family](**NO_DROPOUT, **(SMALL if self.small else {}))
 
     def audio(self, utterances: int, seconds: float, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return 0.1 * torch.randn(utterances, int(seconds * SAMPLE_RATE), generator=generator)
+        samples = int(seconds * common.SAMPLE_RATE)
+        return 0.1 * torch.randn(utterances, samples, generator=torch.Generator().manual_seed(seed))
 
 
-@contextmanager
-def same_noise() -> Iterator[None]:
-    """Lets gates draw the same numbers on every device."""
-    generator, drawn = torch.Generator().manual_seed(0), Tensor.uniform_
+def same_noise():
+    """Lets gates draw the same numbers on every device, inside a ``with``."""
+    generator = torch.Generator().manual_seed(0)
 
-    def uniform_(tensor: Tensor, low: float = 0.0, high: float = 1.0, **_) -> Tensor:
-        noise = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return tensor.copy_(drawn(noise, low, high, generator=generator))
+    def uniform_(tensor: Tensor, low: float, high: float, **_) -> Tensor:
+        return tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
 
-    Tensor.uniform_ = uniform_
-    try:
-        yield
-    finally:
-        Tensor.uniform_ = drawn
+    return mock.patch.object(Tensor, "uniform_", uniform_)
 
 
 def outputs_and_gradients(step: Step, batch: Tensor, lengths: Tensor | None) -> tuple[list, list]:
@@ -134,25 +111,26 @@ def agreement(checks: Checks) -> None:
     variants = [Variant("product", precision) for precision in checks.precisions]
     if checks.on_gpu:
         variants.append(Variant("product", "bf16", compile=True))
-    for family, stage in itertools.product(FAMILIES, ("gated", "pruned")):
+    stages = {"gated": common.gated_copy, "pruned": common.compressed}
+    for family, (stage, make) in itertools.product(FAMILIES, stages.items()):
         teacher = checks.model(family)
-        student = (gated_copy if stage == "gated" else compressed)(teacher, 0.4)
+        student = make(teacher, 0.4)
         cpu = Step(Variant("product"), teacher, student, torch.device("cpu"))
         expected = [outputs_and_gradients(cpu, batch, lengths) for lengths in given]
         for variant in variants:
             torch._dynamo.reset()  # the graphs of models that are gone would count towards the limit
             step = Step(variant, teacher, student, checks.device)
             actual = [outputs_and_gradients(step, batch, lengths) for lengths in given]
-            name = f"{family} {stage}, {variant.precision}{', compiled' if variant.compile else ''}"
+            name = f"{family} {stage}, {variant.precision}{', compiled' * variant.compile}"
             for i, what in enumerate(("outputs", "gradients")):
-                worst = max(relative_error(a[i], e[i]) for a, e in zip(actual, expected, strict=True))
+                worst = max(common.relative_error(a[i], e[i]) for a, e in zip(actual, expected, strict=True))
                 checks.add(f"{name}: error of {what}", worst, worst <= LIMITS[variant.precision][i])
 
 
 def losses(checks: Checks) -> None:
     """The losses of 50 updates in each precision, against those of the CPU in float32."""
-    teacher = checks.model("hubert_base")
-    student = gated_copy(teacher, 0.4)
+    teacher = checks.model()
+    student = common.gated_copy(teacher, 0.4)
     batches = [checks.audio(2, 1.0, seed) for seed in range(5 if checks.small else 50)]
 
     def trained(precision: str, device: torch.device) -> Tensor:
@@ -172,12 +150,10 @@ def losses(checks: Checks) -> None:
 
 def waits(checks: Checks) -> None:
     """How often an update of stage 1 waits for the GPU, and how many kernels it launches."""
-    if not checks.on_gpu:
-        checks.add("waits and kernels", "only on a GPU")
-        return
-    teacher, batch = checks.model("hubert_base"), checks.audio(2, 1.0).to(checks.device)
+    teacher, batch = checks.model(), checks.audio(2, 1.0).to(checks.device)
     for compiled in (False, True):
-        step = Step(Variant("product", "bf16", compiled), teacher, gated_copy(teacher, 0.4), checks.device)
+        variant = Variant("product", "bf16", compiled)
+        step = Step(variant, teacher, common.gated_copy(teacher, 0.4), checks.device)
         for _ in range(20 if compiled else 3):  # some widths that gates draw want a graph of their own
             step(batch)
         with warnings.catch_warnings(record=True) as found:
@@ -187,7 +163,7 @@ def waits(checks: Checks) -> None:
             torch.cuda.set_sync_debug_mode("default")
         # torch warns once that this mode is new, too.
         count = sum("called a synchronizing" in str(warning.message) for warning in found)
-        name = f"of an update{', compiled' if compiled else ''}"
+        name = f"of an update{', compiled' * compiled}"
         checks.add(f"waits {name}", count, count <= 1)
         with torch.profiler.profile() as record:
             step(batch)
@@ -201,31 +177,34 @@ def runs(checks: Checks) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = make_command(checks, Path(folder))
 
-        def run(name: str, gpus: int = int(checks.on_gpu)) -> list[Tensor]:
-            exp_dir = Path(folder) / name
-            more = ["--exp_dir", str(exp_dir), "--gpus", str(gpus)]
-            process = subprocess.run([*command, *more], capture_output=True, text=True)
-            if process.returncode:
-                raise RuntimeError(process.stderr.strip().splitlines()[-1])
-            last = torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)
+        def run(name: str, gpus: int = int(checks.on_gpu), stop: bool = False) -> int:
+            """Runs to the end, or sends SIGTERM after a few updates; returns the exit status."""
+            words = [*command, f"--exp_dir={folder}/{name}", f"--gpus={gpus}"]
+            with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+                for line in process.stderr:
+                    if stop and line.startswith("update 4/"):
+                        process.send_signal(signal.SIGTERM)
+            if process.returncode and not stop:
+                raise RuntimeError(line)
+            return process.returncode
+
+        def weights(name: str) -> list[Tensor]:
+            last = torch.load(f"{folder}/{name}/ckpts/last.ckpt", weights_only=True)
             return list(last["state_dict"].values())
 
-        whole, again = run("whole"), run("again")
-        more = ["--exp_dir", str(Path(folder) / "stopped"), "--gpus", str(int(checks.on_gpu))]
-        with subprocess.Popen([*command, *more], stderr=subprocess.PIPE, text=True) as process:
-            for line in process.stderr:
-                if line.startswith("update 4/"):
-                    process.send_signal(signal.SIGTERM)
-        status = process.returncode
+        run("whole")
+        run("again")
+        status = run("stopped", stop=True)
         checks.add("exit status of a run stopped by SIGTERM", status, status == 128 + signal.SIGTERM)
+        run("stopped")
         # Sums on a GPU have no fixed order, so that two whole runs may differ a little.
-        noise, departed = relative_error(again, whole), relative_error(run("stopped"), whole)
+        noise, departed = (common.relative_error(weights(n), weights("whole")) for n in ("again", "stopped"))
         checks.add("difference of two whole runs", noise)
-        checks.add(
-            "difference of a stopped and resumed run from a whole one", departed, departed <= 10 * noise
-        )
-        if (count := torch.cuda.device_count()) > 1 and checks.on_gpu:
-            finite = all(tensor.isfinite().all() for tensor in run("all", count))
+        name = "difference of a stopped and resumed run from a whole one"
+        checks.add(name, departed, departed <= 10 * noise)
+        if checks.on_gpu and (count := torch.cuda.device_count()) > 1:
+            run("all", count)
+            finite = all(tensor.isfinite().all() for tensor in weights("all"))
             checks.add(f"a run on {count} GPUs", "finite weights" if finite else "weights not finite", finite)
 
 
@@ -234,33 +213,23 @@ def make_command(checks: Checks, folder: Path) -> list[str]:
     generator, utterances = np.random.default_rng(0), []
     for number in range(12):
         length = int(generator.integers(32_000, 48_000))
-        soundfile.write(folder / f"{number}.flac", 0.1 * generator.standard_normal(length), SAMPLE_RATE)
+        soundfile.write(folder / f"{number}.flac", 0.1 * generator.standard_normal(length), 16_000)
         utterances.append((f"{number}.flac", length))
     write_manifests(folder, str(folder), {"train100": utterances})
-    save_checkpoint(folder / "teacher.pth", hubert_base(**(SMALL if checks.small else {})))
-    flags = {
-        "tsv_dir": folder,
-        "teacher_ckpt": folder / "teacher.pth",
-        "student_ckpt": folder / "teacher.pth",
-        "distill_layers": "0.1,3",
-        "seconds_per_batch": 8,
-        "max_updates": 12,
-        "warmup_updates": 2,
-        "log_interval": 1,
-        "num_workers": 0,
-        "precision": "32" if checks.small else "bf16",
-    }
-    return [sys.executable, str(DISTILL), *(f"--{name}={value}" for name, value in flags.items())]
+    teacher = folder / "teacher.pth"
+    save_checkpoint(teacher, hubert_base(**(SMALL if checks.small else {})))
+    flags = ["--tsv_dir", folder, "--teacher_ckpt", teacher, "--student_ckpt", teacher]
+    flags += ["--distill_layers", "0.1,3", "--seconds_per_batch", 8, "--max_updates", 12]
+    flags += ["--warmup_updates", 2, "--log_interval", 1, "--num_workers", 0]
+    flags += ["--precision", "32" if checks.small else "bf16"]
+    return [sys.executable, *map(str, (DISTILL, *flags))]
 
 
 def memory(checks: Checks) -> None:
     """The peak of an update in bf16, with batches of one of the paper's GPUs and of all four together."""
-    if not checks.on_gpu:
-        checks.add("memory", "only on a GPU")
-        return
-    teacher = checks.model("hubert_base")
+    teacher = checks.model()
     for sparsity, utterances in itertools.product((0.0, 0.7), (16, 64)):
-        step = Step(Variant("product", "bf16"), teacher, gated_copy(teacher, sparsity), checks.device)
+        step = Step(Variant("product", "bf16"), teacher, common.gated_copy(teacher, sparsity), checks.device)
         batch = checks.audio(utterances, 0.1 if checks.small else 10).to(checks.device)
         torch.cuda.reset_peak_memory_stats()
         try:
@@ -275,12 +244,12 @@ def memory(checks: Checks) -> None:
 
 def speed(checks: Checks) -> None:
     """The throughput of the product and the baseline, and their share of a matrix product's rate."""
-    teacher = checks.model("hubert_base")
+    teacher = checks.model()
     batch = checks.audio(16, 0.1 if checks.small else 10).to(checks.device)
     names = ["baseline+bf16", "product+bf16", *(["product+bf16+compile"] if checks.on_gpu else [])]
     variants = {name: Variant.parse(name) for name in names}
     batches = [batch] * (4 if checks.small else 12)
-    for stage, make in ((1, gated_copy), (3, compressed)):
+    for stage, make in ((1, common.gated_copy), (3, common.compressed)):
         for name, figures in compare(variants, teacher, make(teacher, 0.7), batches, warmup=2).items():
             for row in ("audio seconds per second", "% of matrix product", "times the first"):
                 limited = checks.on_gpu and row == "times the first" and name == "product+bf16"
@@ -289,20 +258,22 @@ def speed(checks: Checks) -> None:
 
 
 def main() -> int:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="use tiny models and batches")
-    add_device_arguments(parser)
+    common.add_device_argument(parser)
     args = parser.parse_args()
     prepare_gpu(tf32=False)
     if args.device != "cpu" and not torch.cuda.is_available():
         print("gpu_check.py: no GPU is found: run this on a machine with one", file=sys.stderr)
         return 2
-    device = choose_device(args)
-    machine = describe(device)
+    device = common.choose_device(args)
+    machine = common.describe(device)
     checks = Checks(device, args.small)
-    for check in (agreement, losses, waits, runs, memory, speed):
+    for check in (agreement, losses, runs, speed):
         checks.run(check)
-    write_json(args, machine=machine, checks=checks.rows)
+    for check in (waits, memory) if checks.on_gpu else ():
+        checks.run(check)
+    common.write_json(args, machine=machine, checks=checks.rows)
     failed = [name for name, row in checks.rows.items() if row["result"] == "FAIL"]
     print(f"{len(failed)} of {len(checks.rows)} checks have failed", *failed, sep="\n")
     return int(bool(failed))

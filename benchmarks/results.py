@@ -20,8 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import torch
-from common import describe, gated_copy, make_parser, print_table, write_json
 
 from lightning import distill_projections, parse_distill_layers
 from utils.checkpoint import load_model, save_checkpoint
@@ -32,21 +32,19 @@ from wav2vec2.cost import parameter_count
 from wav2vec2.pruning import shift_gates
 
 ROOT = Path(__file__).parent.parent
-FIRST_LAYERS = 2
 NAME = "pruned_hubert_base.pth"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("row", choices=["params", "macs", "random", "first_layers", "table"])
     parser.add_argument("--seed", type=nonnegative_int, default=1)
     parser.add_argument("--tsv_dir", type=path, required=True, help="manifests train100.tsv and valid.tsv")
     parser.add_argument("--teacher_ckpt", type=path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows' folders")
     parser.add_argument("--target_sparsity", type=fraction, default=0.75)
-    parser.add_argument(
-        "--updates", type=positive_int, nargs=2, default=[1200, 300], help="updates of stages 1 and 3"
-    )
+    updates = "updates of stages 1 and 3"
+    parser.add_argument("--updates", type=positive_int, nargs=2, default=[1200, 300], help=updates)
     parser.add_argument("--learning_rate", type=positive, default=5e-4)
     parser.add_argument("--reg_learning_rate", type=positive, default=0.05)
     parser.add_argument("--seconds_per_batch", type=positive, default=12.0)
@@ -57,55 +55,60 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def script(name: str, *models: object, **flags: object) -> None:
-    """Runs a script of this project; ``models`` are the values of --models.
+def run(*command: object, **environment: object) -> None:
+    """Runs a command.
 
     Raises:
         UserError: it failed; its own message stands above.
     """
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-    words += ["--models", *models] if models else []
-    if subprocess.run([sys.executable, ROOT / name, *map(str, words)]).returncode:
-        raise UserError(f"{name} has failed")
+    words = [str(word) for word in command]
+    variables = {name: str(value) for name, value in environment.items()}
+    if subprocess.run(words, env={**os.environ, **variables}).returncode:
+        raise UserError(f"{Path(words[1]).name} has failed")
+
+
+def script(name: str, **flags: object) -> None:
+    """Runs a script of this project; a flag with a list has several values."""
+    words: list[object] = []
+    for flag, value in flags.items():
+        words += [f"--{flag}", *(value if isinstance(value, list) else [value])]
+    run(sys.executable, ROOT / name, *words)
 
 
 def recipe(args: argparse.Namespace, folder: Path) -> None:
     """Makes the rows with gates by run.sh."""
     first, last = args.updates
-    variables = {
-        "python": sys.executable,
-        "root_dir": folder,
-        "final_dir": folder / "final",
-        "teacher_ckpt": args.teacher_ckpt,
-        "tsv_dir": args.tsv_dir,
-        "train_subset": "train100",
-        "gpus": 0,
-        "precision": 32,
-        "num_workers": 1,
-        "seconds_per_batch": args.seconds_per_batch,
-        "distill_layers": args.distill_layers,
-        "lr": args.learning_rate,
-        "warmup": first // 20,
-        "max": first,
-        "reg_lr": args.reg_learning_rate,
-        "target_sparsity": args.target_sparsity,
-        "sparsity_warmup": first // 3,
-        "sparsity_of": args.row,
-        "match_target": 1,
-        "final_lr": args.learning_rate,
-        "final_warmup": last // 10,
-        "final_max": last,
-        "log_interval": 100,
-        "seed": args.seed,
-    }
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    if subprocess.run(["bash", ROOT / "run.sh"], env=environment).returncode:
-        raise UserError("run.sh has failed")
+    stage_1 = {"max": first, "warmup": first // 20, "sparsity_warmup": first // 3}
+    stage_3 = {"final_max": last, "final_warmup": last // 10, "final_lr": args.learning_rate}
+    run(
+        "bash",
+        ROOT / "run.sh",
+        **stage_1,
+        **stage_3,
+        python=sys.executable,
+        root_dir=folder,
+        final_dir=folder / "final",
+        teacher_ckpt=args.teacher_ckpt,
+        tsv_dir=args.tsv_dir,
+        train_subset="train100",
+        gpus=0,
+        precision=32,
+        num_workers=1,
+        seconds_per_batch=args.seconds_per_batch,
+        distill_layers=args.distill_layers,
+        lr=args.learning_rate,
+        reg_lr=args.reg_learning_rate,
+        target_sparsity=args.target_sparsity,
+        sparsity_of=args.row,
+        match_target=1,
+        log_interval=100,
+        seed=args.seed,
+    )
 
 
 def cut_at_random(teacher: Wav2Vec2Model, sparsity: float) -> Wav2Vec2Model:
     """The teacher cut at random to exactly the parameters that ``sparsity`` leaves."""
-    student = gated_copy(teacher, sparsity).eval()
+    student = common.gated_copy(teacher, sparsity).eval()
     count = parameter_count(student)
     shift_gates(student, count, (1 - sparsity) * count.total())
     student.prune()
@@ -114,12 +117,11 @@ def cut_at_random(teacher: Wav2Vec2Model, sparsity: float) -> Wav2Vec2Model:
 
 def first_layers(teacher: Wav2Vec2Model) -> Wav2Vec2Model:
     """The teacher without its layers after the first two."""
-    layerwise = {
-        key: value[:FIRST_LAYERS]
+    config = {
+        key: value[:2] if key.startswith("encoder_") and isinstance(value, (list, tuple)) else value
         for key, value in teacher.config.items()
-        if key.startswith("encoder_") and isinstance(value, (list, tuple))
     }
-    student = wav2vec2_model(**{**teacher.config, **layerwise, "encoder_num_layers": FIRST_LAYERS})
+    student = wav2vec2_model(**{**config, "encoder_num_layers": 2})
     names = student.state_dict().keys()
     student.load_state_dict({key: value for key, value in teacher.state_dict().items() if key in names})
     return student
@@ -130,13 +132,11 @@ def distil_alone(args: argparse.Namespace, folder: Path) -> None:
     torch.manual_seed(args.seed)
     teacher = load_model(args.teacher_ckpt)
     if args.row == "random":
-        mode, layers, student = (
-            "layer2layer",
-            args.distill_layers,
-            cut_at_random(teacher, args.target_sparsity),
-        )
+        mode, layers = "layer2layer", args.distill_layers
+        student = cut_at_random(teacher, args.target_sparsity)
     else:
-        mode, layers, student = "predlayer", args.distill_layers.rpartition(".")[2], first_layers(teacher)
+        mode, layers = "predlayer", args.distill_layers.rpartition(".")[2]
+        student = first_layers(teacher)
     groups = parse_distill_layers(layers, len(teacher.encoder.transformer.layers))
     dimension = teacher.config["encoder_embed_dim"]
     start = folder / "ckpts" / NAME
@@ -164,33 +164,22 @@ def distil_alone(args: argparse.Namespace, folder: Path) -> None:
     script("save_final_ckpt.py", config_path=start, ckpt_after_final_distill=last)
 
 
-def figures(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """What report.py says of the teacher and of the student in a row's folder."""
-    script(
-        "report.py",
-        teacher_ckpt=args.teacher_ckpt,
-        root_dir=folder,
-        final_dir=folder / "final",
-        tsv_dir=args.tsv_dir,
-        utterances=1_000_000,
-        repeats=args.repeats,
-    )
-    report = json.loads((folder / "final" / "report" / "report.json").read_text())
+def figures(report: dict) -> tuple[dict[str, float], dict[str, float]]:
+    """What a report of report.py says of the teacher and of the student."""
     [speed] = [row for row in report["speed"]["rows"] if row["audio_seconds"] == 10 and row["threads"] == 1]
-    found = {
-        name: {
+    teacher, student = (
+        {
             "parameters": report["sizes"][name]["parameters"],
             "M MACs/s": report["sizes"][name]["macs_per_second"]["10"] / 1e6,
             "real-time factor": speed[name]["real_time_factor"],
         }
         for name in ("teacher", "student")
-    }
-    found["student"]["times faster"] = speed["times_faster"]
+    )
+    student["times faster"] = speed["times_faster"]
     distance = report["distance"]["students"][-1]
     for kind, name in (("projected", "projected"), ("hidden_states", "layer")):
-        errors = {f"{name} {layer['layer']}": layer["relative_error"] for layer in distance[kind]}
-        found["student"] |= errors
-    return found["teacher"], found["student"]
+        student |= {f"{name} {layer['layer']}": layer["relative_error"] for layer in distance[kind]}
+    return teacher, student
 
 
 def table(args: argparse.Namespace) -> None:
@@ -198,30 +187,36 @@ def table(args: argparse.Namespace) -> None:
     folders = sorted(folder for folder in args.out.iterdir() if (folder / "final" / "ckpts" / NAME).is_file())
     if not folders:
         raise UserError(f"--out {args.out}: holds no finished row")
-    machine = describe(torch.device("cpu"))
+    machine = common.describe(torch.device("cpu"))
     rows: dict[str, dict] = {"log-mel": {}}
+    given = {"teacher_ckpt": args.teacher_ckpt, "tsv_dir": args.tsv_dir, "repeats": args.repeats}
     for folder in folders:
-        rows["teacher"], rows[folder.name] = figures(args, folder)
+        final = folder / "final"
+        script("report.py", root_dir=folder, final_dir=final, utterances=1_000_000, **given)
+        report = json.loads((final / "report" / "report.json").read_text())
+        rows["teacher"], rows[folder.name] = figures(report)
     for task in args.tasks if args.data else []:
         out = args.out / f"{task}.json"
         models = [args.teacher_ckpt, *(folder / "final" / "ckpts" / NAME for folder in folders)]
-        script("evaluate.py", *models, data=args.data, task=task, json=out)
+        script("evaluate.py", data=args.data, task=task, json=out, models=models)
         for row, judged in zip(rows.values(), json.loads(out.read_text())["models"], strict=True):
             percent = [100 * x for x in (judged["accuracy"], *judged["interval"])]
             row[task] = "{:.1f} ({:.1f} to {:.1f})".format(*percent)
-    figure_names = dict.fromkeys(name for row in rows.values() for name in row)
-    print_table(
-        {figure: {name: row.get(figure) for name, row in rows.items()} for figure in figure_names}, [*rows]
-    )
-    write_json(args, machine=machine, rows=rows)
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    by_figure = {figure: {name: row.get(figure) for name, row in rows.items()} for figure in names}
+    common.print_table(by_figure, rows)
+    common.write_json(args, machine=machine, rows=rows)
 
 
 def main() -> None:
     args = parse_args()
-    if args.row == "table":
-        return table(args)
     folder = args.out / f"{args.row}-{args.seed}"
-    (recipe if args.row in ("params", "macs") else distil_alone)(args, folder)
+    if args.row == "table":
+        table(args)
+    elif args.row in ("params", "macs"):
+        recipe(args, folder)
+    else:
+        distil_alone(args, folder)
 
 
 if __name__ == "__main__":

@@ -12,43 +12,24 @@ matrix product, which the FLOP are compared with, is measured in the same run, a
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
+from argparse import Namespace
 from dataclasses import dataclass
 
+import common
 import torch
 from baseline import make_plain
-from common import (
-    MODELS,
-    PRECISIONS,
-    SAMPLE_RATE,
-    Clock,
-    add_device_arguments,
-    add_student_arguments,
-    build,
-    choose_device,
-    compressed,
-    describe,
-    gated_copy,
-    make_parser,
-    matrix_rate,
-    print_table,
-    write_json,
-)
 from torch import Tensor
 
 from lightning import DistillLoss, DistillModule, LinearDecayLRScheduler, distill_projections
 from training import onednn
-from training.gpu_weights import cast_frozen_weights, narrowed_together
-from training.hardware import prepare_gpu
-from training.layers import compile_layers
+from training.arguments import PRECISIONS as LIGHTNING_PRECISIONS
+from training.hardware import keep_freed_memory, prepare_gpu, prepare_models
 from utils.cli import nonnegative_int, positive, positive_int, run_script
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import multiply_accumulates
-
-CLIP_NORM = 10.0
 
 
 @dataclass(frozen=True)
@@ -62,14 +43,13 @@ class Variant:
     @classmethod
     def parse(cls, name: str) -> Variant:
         kind, *words = name.split("+")
-        precisions = [word for word in words if word in PRECISIONS]
-        compile = "compile" in words
-        known = len(precisions) + compile == len(words) and len(precisions) <= 1
-        if kind not in ("baseline", "product") or not known or (compile and kind == "baseline"):
+        precisions, others = common.PRECISIONS.keys() & words, set(words) - common.PRECISIONS.keys()
+        allowed = {"product": {"compile"}, "baseline": set()}
+        if kind not in allowed or not others <= allowed[kind] or len(precisions) > 1:
             raise UserError(
                 f"--compare {name}: a variant is baseline or product, then +bf16, +16 or +compile"
             )
-        return cls(kind, *precisions or ["32"], compile)
+        return cls(kind, *precisions or ["32"], "compile" in words)
 
 
 class Step:
@@ -78,7 +58,7 @@ class Step:
     def __init__(
         self, variant: Variant, teacher: Wav2Vec2Model, student: Wav2Vec2Model, device: torch.device
     ) -> None:
-        self.device, self.dtype = device, PRECISIONS[variant.precision]
+        self.device, self.dtype = device, common.PRECISIONS[variant.precision]
         self.plain = variant.kind == "baseline"
         teacher, student = copy.deepcopy(teacher), copy.deepcopy(student)
         # run.sh's 0.4,8,12, in proportion to the number of layers
@@ -104,20 +84,18 @@ class Step:
         if self.plain:
             make_plain(teacher)
             self.module.narrow = make_plain
-        elif device.type == "cuda":
-            self.module.narrow = narrowed_together
-        if self.dtype != torch.float32 and not self.plain:
-            cast_frozen_weights(teacher, self.dtype)
-        if variant.compile:
-            compile_layers(self.module)
+        else:
+            gpus = int(device.type == "cuda")
+            settings = {"activation_checkpointing": False, "compile": variant.compile}
+            args = Namespace(gpus=gpus, num_nodes=1, **settings)
+            prepare_models(self.module, args, LIGHTNING_PRECISIONS[variant.precision])
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
         self.scheduler = schedule["scheduler"]
         if self.plain:
             self.optimizer = torch.optim.AdamW([{**g, "fused": None} for g in self.optimizer.param_groups])
             self.scheduler = LinearDecayLRScheduler(self.optimizer, 15_000, 50_000)
         self.scaler = torch.amp.GradScaler(device.type, enabled=variant.precision == "16")
-        self.clock = Clock(device)
-        self.loss: Tensor | None = None
+        self.clock = common.Clock(device)
         compute = self.module.teacher_model.extract_features
 
         def timed(*args):
@@ -139,19 +117,14 @@ class Step:
         self.scaler.scale(loss).backward()
         derived = self.clock.mark()
         self.scaler.unscale_(self.optimizer)
-        self.module.configure_gradient_clipping(self.optimizer, CLIP_NORM)
+        self.module.configure_gradient_clipping(self.optimizer, 10.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()
         end = self.clock.mark()
-        return {
-            "teacher": self.teacher_marks,
-            "forward": (start, computed),
-            "backward": (computed, derived),
-            "optimiser": (derived, end),
-            "total": (start, end),
-        }
+        parts = {"forward": (start, computed), "backward": (computed, derived), "optimiser": (derived, end)}
+        return {"teacher": self.teacher_marks, **parts, "total": (start, end)}
 
     def milliseconds(self, marks: dict[str, tuple]) -> dict[str, float]:
         """The time of each part of an update."""
@@ -179,7 +152,7 @@ def compare(
         variant's, of the medians and of the slowest and fastest turn.
     """
     device, (count, samples) = batches[0].device, batches[0].shape
-    seconds = samples / SAMPLE_RATE
+    seconds = samples / common.SAMPLE_RATE
     cut = copy.deepcopy(student).eval()
     cut.prune()
     macs = multiply_accumulates(teacher, seconds) + 3 * multiply_accumulates(cut, seconds)
@@ -191,16 +164,15 @@ def compare(
             marks[name].append(step(waveforms))
     times = {name: [step.milliseconds(m) for m in marks[name][warmup:]] for name, step in steps.items()}
     first, result = next(iter(times.values())), {}
-    for name, variant in variants.items():
+    for name, step in steps.items():
         medians = {part: statistics.median(t[part] for t in times[name]) for part in first[0]}
         speed = 1000 * count * seconds / medians["total"]
-        rate = matrix_rate(device, PRECISIONS[variant.precision])
         turns = [a["total"] / b["total"] for a, b in zip(first, times[name], strict=True)]
         result[name] = {
             "audio seconds per second": speed,
             **{f"{part} ms": median for part, median in medians.items()},
             "GFLOP/s": 2 * macs * speed / 1e9,
-            "% of matrix product": 100 * 2 * macs * speed / rate,
+            "% of matrix product": 100 * 2 * macs * speed / matrix_rate(device, step.dtype),
             "times the first": statistics.median(t["total"] for t in first) / medians["total"],
             "slowest turn": min(turns),
             "fastest turn": max(turns),
@@ -208,45 +180,54 @@ def compare(
     return result
 
 
-def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--model", default="hubert_base", help=f"{', '.join(MODELS)} or a checkpoint FILE")
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, 4096 wide on a GPU and 1024 on a CPU."""
+    n, repeats = (4096, 20) if device.type == "cuda" else (1024, 1)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    clock, times = common.Clock(device), []
+    for _ in range(6):
+        start = clock.mark()
+        for _ in range(repeats):
+            a @ b
+        times.append(clock.milliseconds(start, clock.mark()))
+    return repeats * 2 * n**3 / (statistics.median(times[1:]) / 1000)
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__)
+    common.add_model_arguments(parser)
     parser.add_argument("--stage", type=int, choices=[1, 3], help="default: both, one after the other")
-    add_student_arguments(parser, sparsity=0.75)
     parser.add_argument("--seconds_per_batch", type=positive, default=20.0, help="audio of a batch")
     parser.add_argument("--utterance_seconds", type=positive, default=10.0, help="length of an utterance")
     parser.add_argument("--compare", default="product", help="variants to measure in turns, a comma list")
     parser.add_argument("--warmup", type=nonnegative_int, default=2, help="updates before the timed ones")
     parser.add_argument("--updates", type=positive_int, default=5, help="timed updates")
-    add_device_arguments(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    common.add_device_argument(parser)
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="on the CPU")
+    args = parser.parse_args()
     variants = {name: Variant.parse(name) for name in args.compare.split(",")}
-    device = choose_device(args)
+    device = common.choose_device(args)
+    torch.set_num_threads(args.threads)
     prepare_gpu(tf32=False)
-    results: dict[str, object] = {"machine": describe(device)}
+    keep_freed_memory()
+    results: dict[str, object] = {"machine": common.describe(device)}
     torch.manual_seed(0)
-    teacher = build(args.model)
+    teacher = common.build(args.model)
     count = max(1, round(args.seconds_per_batch / args.utterance_seconds))
-    shape = (args.warmup + args.updates, count, int(args.utterance_seconds * SAMPLE_RATE))
+    shape = (args.warmup + args.updates, count, int(args.utterance_seconds * common.SAMPLE_RATE))
     batches = list(0.1 * torch.randn(shape, device=device))
     for stage in [args.stage] if args.stage else [1, 3]:
-        student = (gated_copy if stage == 1 else compressed)(teacher, args.sparsity, args.conv_share)
+        student = (common.gated_copy if stage == 1 else common.compressed)(
+            teacher, args.sparsity, args.conv_share
+        )
         sparsity = 1 - student.get_num_params().item() / teacher.get_num_params().item()
         figures = compare(variants, teacher, student, batches, args.warmup)
-        print(
-            f"\nstage {stage} of {args.model}, sparsity {sparsity:.4f}, batches of {count} x "
-            f"{args.utterance_seconds:g} s, {args.updates} updates"
-        )
-        rows = next(iter(figures.values()))
-        print_table(
-            {row: {name: column[row] for name, column in figures.items()} for row in rows}, list(figures)
-        )
+        print(f"\nstage {stage} of {args.model}, sparsity {sparsity:.4f}, {args.updates} updates")
+        print(f"batches of {count} x {args.utterance_seconds:g} s")
+        rows = {row: {name: figures[name][row] for name in figures} for row in next(iter(figures.values()))}
+        common.print_table(rows, figures)
         results[f"stage {stage}"] = {"sparsity": sparsity, "variants": figures}
-    write_json(args, **results)
+    common.write_json(args, **results)
 
 
 if __name__ == "__main__":
