@@ -131,7 +131,10 @@ def distill_projections(
 
 
 class DistillModule(pl.LightningModule):
-    """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, what of it may go.
+    """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which units may go.
+
+    For each batch Lightning calls ``on_before_batch_transfer``, ``training_step`` and the backward pass. After
+    --accum_grad batches come ``configure_gradient_clipping`` and the steps of optimiser and scheduler.
 
     Args:
         teacher_model: the teacher, which is frozen here.
@@ -154,7 +157,7 @@ class DistillModule(pl.LightningModule):
 
     Attributes:
         narrow: the function that turns the student into the plain model of one pass, by default
-            :func:`wav2vec2.gating.narrowed`.
+            :func:`wav2vec2.gating.narrowed`; on a GPU training/hardware.py sets another one.
     """
 
     def __init__(
@@ -281,7 +284,7 @@ class DistillModule(pl.LightningModule):
         losses = self._losses(*_waveforms_and_lengths(batch))
         update, last = self.global_step + 1, self.trainer.max_steps
         if self.device.type == "cuda" and update % self.trainer.log_every_n_steps and update != last:
-            # Lightning would take milliseconds to note what nobody reads.
+            # A GPU notes only what is written to the logs, since noting it takes milliseconds.
             return losses["loss"]
         logged = {name if "loss" not in name else f"train_{name}": value for name, value in losses.items()}
         self.log_dict(
@@ -329,7 +332,7 @@ class DistillModule(pl.LightningModule):
         """
         scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
-            # Lightning leaves it to a fused optimiser, which would do so after the clipping.
+            # A fused optimiser unscales inside its step, and the clipping has to see unscaled gradients.
             scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_clip_val:

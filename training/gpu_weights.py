@@ -53,8 +53,8 @@ def narrowed_together(model: Wav2Vec2Model, layers: int = 12) -> Wav2Vec2Model:
 
     Args:
         model: the student.
-        layers: so many transformer layers are narrowed together, and have their gradients ready at the same
-            time: with several ranks, few, so that gradients are sent while others are computed.
+        layers: how many transformer layers are narrowed together. Their gradients are ready at the same time,
+            so few let several ranks send gradients while others are computed.
     """
     layout = Layout(model, pruning=False)
     masks = draw(layout.gates)
@@ -73,7 +73,7 @@ class Stack:
 
     Args:
         dim: that dimension.
-        block: the features of a unit, where its mask is multiplied in; else 1.
+        block: the features of a unit, 64 for a head say, where its mask is multiplied in; else 1.
         slicings: the tensors.
         index: which blocks of the joined tensor are kept, for each tensor.
         read: where the masks of these blocks are in the masks of all gates; empty without a mask.
@@ -129,7 +129,7 @@ def narrow_stacks(
         model, layout: the model and its layout.
         opened: the units to keep, indices on the CPU.
         masks: the masks of the gates.
-        layers: so many transformer layers are narrowed together.
+        layers: how many transformer layers are narrowed together.
         half: the precision of what becomes part of a matrix product; None leaves it.
     """
     starts = itertools.accumulate((gate.n_in for gate in masks), initial=0)

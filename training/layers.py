@@ -38,6 +38,7 @@ def compile_layers(module: DistillModule) -> None:
     one's from layer to layer. Convolutions are left out, as a graph with one is good for a single length.
     """
     config = torch._dynamo.config
+    config.optimize_ddp = False  # it would split graphs that hold a layer each
     config.recompile_limit = max(64, config.recompile_limit)
     config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
     module.distill_loss.compile(dynamic=True)
@@ -56,7 +57,7 @@ def compile_layers(module: DistillModule) -> None:
 def _replace(
     modules: list[nn.Module] | nn.ModuleList, method: str, change: Callable[[Callable], Callable]
 ) -> None:
-    """Gives ``modules`` subclasses of their classes, in which a method is what ``change`` makes of theirs."""
+    """Replaces ``method`` by ``change(method)``, in a subclass that is made of each class of ``modules``."""
     subclasses: dict[type, type] = {}
     for module in modules:
         own = type(module)

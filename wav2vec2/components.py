@@ -125,6 +125,7 @@ class FeatureExtractor(nn.Module):
             norm = "layer" if mode == "layer_norm" else "group" if i == 0 else None
             self.conv_layers.append(ConvLayerBlock(in_channels, channels, kernel, stride, conv_bias, norm))
             in_channels = channels
+        # It carries the mask of the last conv layer, which no weight reads before the next layer norm.
         self.dummy_weight = nn.Parameter(torch.ones(in_channels), requires_grad=False)
 
     def forward(self, waveforms: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -186,10 +187,11 @@ class WeightNormConv1d(nn.Conv1d):
 
     @classmethod
     def _rename(cls, module: WeightNormConv1d, state_dict: dict, prefix: str, *_) -> None:
-        module.folded_weight = None
         for new, ours in cls.NAMES.items():
             if prefix + new in state_dict:
                 state_dict[prefix + ours] = state_dict.pop(prefix + new)
+            if prefix + ours in state_dict:
+                module.folded_weight = None
 
 
 class ConvolutionalPositionalEmbedding(nn.Module):

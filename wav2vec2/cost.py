@@ -60,7 +60,7 @@ class Count(nn.Module):
             ungated = math.prod(axis.n for axis in term.axes if axis.gate is None)
             coefficients[left, right] += term.coefficient * ungated
         owner = [number[gate] for gate in gates for _ in range(gate.n_in)]
-        # Whole numbers, which a model's .half() leaves alone; on the CPU also where it is built on "meta".
+        # Integers, so that .half() does not change them; on the CPU also where the model is built on "meta".
         self.register_buffer("coefficients", coefficients, persistent=False)
         self.register_buffer("owner", torch.tensor(owner, dtype=torch.long, device="cpu"), persistent=False)
 

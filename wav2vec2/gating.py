@@ -1,10 +1,10 @@
-"""Gates narrow weights: one description of which rows and columns belong to a unit, and what follows from it.
+"""A gated model computes as a smaller model without gates.
 
 A unit (a conv channel, an attention head, a feed-forward feature, or a whole branch) whose gate is exactly 0
-adds nothing to the output, and the gradients of its weights are exactly 0. So a gated model is, for one pass,
-a plain model whose weights are narrowed to the open units, with the units' mask multiplied into the weights
-that read them: :func:`narrowed` returns that plain model. :class:`Layout` says how each tensor of a model
-follows its gates, which serves computing here, cutting (pruning.py) and counting (cost.py).
+adds nothing to the output, and the gradients of its weights are exactly 0. So for one pass the weights
+are narrowed to the open units, and the units' mask is multiplied into the weights that read them:
+:func:`narrowed` returns that plain model. :class:`Layout` lists, for each weight, which rows and columns each gate controls;
+computing here, cutting (pruning.py) and counting (cost.py) all read that list.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ GPU_CONV_MULTIPLE = 64
 """The same for conv channels on a GPU, where cuDNN searches for a way to compute each new shape of a
 convolution, so that there must be few of them."""
 
-MOSTLY_OPEN, HALF_OPEN = 0.01, 0.5
-"""Which share of new gates is expected to be closed: few where a unit is large, a conv channel, a head or a
-whole branch, and half of the many small features of a feed-forward layer, as in the paper's scripts."""
+FEW_CLOSED, HALF_CLOSED = 0.01, 0.5
+"""The share of new gates that is expected to be closed: few where a unit is large, a conv channel, a head or
+a whole branch, and half of the many small features of a feed-forward layer, as in the paper's scripts."""
 
 Place = tuple[nn.Module, str]
 """Where a tensor is: its module, and its name there."""
@@ -51,7 +51,7 @@ class Axis:
         n: number of units.
         gate: their gate, or None.
         branch: the gate of the whole branch that they are in, or None.
-        emptied: a closed branch leaves none of the units.
+        emptied: when the gate of the branch is closed, all its units count as closed.
         unit_features: features of a unit, by which widths are rounded.
         least: a layer that cannot compute without any unit keeps this many, masked.
         whole: computing keeps all units, masked, since a norm is taken over them.
@@ -105,7 +105,7 @@ class Slicing:
         tensor = self.tensor
         for dim, axis in self.axes.items():
             units = kept[axis]
-            if tensor is None:  # the channels that a norm passes on: the indices themselves
+            if tensor is None:  # ChannelLayerNorm.channels, whose value is the indices themselves
                 return units
             unit_features = tensor.size(dim) // axis.n
             if units is not None:
@@ -131,12 +131,11 @@ class Layout:
 
     Args:
         model: the model.
-        pruning: True for cutting and counting, False for computing under the gates. The two differ where a
-            LayerNorm is taken over channels: its statistics are those of all channels, closed ones included,
-            until the model is pruned, and those of the remaining ones afterwards (as in the original, so that
-            a pruned model differs from the gated one there). So computing keeps all channels of the last conv
-            layer, which the feature projection normalises; and where a conv layer has such a norm of its own,
-            its convolution stays whole, and the norm passes on the open channels.
+        pruning: True for cutting and counting, False for computing under the gates. Where a LayerNorm spans
+            channels, the gated model normalises over all of them, closed ones too, and the pruned model over
+            those that are left, as in the original. So computing keeps all channels of the last conv layer,
+            which the feature projection normalises. Where a conv layer has such a norm of its own, its
+            convolution stays whole, and the norm passes on the open channels.
 
     Attributes:
         slicings: one for each tensor that a gate can change.
@@ -176,7 +175,8 @@ class Layout:
             gate, norm, outputs = block.hard_concrete, block.layer_norm, None
             if gate is not None:
                 whole = block is blocks[-1] and not pruning
-                outputs = Axis(gate.n_in, gate, least=1, whole=whole, gpu_multiple=GPU_CONV_MULTIPLE)
+                multiple = 1 if pruning else GPU_CONV_MULTIPLE
+                outputs = Axis(gate.n_in, gate, least=1, whole=whole, gpu_multiple=multiple)
             normed_whole = isinstance(norm, ChannelLayerNorm) and not pruning
             rows = None if normed_whole else outputs
             self._add(block.conv, "weight", {0: rows, 1: inputs}, masked=1)
@@ -245,7 +245,7 @@ def put_gates(model: nn.Module, units: Collection[str]) -> None:
     not there, or has nothing in it, gets none."""
     device = next(model.parameters()).device
 
-    def gate(unit: str, n: int, closed: float = MOSTLY_OPEN) -> HardConcrete | None:
+    def gate(unit: str, n: int, closed: float = FEW_CLOSED) -> HardConcrete | None:
         return HardConcrete(n, closed).to(device) if unit in units else None
 
     for module in model.modules():
@@ -256,7 +256,7 @@ def put_gates(model: nn.Module, units: Collection[str]) -> None:
             module.hard_concrete_for_layer = gate("attlayer", 1)
         elif isinstance(module, FeedForward) and module.intermediate_dense.out_features:
             features = module.intermediate_dense.out_features
-            module.hard_concrete_for_intermediate = gate("interm", features, HALF_OPEN)
+            module.hard_concrete_for_intermediate = gate("interm", features, HALF_CLOSED)
             module.hard_concrete_for_layer = gate("ffnlayer", 1)
 
 
@@ -340,7 +340,9 @@ def replica(model: nn.Module, tensors: Mapping[Place, Tensor | None]) -> nn.Modu
     Modules that own one of these tensors or a gate, and those around them, are new objects of the same
     classes, with their own dictionaries of parameters, buffers and children. Everything else is shared:
     hooks, settings, and the modules and parameters that do not change. What holds on to a part of the
-    replica, an activation checkpoint say, holds the tensors that it computed with.
+    replica, an activation checkpoint say, holds the tensors that it computed with. The replica's modules
+    compute with the tensors that they have; what they say of their widths, ``out_features`` say, is still
+    that of the whole model.
 
     Args:
         model: a ``Wav2Vec2Model``.

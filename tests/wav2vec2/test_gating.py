@@ -13,7 +13,7 @@ from training.layers import checkpoint_activations
 from utils.checkpoint import build_model
 from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
 from wav2vec2.cost import count_parameters
-from wav2vec2.gating import narrowed
+from wav2vec2.gating import Layout, narrowed
 
 
 def states_and_gradients(model, waveforms, lengths):
@@ -155,6 +155,12 @@ def test_a_pruned_model_may_be_gated_and_pruned_again(family):
         )
         for present, heads, left in remaining:
             assert left == (heads[len(heads) // 2 :] if present else heads)
+
+
+def test_only_computing_rounds_conv_channels_up_for_a_gpu():
+    model = randomly_gated("hubert_base", 1)
+    multiples = [{axis.gpu_multiple for axis in Layout(model, pruning).axes} for pruning in (False, True)]
+    assert multiples == [{1, 64}, {1}]
 
 
 def test_gates_are_added_once_and_by_known_names():

@@ -150,6 +150,7 @@ def test_folding_the_weight_norm_changes_nothing_but_where_it_is_computed():
         names = model.state_dict().keys()
         assert_close(model.fold_weight_norm().extract_features(waveforms)[0], expected)
         assert model.state_dict().keys() == names
+        model.load_state_dict({}, strict=False)  # as a resumed run loads a module around it
         model.encoder.transformer.pos_conv_embed.conv.weight_g.mul_(2)
         assert_close(model.extract_features(waveforms)[0], expected)
         model.train().eval()
