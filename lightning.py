@@ -133,8 +133,8 @@ def distill_projections(
 class DistillModule(pl.LightningModule):
     """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which units may go.
 
-    For each batch Lightning calls ``on_before_batch_transfer``, ``training_step`` and the backward pass. After
-    --accum_grad batches come ``configure_gradient_clipping`` and the steps of optimiser and scheduler.
+    For each batch Lightning calls ``on_before_batch_transfer``, ``training_step`` and the backward pass.
+    After --accum_grad batches come ``configure_gradient_clipping`` and the steps of optimiser and scheduler.
 
     Args:
         teacher_model: the teacher, which is frozen here.

@@ -3,8 +3,8 @@
 A unit (a conv channel, an attention head, a feed-forward feature, or a whole branch) whose gate is exactly 0
 adds nothing to the output, and the gradients of its weights are exactly 0. So for one pass the weights
 are narrowed to the open units, and the units' mask is multiplied into the weights that read them:
-:func:`narrowed` returns that plain model. :class:`Layout` lists, for each weight, which rows and columns each gate controls;
-computing here, cutting (pruning.py) and counting (cost.py) all read that list.
+:func:`narrowed` returns that plain model. :class:`Layout` lists, for each weight, which rows and columns each
+gate controls; computing here, cutting (pruning.py) and counting (cost.py) all read that list.
 """
 
 from __future__ import annotations
