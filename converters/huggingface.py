@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError
-from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
 
 from . import safe_pickle
@@ -216,24 +215,17 @@ def _build_original(
         config = config_class.from_dict(values, attn_implementation="eager")
         with torch.device("meta"):
             original = getattr(transformers, f"{CLASSES[family]}Model")(config).eval()
-        names = {_old_spelling(name): name for name in original.state_dict()}
-        named = {names.get(_old_spelling(name), name): tensor for name, tensor in weights.items()}
-        if "masked_spec_embed" in names:  # Only training needs it, and not every checkpoint has it.
-            named.setdefault("masked_spec_embed", torch.zeros(config.hidden_size))
-        original.load_state_dict(named, assign=True)
+        if (
+            "masked_spec_embed" in original.state_dict()
+        ):  # Training needs it, and not every checkpoint has it.
+            weights = {"masked_spec_embed": torch.zeros(config.hidden_size), **weights}
+        original.load_state_dict(weights, assign=True)  # under either name of a weight norm's parts
     except Exception as error:  # transformers raises many kinds.
         raise UserError(
             f"{source}: transformers cannot build it from its config and weights ({type(error).__name__}: "
             f"{_shorten(error)}); get both as they were published"
         ) from error
     return original
-
-
-def _old_spelling(name: str) -> str:
-    """A tensor's name with the older name of a weight norm's part."""
-    for new, old in WeightNormConv1d.NAMES.items():
-        name = name.replace(new, old)
-    return name
 
 
 @torch.no_grad()
@@ -243,8 +235,8 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     Both models read two utterances of a second twice: whole, and with the second one padded after 0.7 s.
 
     Args:
-        model: the converted model.
-        original: the ``transformers`` model, without a head; both in evaluation mode.
+        model, original: the converted model, and that of ``transformers`` without a head; both in evaluation
+            mode.
     """
     generator = torch.Generator().manual_seed(0)
     time = torch.arange(16_000) / 16_000
@@ -276,7 +268,7 @@ def _import_transformers():
             import transformers
 
             for name in CLASSES.values():
-                getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
+                getattr(transformers, f"{name}Model")
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(
             f"transformers cannot be imported ({_shorten(error)}); install it again, and if it names "

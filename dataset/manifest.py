@@ -2,8 +2,8 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -13,8 +13,7 @@ from utils.files import UserError, atomic_write
 SAMPLE_RATE = 16_000
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """The utterances of one set: ``paths[i]``, relative to ``root``, has ``lengths[i]`` samples (int64)."""
 
     root: str
@@ -55,8 +54,8 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
     A manifest with its first line alone, or with no line, is an empty set.
 
     Raises:
-        UserError: there is no such file, its root folder is gone, or a line is not ``path<TAB>samples`` with
-            a path of its own below the root.
+        UserError: there is no such file, its root folder is gone, or a line has no path of its own below the
+            root, or no number of samples.
     """
     tsv = Path(tsv_dir) / f"{name}.tsv"
     if not tsv.is_file():
