@@ -48,8 +48,7 @@ def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]
             left_out.append((path, "a tab, a line break or a byte that is not UTF-8 in its name"))
             continue
         if real in seen:
-            kind = "file" if is_file else "folder"
-            left_out.append((path.rstrip("/"), f"another name of a {kind} listed already"))
+            left_out.append((path.rstrip("/"), "another name of a file or folder listed already"))
             continue
         seen.add(real)
         if is_file:

@@ -47,8 +47,7 @@ def read_config(
         names: config key of this project, or argument of ``base_config`` -> that project's option.
         accepted: option -> the values that the model here can compute. An option that is absent has one.
         source: where the options come from, named in errors.
-        wavlm: whether the model is a WavLM.
-        settings: further config keys.
+        wavlm, settings: whether the model is a WavLM, and further config keys.
     Raises:
         UserError: an option is missing, or stands for something that the model here cannot compute.
     """

@@ -66,7 +66,6 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         rank: which of the ``world_size`` shares of the batches to give.
         world_size: the number of processes that share the batches.
         run: the numbers of the batches that iterating gives; without it, those of one epoch.
-
     Attributes:
         batches_an_epoch: the number of batches that each rank has in an epoch.
     """
@@ -151,7 +150,6 @@ class AudioDataset(Dataset[Tensor]):
 
     Attributes:
         lengths: (utterance,) int64, in samples.
-
     Raises:
         UserError: the manifest is missing or malformed.
     """
@@ -170,7 +168,6 @@ class AudioDataset(Dataset[Tensor]):
 
         Returns:
             (time,) float32 in [-1, 1].
-
         Raises:
             AudioError: the file is missing, broken, not as the manifest says, or not audio.
         """
@@ -229,10 +226,8 @@ def make_loader(
         num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
         for_gpu: whether to pin batches in memory and crop them to multiples of ``GPU_CROP_MULTIPLE``.
         sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
-
     Returns:
         The loader. With ``shuffle=False`` its length is 0 where no utterance can be used.
-
     Raises:
         UserError: the manifest is missing or malformed, or no utterance in it can be used for training.
     """

@@ -31,14 +31,11 @@ def format_complaint(audio: soundfile.SoundFile) -> str | None:
 
 
 def samples_complaint(samples: np.ndarray) -> str | None:
-    """Says why samples cannot be audio in [-1, 1], or returns None.
-
-    Float formats can hold any number. Values a little above 1 are common and do no harm.
-    """
+    """Says why samples cannot be audio in [-1, 1], or returns None."""
     largest = np.abs(samples).max(initial=0)
     if not np.isfinite(largest):
         return "holds samples that are not finite"
-    if largest > 100:
+    if largest > 100:  # Values a little above 1 are common and do no harm.
         return f"holds samples of {largest:.3g}, where audio lies between -1 and 1"
     return None
 
@@ -90,10 +87,8 @@ def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[s
     """Writes ``tsv_dir/NAME.tsv`` for every set; if one cannot be written, none that was there is replaced.
 
     Args:
-        tsv_dir: the folder to write to, made where missing.
-        root: the absolute folder that the paths are relative to.
+        tsv_dir, root: the folder to write to, and the absolute folder that the paths are relative to.
         sets: for each name, the (relative path, number of samples) of its utterances, in the order to write.
-
     Raises:
         UserError: a manifest cannot be written.
     """
