@@ -37,39 +37,38 @@ def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]
     Returns:
         The paths relative to ``root``, sorted, and (path, reason) for what was left out.
     """
+    found: list[str] = []
     left_out: list[tuple[str, str]] = []
-    files: list[tuple[bool, str, str]] = []
-    # Folders come in the order of (is a link, path), and so do files below: what is no link comes first.
-    folders = [(False, "", os.path.realpath(root))]
     seen: set[str] = set()
-    while folders:
-        _, prefix, folder = heapq.heappop(folders)
-        if folder in seen:
-            left_out.append((prefix.rstrip("/"), "another name of a folder listed already"))
+    # What is no link comes first, then folders behind links, then files behind links, each by its path.
+    waiting = [(False, False, "", os.path.realpath(root))]
+    while waiting:
+        _, is_file, path, real = heapq.heappop(waiting)
+        if is_file and UNLISTABLE.search(path):
+            left_out.append((path, "a tab, a line break or a byte that is not UTF-8 in its name"))
             continue
-        seen.add(folder)
+        if real in seen:
+            left_out.append((path.rstrip("/"), "another name of a file or folder listed already"))
+            continue
+        seen.add(real)
+        if is_file:
+            found.append(path)
+            continue
         try:
-            entries = list(os.scandir(folder))
+            entries = list(os.scandir(real))
         except OSError as error:
-            if not prefix:
+            if not path:
                 raise
-            left_out.append((prefix.rstrip("/"), f"cannot be read ({error.strerror})"))
+            left_out.append((path.rstrip("/"), f"cannot be read ({error.strerror})"))
             continue
         for entry in entries:
-            path, linked = prefix + entry.name, entry.is_symlink()
-            real = os.path.realpath(entry.path) if linked else entry.path
-            if entry.is_dir(follow_symlinks=False) or (linked and os.path.isdir(real)):
-                heapq.heappush(folders, (linked, f"{path}/", real))
+            linked = entry.is_symlink()
+            target = os.path.realpath(entry.path) if linked else entry.path
+            if os.path.isdir(target) if linked else entry.is_dir():
+                heapq.heappush(waiting, (linked, False, f"{path}{entry.name}/", target))
             elif entry.name.lower().endswith(suffix):
-                if UNLISTABLE.search(path):
-                    left_out.append((path, "a tab, a line break or a byte that is not UTF-8 in its name"))
-                else:
-                    files.append((linked, path, real))
-    found: dict[str, str] = {}
-    for _, path, real in sorted(files):
-        if found.setdefault(real, path) != path:
-            left_out.append((path, "another name of a file listed already"))
-    return sorted(found.values()), left_out
+                heapq.heappush(waiting, (linked, True, path + entry.name, target))
+    return sorted(found), left_out
 
 
 def inspect(root: str, path: str) -> int | str:
@@ -85,14 +84,6 @@ def inspect(root: str, path: str) -> int | str:
             return complaint or audio.frames or "empty"
     except AudioError as error:
         return f"cannot be read ({str(error).removeprefix(f'cannot read {full}: ')})"
-
-
-def read_headers(root: str, paths: list[str], num_workers: int) -> dict[str, int | str]:
-    """Inspects files in parallel; gives each path's number of samples, or the reason to leave it out."""
-    # Most of the time for a header is spent in Python, where threads would wait for each other.
-    with ProcessPoolExecutor(min(num_workers, len(paths) // 64 + 1)) as pool:
-        results = pool.map(partial(inspect, root), paths, chunksize=64)
-        return dict(zip(paths, tqdm(results, total=len(paths), unit=" files", desc="headers"), strict=True))
 
 
 def librispeech_sets(path: str) -> list[str]:
@@ -137,7 +128,11 @@ def prepare(
     if not paths and not left_out:
         raise UserError(f"no {suffix} file under {data}: change --data, or --extension for other audio")
 
-    results = read_headers(root, paths, num_workers)
+    # Most of the time for a header is spent in Python, where threads would wait for each other.
+    with ProcessPoolExecutor(min(num_workers, len(paths) // 64 + 1)) as pool:
+        inspected = pool.map(partial(inspect, root), paths, chunksize=64)
+        progress = tqdm(inspected, total=len(paths), unit=" files", desc="headers")
+        results = dict(zip(paths, progress, strict=True))
     lengths = {path: result for path, result in results.items() if isinstance(result, int)}
     left_out += [(path, result) for path, result in results.items() if isinstance(result, str)]
     for path, reason in left_out:
@@ -151,12 +146,12 @@ def prepare(
         )
 
     if layout == "librispeech":
-        sets_of = {path: librispeech_sets(path) for path in lengths}
         names = ("train100", "train960", "valid")
+        sets_of = {path: librispeech_sets(path) for path in lengths}
     else:
+        names = ("train", "valid")
         valid = split_off(list(lengths), valid_share, seed)
         sets_of = {path: ["valid"] if path in valid else ["train"] for path in lengths}
-        names = ("train", "valid")
     sets = {name: [pair for pair in lengths.items() if name in sets_of[pair[0]]] for name in names}
     write_manifests(out, root, sets)
 
@@ -170,12 +165,8 @@ def prepare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--data", type=cli.path, required=True, help="folder of the corpus; folders in it are searched too"
-    )
-    parser.add_argument(
-        "--out", type=cli.path, default="data/librispeech", help="folder to write the manifests to"
-    )
+    parser.add_argument("--data", type=cli.path, required=True, help="folder of the corpus, searched whole")
+    parser.add_argument("--out", type=cli.path, default="data/librispeech", help="folder for the manifests")
     parser.add_argument("--extension", default="flac", help="end of the audio files' names")
     parser.add_argument(
         "--layout",

@@ -20,14 +20,8 @@ FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0", "wavlm": "WavLM"}
 
 
 def check_family(found: str, wanted: str | None, source: str, origin: str) -> None:
-    """Refuses a model that is not of the family that the script converts, and names the script that takes it.
-
-    Args:
-        found: the model's family, or whatever its config says.
-        wanted: the script's family; None accepts each of ``FAMILIES``.
-        source: where the model comes from, named in errors.
-        origin: the end of the names of the scripts that convert models of this origin, "hf" say.
-    """
+    """Refuses the family ``found`` unless it is ``wanted``, where None stands for any of ``FAMILIES``; names
+    the script that takes the model, whose name ends in its ``origin``, "hf" say."""
     if found not in FAMILIES:
         known = "only HuBERT, wav2vec 2.0 and WavLM models can be converted"
         raise UserError(f"{source}: a model of the type {abbreviate(found)}; {known}")
@@ -53,8 +47,7 @@ def read_config(
         names: config key of this project, or argument of ``base_config`` -> that project's option.
         accepted: option -> the values that the model here can compute. An option that is absent has one.
         source: where the options come from, named in errors.
-        wavlm: whether the model is a WavLM.
-        settings: further config keys.
+        wavlm, settings: whether the model is a WavLM, and further config keys.
     Raises:
         UserError: an option is missing, or stands for something that the model here cannot compute.
     """
@@ -106,12 +99,8 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], sourc
 def build(config: dict, tensors: Mapping[str, Tensor], source: str) -> Wav2Vec2Model:
     """The model of ``config`` in evaluation mode, which shares the memory of float32 ``tensors``.
 
-    Args:
-        config: keyword arguments of ``wav2vec2_model``.
-        tensors: its tensors by this project's names, without ``dummy_weight``, which other projects lack.
-        source: where they come from, named in errors.
-    Raises:
-        UserError: as :func:`build_model` says.
+    The tensors have this project's names, without ``dummy_weight``, which other projects lack. What does not
+    fit is an error as in :func:`build_model`.
     """
     tensors = dict(tensors)
     norm = tensors.get("encoder.feature_projection.layer_norm.weight")
@@ -132,10 +121,9 @@ def run_converter(
 
     Args:
         description: what the command does.
-        flag, meaning: the flag that names the source, without its dashes, and its help.
+        flag, meaning, default: the flag that names the source, its help, and the source without it.
         suffix: the end of the default output's name, which begins with the source's name.
         load: source -> the model, and a remark about the conversion.
-        default: the source by default; without one the flag is required.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{flag}", type=path, default=default, required=default is None, help=meaning)

@@ -70,9 +70,6 @@ TENSORS = {
     r"(quantizer|project_q|final_proj|target_glu|proj)\..*": None,
 }
 
-FINE_TUNED = "w2v_encoder.w2v_model."
-"""The names of the encoder's tensors begin with this in a model that was fine-tuned with CTC."""
-
 
 def main(family: str) -> None:
     """Runs the converter of one family: "hubert", "wav2vec2" or "wavlm"."""
@@ -126,14 +123,10 @@ def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
 
 
 def parse_conv_layers(text: str, source: str) -> list[tuple[int, int, int]]:
-    """Parses fairseq's ``conv_feature_layers``, for example ``"[(512,10,5)] + [(512,3,2)] * 4"``.
+    """The (channels, kernel size, stride) of each layer in ``"[(512,10,5)] + [(512,3,2)] * 4"``, say.
 
-    fairseq evaluates this text as Python. Here it is only parsed: lists, their sum, and their multiples.
-
-    Returns:
-        (channels, kernel size, stride) of each layer.
-    Raises:
-        UserError: it is anything else.
+    fairseq evaluates this text as Python. Here lists, their sum and their multiples are parsed, and anything
+    else is a UserError.
     """
     layers = []
     try:
@@ -156,7 +149,8 @@ def _read_options(content: dict, path: str) -> dict:
     """The options of the encoder, with ``normalize`` of its task."""
     options, task = _split(plain_values(content.get("cfg") or content.get("args")))
     normalize = task.get("normalize")
-    if any(name.startswith(FINE_TUNED) for name in content["model"]):
+    # In a model that was fine-tuned with CTC, the encoder is a part that has a config of its own.
+    if any(name.startswith("w2v_encoder.w2v_model.") for name in content["model"]):
         options, task = _split(options.get("w2v_args"))
         normalize = task.get("normalize") if normalize is None else normalize
     if not options:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError
-from wav2vec2.components import WeightNormConv1d
 from wav2vec2.model import Wav2Vec2Model, normalize
 
 from . import safe_pickle
@@ -216,11 +215,11 @@ def _build_original(
         config = config_class.from_dict(values, attn_implementation="eager")
         with torch.device("meta"):
             original = getattr(transformers, f"{CLASSES[family]}Model")(config).eval()
-        names = {_old_spelling(name): name for name in original.state_dict()}
-        named = {names.get(_old_spelling(name), name): tensor for name, tensor in weights.items()}
-        if "masked_spec_embed" in names:  # Only training needs it, and not every checkpoint has it.
-            named.setdefault("masked_spec_embed", torch.zeros(config.hidden_size))
-        original.load_state_dict(named, assign=True)
+        if (
+            "masked_spec_embed" in original.state_dict()
+        ):  # Training needs it, and not every checkpoint has it.
+            weights = {"masked_spec_embed": torch.zeros(config.hidden_size), **weights}
+        original.load_state_dict(weights, assign=True)  # under either name of a weight norm's parts
     except Exception as error:  # transformers raises many kinds.
         raise UserError(
             f"{source}: transformers cannot build it from its config and weights ({type(error).__name__}: "
@@ -229,44 +228,32 @@ def _build_original(
     return original
 
 
-def _old_spelling(name: str) -> str:
-    """A tensor's name with the older name of a weight norm's part."""
-    for new, old in WeightNormConv1d.NAMES.items():
-        name = name.replace(new, old)
-    return name
-
-
 @torch.no_grad()
 def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     """The largest difference between any layer's output of the two, relative to its largest value.
 
-    Both models read two utterances of a second twice: whole, and with the second one padded after 0.7 s.
+    Both models read two utterances, one of a second and one of 0.7 s that is padded.
 
     Args:
-        model: the converted model.
-        original: the ``transformers`` model, without a head; both in evaluation mode.
+        model, original: the converted model, and that of ``transformers`` without a head; both in evaluation
+            mode.
     """
     generator = torch.Generator().manual_seed(0)
     time = torch.arange(16_000) / 16_000
     tones = torch.stack([torch.sin(2 * torch.pi * 220 * time), torch.sin(2 * torch.pi * 1370 * time)])
     waveforms = 0.1 * tones + 0.05 * torch.randn(2, 16_000, generator=generator)
-    found, expected = [], []
-    for lengths in (None, torch.tensor([16_000, 11_200])):
-        mask = None if lengths is None else (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
-        inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            output = original(inputs, attention_mask=mask, output_hidden_states=True, return_dict=True)
-        states, frames = model.extract_features(waveforms, lengths)
-        # Releases of transformers differ in what they list first and last.
-        ours = [*states[1:-1], model(waveforms, lengths)[0]]
-        theirs = [*output.hidden_states[1:-1], output.last_hidden_state]
-        if frames is not None:
-            valid = torch.arange(states[0].size(1)) < frames.unsqueeze(-1)
-            ours, theirs = ([state[valid] for state in states] for states in (ours, theirs))
-        found += ours
-        expected += theirs
-    return relative_difference(found, expected)
+    lengths = torch.tensor([16_000, 11_200])
+    mask = (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
+    inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = original(inputs, attention_mask=mask, output_hidden_states=True, return_dict=True)
+    states, frames = model.extract_features(waveforms, lengths)
+    valid = torch.arange(states[0].size(1)) < frames.unsqueeze(-1)
+    # Releases of transformers differ in what they list first and last.
+    found = [*states[1:-1], model(waveforms, lengths)[0]]
+    expected = [*output.hidden_states[1:-1], output.last_hidden_state]
+    return relative_difference([state[valid] for state in found], [state[valid] for state in expected])
 
 
 def _import_transformers():
@@ -276,7 +263,7 @@ def _import_transformers():
             import transformers
 
             for name in CLASSES.values():
-                getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
+                getattr(transformers, f"{name}Model")
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(
             f"transformers cannot be imported ({_shorten(error)}); install it again, and if it names "

@@ -29,14 +29,13 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     Raises:
         AudioError: the file cannot be opened, or not be read in the block: ``cannot read PATH: REASON``.
     """
+    if not os.path.isfile(path):  # A pipe, for one, would be waited for.
+        raise AudioError(f"cannot read {path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+    if os.path.getsize(path) == 0:
+        raise AudioError(f"cannot read {path}: it is empty")
     try:
         with soundfile.SoundFile(path) as audio:
             yield audio
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        if not os.path.exists(path):
-            reason = "no such file"
-        elif os.path.getsize(path) == 0:
-            reason = "it is empty"
-        else:
-            reason = getattr(error, "error_string", str(error)).rstrip(".")
+        reason = getattr(error, "error_string", str(error)).rstrip(".")
         raise AudioError(f"cannot read {path}: {reason}") from error

@@ -1,6 +1,5 @@
 """Bucketed batches of crops: which samples of which utterances make a batch, and how they are read."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from .audio import AudioError, LoaderError, open_audio
 from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
 from .workers import leave_signals_to_training, start_method
 
-# 2 to 15.6 s: the original DPHuBERT's smallest and largest sample sizes, kept so that results are comparable.
-# A batch is cropped to its shortest member, so a shorter utterance would leave next to nothing of the others;
-# a longer one would set the memory that a batch needs.
+# 2 to 15.6 s, as in the original DPHuBERT. A batch is cropped to its shortest member, so a shorter utterance
+# would leave next to nothing of the others; a longer one would set the memory that a batch needs.
 MIN_SAMPLES = 32_000
 MAX_SAMPLES = 250_000
 
@@ -30,15 +28,10 @@ Crop = tuple[int, int, int]
 
 
 def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
-    """Hashes whole numbers, arrays element by element, to 64 random bits: SplitMix64 (Steele et al. 2014).
-
-    A hash, unlike the next number of a generator, does not depend on what was drawn before.
-    """
+    """Hashes whole numbers, arrays element by element, to 64 random bits: SplitMix64 (Steele et al. 2014)."""
     bits = np.zeros(1, dtype=np.uint64)
     for key in keys:
-        if isinstance(key, int):
-            key = np.array([key % 2**64], dtype=np.uint64)
-        bits = (bits ^ key.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         bits = bits ^ (bits >> np.uint64(31))
@@ -73,7 +66,6 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         rank: which of the ``world_size`` shares of the batches to give.
         world_size: the number of processes that share the batches.
         run: the numbers of the batches that iterating gives; without it, those of one epoch.
-
     Attributes:
         batches_an_epoch: the number of batches that each rank has in an epoch.
     """
@@ -90,12 +82,8 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         world_size: int = 1,
         run: range | None = None,
     ):
-        self.crop_multiple = crop_multiple
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-
+        self.crop_multiple, self.shuffle, self.seed = crop_multiple, shuffle, seed
+        self.rank, self.world_size = rank, world_size
         self._lengths = np.asarray(lengths, dtype=np.int64)
         usable = np.flatnonzero((self._lengths >= MIN_SAMPLES) & (self._lengths <= MAX_SAMPLES))
         above = self._lengths[usable] - self._lengths[usable].min(initial=MAX_SAMPLES)
@@ -103,7 +91,6 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         self._utterances = usable[np.argsort(buckets, kind="stable")]
         # Batch n is _utterances[_bounds[n]:_bounds[n + 1]], so that halving a batch is adding a bound.
         self._bounds = self._fill(seconds_per_batch * SAMPLE_RATE)
-        self._halve_largest_until_even()
         self.batches_an_epoch = -(-(len(self._bounds) - 1) // world_size)
         self.run = range(self.batches_an_epoch) if run is None else run
         self._order: tuple[int, np.ndarray] | None = None
@@ -117,16 +104,13 @@ class BucketBatchSampler(Sampler[list[Crop]]):
             samples += length
         if len(self._utterances):
             bounds.append(len(self._utterances))
-        return np.array(bounds, dtype=np.int64)
-
-    def _halve_largest_until_even(self) -> None:
-        while (len(self._bounds) - 1) % self.world_size:
-            sizes = np.diff(self._bounds)
-            largest = sizes.argmax()
+        while (len(bounds) - 1) % self.world_size:
+            sizes = np.diff(bounds)
+            largest = int(sizes.argmax())
             if sizes[largest] == 1:
                 break
-            middle = self._bounds[largest] + sizes[largest] // 2
-            self._bounds = np.insert(self._bounds, largest + 1, middle)
+            bounds.insert(largest + 1, bounds[largest] + int(sizes[largest]) // 2)
+        return np.array(bounds, dtype=np.int64)
 
     def __len__(self) -> int:
         """The end of ``run``: a Trainer that resumes counts the batches before the start of ``run`` too."""
@@ -158,10 +142,7 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         choices = (lengths - length + 1).astype(np.uint64)
         fractions = _random_bits(self.seed, epoch, _FOR_CROPS, utterances) >> np.uint64(32)
         starts = fractions * choices >> np.uint64(32)
-        return [
-            (index, start, int(length))
-            for index, start in zip(utterances.tolist(), starts.tolist(), strict=True)
-        ]
+        return list(zip(utterances.tolist(), starts.tolist(), [int(length)] * len(starts), strict=True))
 
 
 class AudioDataset(Dataset[Tensor]):
@@ -169,29 +150,24 @@ class AudioDataset(Dataset[Tensor]):
 
     Attributes:
         lengths: (utterance,) int64, in samples.
-
     Raises:
         UserError: the manifest is missing or malformed.
     """
 
     def __init__(self, tsv_dir: str | Path, name: str):
-        manifest = read_manifest(tsv_dir, name)
-        self.root = manifest.root
-        self.paths = manifest.paths
-        self.lengths = manifest.lengths
+        self.root, self.paths, self.lengths = read_manifest(tsv_dir, name)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, self.paths[index])
+        return f"{self.root}/{self.paths[index]}"
 
     def __getitem__(self, crop: Crop) -> Tensor:
         """Reads one crop ``(utterance, first sample, number of samples)``, and no more of the file than that.
 
         Returns:
             (time,) float32 in [-1, 1].
-
         Raises:
             AudioError: the file is missing, broken, not as the manifest says, or not audio.
         """
@@ -250,10 +226,8 @@ def make_loader(
         num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
         for_gpu: whether to pin batches in memory and crop them to multiples of ``GPU_CROP_MULTIPLE``.
         sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
-
     Returns:
         The loader. With ``shuffle=False`` its length is 0 where no utterance can be used.
-
     Raises:
         UserError: the manifest is missing or malformed, or no utterance in it can be used for training.
     """

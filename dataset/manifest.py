@@ -2,8 +2,8 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -13,8 +13,7 @@ from utils.files import UserError, atomic_write
 SAMPLE_RATE = 16_000
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """The utterances of one set: ``paths[i]``, relative to ``root``, has ``lengths[i]`` samples (int64)."""
 
     root: str
@@ -32,14 +31,11 @@ def format_complaint(audio: soundfile.SoundFile) -> str | None:
 
 
 def samples_complaint(samples: np.ndarray) -> str | None:
-    """Says why samples cannot be audio in [-1, 1], or returns None.
-
-    Float formats can hold any number. Values a little above 1 are common and do no harm.
-    """
+    """Says why samples cannot be audio in [-1, 1], or returns None."""
     largest = np.abs(samples).max(initial=0)
     if not np.isfinite(largest):
         return "holds samples that are not finite"
-    if largest > 100:
+    if largest > 100:  # Values a little above 1 are common and do no harm.
         return f"holds samples of {largest:.3g}, where audio lies between -1 and 1"
     return None
 
@@ -55,8 +51,8 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
     A manifest with its first line alone, or with no line, is an empty set.
 
     Raises:
-        UserError: there is no such file, its root folder is gone, or a line is not ``path<TAB>samples`` with
-            a path of its own below the root.
+        UserError: there is no such file, its root folder is gone, or a line has no path of its own below the
+            root, or no number of samples.
     """
     tsv = Path(tsv_dir) / f"{name}.tsv"
     if not tsv.is_file():
@@ -91,10 +87,8 @@ def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[s
     """Writes ``tsv_dir/NAME.tsv`` for every set; if one cannot be written, none that was there is replaced.
 
     Args:
-        tsv_dir: the folder to write to, made where missing.
-        root: the absolute folder that the paths are relative to.
+        tsv_dir, root: the folder to write to, and the absolute folder that the paths are relative to.
         sets: for each name, the (relative path, number of samples) of its utterances, in the order to write.
-
     Raises:
         UserError: a manifest cannot be written.
     """

@@ -52,9 +52,8 @@ if sys.platform == "linux":
         """Python's fork, tried again where the new process stands still.
 
         Up to Python 3.11, a process that forks while another of its threads starts or ends may leave its
-        child waiting for a lock of Python's own, before the child runs a line. The forkserver has no such
-        fault, but it starts seconds later, its readers hold twice the memory, it dies of signals to the
-        whole run, and the readers outlive a training process that was killed.
+        child waiting for a lock of Python's own. The forkserver has no such fault, but it starts seconds
+        later, its readers hold twice the memory, and they outlive a training process that was killed.
         """
 
         Process = _Process

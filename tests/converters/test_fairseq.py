@@ -107,36 +107,30 @@ def drop_tensor(name):
     return lambda content: content["model"].pop(name)
 
 
+HUBERT, WAV2VEC2, WAVLM = "fairseq_hubert_base", "fairseq_wav2vec2_base", "unilm_wavlm_base"
+
+
 @pytest.mark.parametrize(
     ("name", "change", "word"),
     [
-        ("fairseq_hubert_base", set_tensor("extra", torch.zeros(1)), "no place for its tensor extra"),
-        ("fairseq_hubert_base", set_tensor("layer_norm.bias", torch.zeros(16).int()), "floating-point"),
-        ("fairseq_hubert_base", drop_tensor("encoder.layers.1.fc1.bias"), "feed_forward.intermediate_dense"),
-        ("fairseq_hubert_base", drop_tensor("layer_norm.weight"), "feature_projection.layer_norm.weight"),
-        (
-            "fairseq_hubert_base",
-            set_option(encoder_ffn_embed_dim=48),
-            "the shape in current model is torch.Size([48])",
-        ),
-        (
-            "fairseq_hubert_base",
-            set_option(encoder_attention_heads=5),
-            "the shape in current model is torch.Size([30])",
-        ),
-        ("fairseq_hubert_base", set_option(encoder_layers=None), "encoder_layers of its config is None"),
-        ("fairseq_hubert_base", set_option(dropout=7.0), "encoder_dropout is 7.0"),
-        ("fairseq_wav2vec2_base", set_option(layer_type="conformer"), "layer_type is 'conformer'"),
-        ("fairseq_wav2vec2_base", set_option(quantize_input=True), "quantize_input is True"),
-        ("fairseq_hubert_base", set_option(conv_pos_batch_norm=True), "conv_pos_batch_norm is True"),
-        ("fairseq_hubert_base", set_option(conv_feature_layers="[(512,10)]"), "layer_config is [(512, 10)]"),
-        ("fairseq_hubert_base", set_option(_name="data2vec_audio"), "a model of the type data2vec"),
-        ("fairseq_hubert_base", set_option(_name="wav2vec2"), "convert_wav2vec2_from_fairseq.py"),
-        ("fairseq_hubert_base", set_option(relative_position_embedding=True), "convert_wavlm_from_unilm.py"),
-        ("unilm_wavlm_base", set_option(gru_rel_pos=False), "gru_rel_pos is False"),
-        ("unilm_wavlm_base", drop_tensor("encoder.layers.0.self_attn.grep_a"), "gru_rel_pos_const"),
-        ("fairseq_hubert_base", lambda content: content.update(cfg=None), 'no options under "cfg" or "args"'),
-        ("fairseq_hubert_base", lambda content: content.update(model=[1]), "no weights under"),
+        (HUBERT, set_tensor("extra", torch.zeros(1)), "no place for its tensor extra"),
+        (HUBERT, set_tensor("layer_norm.bias", torch.zeros(16).int()), "floating-point"),
+        (HUBERT, drop_tensor("encoder.layers.1.fc1.bias"), "feed_forward.intermediate_dense"),
+        (HUBERT, drop_tensor("layer_norm.weight"), "feature_projection.layer_norm.weight"),
+        (HUBERT, set_option(encoder_ffn_embed_dim=48), "the shape in current model is torch.Size([48])"),
+        (HUBERT, set_option(encoder_layers=None), "encoder_layers of its config is None"),
+        (HUBERT, set_option(dropout=7.0), "encoder_dropout is 7.0"),
+        (HUBERT, set_option(conv_pos_batch_norm=True), "conv_pos_batch_norm is True"),
+        (HUBERT, set_option(conv_feature_layers="[(512,10)]"), "layer_config is [(512, 10)]"),
+        (HUBERT, set_option(_name="data2vec_audio"), "a model of the type data2vec"),
+        (HUBERT, set_option(_name="wav2vec2"), "convert_wav2vec2_from_fairseq.py"),
+        (HUBERT, set_option(relative_position_embedding=True), "convert_wavlm_from_unilm.py"),
+        (HUBERT, lambda content: content.update(cfg=None), 'no options under "cfg" or "args"'),
+        (HUBERT, lambda content: content.update(model=[1]), "no weights under"),
+        (WAV2VEC2, set_option(layer_type="conformer"), "layer_type is 'conformer'"),
+        (WAV2VEC2, set_option(quantize_input=True), "quantize_input is True"),
+        (WAVLM, set_option(gru_rel_pos=False), "gru_rel_pos is False"),
+        (WAVLM, drop_tensor("encoder.layers.0.self_attn.grep_a"), "gru_rel_pos_const"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_by_name(name, change, word, tmp_path):
@@ -159,33 +153,21 @@ def test_conv_layers_are_parsed_and_never_evaluated(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def truncate(path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_is_not_whole_is_refused(zipped, tmp_path):
+    path = save_changed(tmp_path / "file.pt", HUBERT, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[:-1000])
+    assert str(path) in refused(RECORDED[HUBERT], path, tmp_path)
 
 
-def truncate_old_format(path):
-    save_changed(path, "fairseq_hubert_base", _use_new_zipfile_serialization=False)
-    truncate(path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        truncate,
-        truncate_old_format,
-        lambda path: path.write_text("nothing to see here\n"),
-        lambda path: path.write_bytes(pickle.dumps({"model": {}})),
-        lambda path: path.unlink(),
-    ],
-)
-def test_a_file_that_is_no_checkpoint_is_refused(change, tmp_path):
-    path = save_changed(tmp_path / "file.pt", "fairseq_hubert_base")
-    change(path)
-    assert str(path) in refused("convert_hubert_from_fairseq.py", path, tmp_path)
+@pytest.mark.parametrize("content", [b"nothing to see here\n", pickle.dumps({"model": {}}), None])
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / "file.pt").write_bytes(content)
+    assert "file.pt" in refused(RECORDED[HUBERT], tmp_path / "file.pt", tmp_path)
 
 
 def test_the_script_needs_torch_alone_and_writes_to_pretrained(tmp_path):
-    name = "fairseq_hubert_base"
-    done = run_with_torch_alone(tmp_path, ROOT / RECORDED[name], "--ckpt", GOLDEN / f"{name}.pt")
+    done = run_with_torch_alone(tmp_path, ROOT / RECORDED[HUBERT], "--ckpt", GOLDEN / f"{HUBERT}.pt")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
-    assert_layers_equal(tmp_path / "pretrained" / f"{name}.fairseq.pth", name)
+    assert_layers_equal(tmp_path / "pretrained" / f"{HUBERT}.fairseq.pth", HUBERT)

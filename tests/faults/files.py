@@ -1,6 +1,7 @@
 """Files that are damaged or hostile, or hold other values than they should: one sentence, no code is run."""
 
 import copy
+import functools
 import os
 import random
 
@@ -47,16 +48,12 @@ def weight(value, key=LAYER_NORM):
     return model(lambda content: content["state_dict"].update({key: value}))
 
 
-def calls(function, argument):
+def call_of_system(world):
     """Exports a model whose file calls a function that would leave a mark."""
-
-    def do(world):
-        mark = world.tmp / "ran"
-        outcome = model(lambda content: content.update(extra=Call(function, argument.format(mark))))(world)
-        assert not mark.exists()
-        return outcome
-
-    return do
+    mark = world.tmp / "ran"
+    outcome = model(lambda content: content.update(extra=Call(os.system, f"touch {mark}")))(world)
+    assert not mark.exists()
+    return outcome
 
 
 def trained(change):
@@ -92,33 +89,18 @@ def stage_1(key, value):
     return do
 
 
-def projections(value):
-    """Starts stage 3 from a pruned file that has other projections."""
-
-    def do(world):
-        path, content = world.tmp / "pruned.pth", world.content("pruned_hubert_base.pth")
-        torch.save({**content, "distill_linear_projs": value}, path)
-        return world.call("final_distill", *world.final_distill(student_ckpt=path))
-
-    return do
-
-
-def entry(content, *keys, value=None):
-    """Sets the entry that keys lead to, or removes it."""
-    for key in keys[:-1]:
-        content = content[key]
-    if value is None:
-        del content[keys[-1]]
-    else:
-        content[keys[-1]] = value
-
-
 def resumed(*keys, value=None, harmless=False):
-    """Goes on from update 8 with an entry changed; a harmless change leads to the unbroken run's weights."""
+    """Goes on from update 8 with the entry that keys lead to changed, or removed where there is no value; a
+    harmless change leads to the unbroken run's weights."""
 
     def do(world):
         content, ckpts = copy.deepcopy(world.content("previous.ckpt")), world.tmp / "exp" / "ckpts"
-        entry(content, *keys, value=value)
+        *outer, last = keys
+        place = functools.reduce(lambda holder, key: holder[key], outer, content)
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
         ckpts.mkdir(parents=True)
         torch.save(content, ckpts / "last.ckpt")
         outcome = world.call("distill", *world.distill())
@@ -168,7 +150,6 @@ READERS = {
 
 RESUMED = {
     "no optimiser": resumed("optimizer_states"),
-    "no update": resumed("global_step"),
     "no record": resumed("run"),
     "a record with line breaks": resumed("run", "flags", "cos_type", value="a\nb\x1b[2J"),
     "a missing weight": resumed("state_dict", "lambda1"),
@@ -182,40 +163,32 @@ HARMLESS = {
 ODD_CONFIG = {
     "extractor_conv_layer_config": [(16, 3, 0)],
     "encoder_embed_dim": None,
-    "encoder_num_layers": 0,
-    "encoder_ff_interm_features": {},
-    "encoder_dropout": "x",
     "encoder_num_heads": 1.5,
+}
+MODELS = {
+    "a state dict that is a list": model(lambda content: content.update(state_dict=[1])),
+    "a config that is a list": model(lambda content: content.update(config=[1])),
+    "a weight that is a text": weight("x"),
+    "a weight of whole numbers": weight(torch.ones(32).long()),
+    "a weight that is NaN": weight(torch.full((32,), torch.nan)),
+    "a call of os.system": call_of_system,
 }
 
 CASES = [
     *(Case(f"{key} {value}", config(key, value), refused("odd.pth")) for key, value in ODD_CONFIG.items()),
-    Case("a state dict that is a list", model(lambda c: c.update(state_dict=[1])), refused("odd.pth")),
-    Case("a config that is a list", model(lambda c: c.update(config=[1])), refused("odd.pth")),
-    Case("a file that is a tensor", model(lambda c: torch.ones(3)), refused("odd.pth")),
-    Case("a weight that is a text", weight("x"), refused("odd.pth")),
-    Case("a weight in a list", weight([torch.ones(32)]), refused("odd.pth")),
-    Case("a sparse weight", weight(torch.ones(32).to_sparse()), refused("odd.pth")),
-    Case("a weight of whole numbers", weight(torch.ones(32).long()), refused("odd.pth")),
-    Case("a weight's name that is a number", weight(torch.ones(1), key=5), refused("odd.pth")),
+    *(Case(name, do, refused("odd.pth")) for name, do in MODELS.items()),
     Case(
         "a name that moves the cursor",
         weight(torch.ones(1), "a\nb\x1b]0;x\x07"),
         refused(r"a\nb\x1b]0;x\x07"),
     ),
-    Case("a call of os.system", calls(os.system, "touch {}"), refused("odd.pth")),
-    Case("a call of eval", calls(eval, "open('{}', 'w')"), refused("odd.pth")),
-    Case("a weight that is NaN", weight(torch.full((32,), torch.nan)), refused("odd.pth")),
     Case("weights of 3e38", trained(huge), refused("update 1: the loss is ")),
     Case("weights in int8", as_type(torch.int8), refused("teacher.pth")),
-    Case("weights in float8", as_type(torch.float8_e4m3fn), refused("teacher.pth")),
     Case("weights in float16", as_type(torch.float16), finished("update 10/10")),
-    Case("weights in bfloat16", as_type(torch.bfloat16), finished("update 10/10")),
     Case("weights in float64", as_type(torch.float64), finished("update 10/10")),
     Case("stage 1's settings a list", stage_1("hyper_parameters", [1]), refused("last.ckpt")),
     Case("stage 1's weights a list", stage_1("state_dict", [1]), refused("last.ckpt")),
     Case("stage 1's record a list", stage_1("run", [1]), refused("last.ckpt")),
-    Case("a projection that is a text", projections({"0.weight": "x"}), refused("pruned.pth")),
     *(Case(name, do, refused("/ckpts/last.ckpt")) for name, do in RESUMED.items()),
     *(
         Case(name, resumed(*keys, value=1e9, harmless=True), finished("update 10/10"))

@@ -39,13 +39,7 @@ class Outcome(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A line of a table.
-
-    Attributes:
-        name: what is attacked with what.
-        do: makes the attack.
-        wanted: looks at the outcome and asserts what must have come out.
-    """
+    """A line of a table: ``do`` makes the attack, and ``wanted`` asserts what must have come out."""
 
     name: str
     do: Callable[["World"], Outcome]
@@ -128,12 +122,8 @@ def ended(process: multiprocessing.Process, seconds: float) -> int:
 
 
 class World:
-    """A corpus, its manifests, a teacher and a finished run, and ways to run commands on them.
-
-    Attributes:
-        tmp: an empty folder, another one for each case.
-        corpus, manifests, teacher: for reading only.
-    """
+    """A corpus, its manifests, a teacher and a finished run, which cases only read, and an empty folder
+    ``tmp`` for each case; and ways to run commands on them."""
 
     def __init__(self, make_folder: Callable[[str], Path], corpus: Path, manifests: Path, teacher: Path):
         self.make_folder = make_folder

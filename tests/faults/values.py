@@ -3,15 +3,13 @@
 from tests.faults.table import Case, finished, refused
 
 ODD = {
-    "learning_rate": ("nan", "inf", "-1", "0", "1e400", "x", ""),
-    "weight_decay": ("inf", "-1"),
-    "target_sparsity": ("nan", "1", "-0.1"),
-    "max_updates": ("-1", "1.5", "1e3", "2147483648"),
-    "warmup_updates": ("-1", "0.5", str(10**19)),
+    "learning_rate": ("nan", "inf", "0", ""),
+    "weight_decay": ("-1",),
+    "target_sparsity": ("nan", "1"),
+    "max_updates": ("1e3",),
     "seed": (str(2**64),),
-    "distill_layers": ("", ".", "0.", "0..3", "x", "0 3", "9" * 5000),
-    "pruning_units": ("", ",", "conv;head"),
-    "tsv_dir": ("",),
+    "distill_layers": ("", "0..3", "9" * 5000),
+    "pruning_units": ("", ","),
 }
 
 
