@@ -70,14 +70,6 @@ def test_gpu_check_passes_with_tiny_models_on_the_cpu(figures):
 
 
 @pytest.mark.slow
-def test_data_measures_every_part_of_reading(figures, corpus):
-    rates = figures("data", "--data", corpus, "--repeats", 1, "--num_workers", 0, 1)["rates"]
-    batches = ["batches, 0 workers", "batches, 1 workers"]
-    assert list(rates) == ["manifest making", "manifest reading", "decoding", *batches]
-    assert all(row["audio seconds per second"] > 0 for row in rates.values())
-
-
-@pytest.mark.slow
 def test_deploy_measures_teacher_and_student_in_every_way(figures, teacher):
     ways = ["PyTorch", "onednn.py", "bf16", "int8", "torch.export", "ONNX int8"]
     size = ("--sparsity", 0.4, "--seconds", 0.5, "--batch", 1, 2, "--threads", 1)
