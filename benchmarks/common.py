@@ -146,9 +146,9 @@ def print_table(rows: dict[str, dict[str, object]], columns: Iterable[str]) -> N
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, float) and abs(value) < 1000:
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else f"{value:,.0f}"
+    if isinstance(value, str):
+        return value
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
 
 
 def write_json(args: argparse.Namespace, **content: object) -> None:

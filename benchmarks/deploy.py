@@ -39,13 +39,11 @@ WAYS = {
     "cpu": ["PyTorch", "onednn.py", "torch.compile", "bf16", "int8", "torch.export", "ONNX", "ONNX int8"],
     "cuda": ["PyTorch", "torch.compile", "bf16", "bf16 torch.compile", "fp16", "fp16 torch.compile"],
 }
-WARMUP = 2
-"""Runs before the timed ones."""
+WARMUP = 2  # runs before the timed ones
 
 
 def prepare(model: Wav2Vec2Model, way: str, path: Path) -> Callable[[int], Run]:
-    """Writes a model to ``path`` as ``way`` needs it; returns a function from the number of threads to what
-    runs the model."""
+    """Writes a model to ``path`` as ``way`` needs it; returns what makes a Run for a number of threads."""
     if way.startswith("ONNX"):
         export(model, path, int8=way == "ONNX int8")
         return lambda threads: onnx_session(path, threads)
@@ -98,10 +96,8 @@ def take_turns(runs: dict[str, Run], waveforms: Tensor, repeats: int) -> dict[st
             start = common.mark(waveforms.device)
             run(waveforms)
             marks[name].append((start, common.mark(waveforms.device)))
-    return {
-        name: statistics.median(common.milliseconds(*ends) for ends in pairs[WARMUP:]) / 1000
-        for name, pairs in marks.items()
-    }
+    times = {name: [common.milliseconds(*ends) for ends in pairs[WARMUP:]] for name, pairs in marks.items()}
+    return {name: statistics.median(taken) / 1000 for name, taken in times.items()}
 
 
 @torch.no_grad()

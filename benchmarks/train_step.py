@@ -38,8 +38,7 @@ VARIANTS = [
 
 
 class Step:
-    """An update of stage 1 (a gated student) or 3 (a pruned one), without a Trainer around it; ``variant`` is
-    one of ``VARIANTS``."""
+    """An update of stage 1 (a gated student) or 3 (a pruned one), without a Trainer around it."""
 
     def __init__(
         self, variant: str, teacher: Wav2Vec2Model, student: Wav2Vec2Model, device: torch.device
@@ -52,9 +51,8 @@ class Step:
         layers = len(student.encoder.transformer.layers)
         matched = ",".join(str(layer) for layer in sorted({round(layers * n / 3) for n in (1, 2, 3)}))
         flags = [f"--distill_layers=0.{matched}", f"--gpus={int(device.type == 'cuda')}"]
-        args = training_parser("", 2e-4, 15_000, 50_000).parse_args(
-            flags + ["--compile"] * ("compile" in words)
-        )
+        flags += ["--compile"] if "compile" in words else []
+        args = training_parser("", 2e-4, 15_000, 50_000).parse_args(flags)
         self.module = DistillModule(
             **distillation(args, teacher, student.train()),
             use_reg=bool(student.gates()),
@@ -110,7 +108,9 @@ def milliseconds(marks: dict[str, tuple]) -> dict[str, float]:
     return times
 
 
-def compare(variants, teacher, student, batches: list[Tensor], warmup: int) -> dict[str, dict[str, float]]:
+def compare(
+    variants: list[str], teacher: Wav2Vec2Model, student: Wav2Vec2Model, batches: list[Tensor], warmup: int
+) -> dict[str, dict[str, float]]:
     """Measures updates of all variants in turns.
 
     Args:
