@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.components import ConvLayerBlock, EncoderLayer, FeedForward, SelfAttention, WavLMSelfAttention
+from wav2vec2.model import normalize
 
 
 def make_plain(model: Wav2Vec2Model) -> Wav2Vec2Model:
@@ -31,7 +32,7 @@ class PlainModel(Wav2Vec2Model):
         """Computes what :meth:`Wav2Vec2Model.extract_features` computes."""
         valid = waveforms.new_full((len(waveforms),), waveforms.size(1)) if lengths is None else lengths
         if self.normalize_waveform:
-            waveforms = normalize(waveforms, valid)
+            waveforms = normalize(waveforms, lengths)
         x = waveforms.unsqueeze(1)
         for block in self.feature_extractor.conv_layers:
             x = conv_block(block, x)
@@ -59,14 +60,6 @@ class PlainModel(Wav2Vec2Model):
                 x = encoder_layer(layer, x, mask, positions)
                 states.append(x)
         return states, None if lengths is None else valid
-
-
-def normalize(waveforms: Tensor, lengths: Tensor) -> Tensor:
-    """Each waveform of (batch, time) normalised over its valid samples, by itself; zeros behind them."""
-    normalized = torch.zeros_like(waveforms)
-    for row, waveform, length in zip(normalized, waveforms, lengths.int().tolist(), strict=True):
-        row[:length] = F.layer_norm(waveform[:length], (length,))
-    return normalized
 
 
 def conv_block(block: ConvLayerBlock, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, models, clocks, and how figures are printed and kept."""
+"""What the benchmarks share: flags, models, times, and how figures are printed and kept."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base
 
 SAMPLE_RATE = 16_000
 MODELS = {"hubert_base": hubert_base, "hubert_large": hubert_large, "wavlm_base_plus": wavlm_base}
-PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every benchmark has."""
+    """A parser with the flag that every benchmark has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -40,7 +39,8 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a teacher and make a student of it."""
+    """Adds the flags that name a teacher, make a student of it, and say where they run."""
+    add_device_argument(parser)
     parser.add_argument("--model", default="hubert_base", help=f"{', '.join(MODELS)} or a checkpoint FILE")
     parser.add_argument("--sparsity", type=fraction, default=0.75, help="1 - student's / teacher's size")
     help = "share of the conv channels that is left; default: the same as of heads and features"
@@ -62,25 +62,21 @@ def describe(device: torch.device) -> dict[str, str | int]:
     return {**machine, "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])}
 
 
-class Clock:
-    """Marks in time: CUDA events, which do not hold up the host, or the CPU's clock."""
+def mark(device: torch.device) -> torch.cuda.Event | float:
+    """This moment: a CUDA event, which does not hold up the host, or the CPU's time in seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
 
-    def mark(self) -> torch.cuda.Event | float:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self, start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-        """The time from one mark to another; waits for the GPU to reach the later one."""
-        if not self.on_gpu:
-            return 1000 * (end - start)
-        end.synchronize()
-        return start.elapsed_time(end)
+def milliseconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """The time from one mark to another; waits for the GPU to reach the later one."""
+    if isinstance(end, float):
+        return 1000 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def build(name: str) -> Wav2Vec2Model:
@@ -143,19 +139,16 @@ def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> floa
 def print_table(rows: dict[str, dict[str, object]], columns: Iterable[str]) -> None:
     """Prints ``rows[name][column]`` with the rows' names on the left."""
     lines = [["", *columns]]
-    lines += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    lines += [[name, *(_cell(row.get(column, "-")) for column in lines[0][1:])] for name, row in rows.items()]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for name, *cells in lines:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print(name.ljust(widths[0]), *padded, sep="  ")
+        print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
 
 
 def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, (int, float)):
-        return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
-    return str(value)
+    if isinstance(value, str):
+        return value
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
 
 
 def write_json(args: argparse.Namespace, **content: object) -> None:

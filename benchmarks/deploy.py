@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from exports.common import samples_of
 from exports.onnx import export
 from training import onednn
-from utils.cli import nonnegative_int, positive, positive_int, run_script
+from utils.cli import positive, positive_int, run_script
 from utils.files import UserError
 from utils.processes import available_cpus
 from wav2vec2 import Wav2Vec2Model
@@ -39,24 +39,23 @@ WAYS = {
     "cpu": ["PyTorch", "onednn.py", "torch.compile", "bf16", "int8", "torch.export", "ONNX", "ONNX int8"],
     "cuda": ["PyTorch", "torch.compile", "bf16", "bf16 torch.compile", "fp16", "fp16 torch.compile"],
 }
+WARMUP = 2  # runs before the timed ones
 
 
-def prepare(model: Wav2Vec2Model, way: str, path: Path) -> tuple[int, Callable[[int], Run]]:
-    """Writes the file of a model, as ``way`` needs it.
-
-    Returns:
-        The size of the file in bytes, and a function from the number of threads to what runs the model.
-    """
+def prepare(model: Wav2Vec2Model, way: str, path: Path) -> Callable[[int], Run]:
+    """Writes a model to ``path`` as ``way`` needs it; returns what makes a Run for a number of threads."""
     if way.startswith("ONNX"):
         export(model, path, int8=way == "ONNX int8")
-        return path.stat().st_size, lambda threads: onnx_session(path, threads)
+        return lambda threads: onnx_session(path, threads)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(way.split()[0], torch.float32)
+    made = copy.deepcopy(model).to(dtype)
+    if way == "int8":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = torch.ao.quantization.quantize_dynamic(made, {nn.Linear}, torch.qint8)
     if way == "torch.export":
-        path = path.with_suffix(".pt2")
         made = exported(model, path)
     else:
-        made = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-        made = quantised(model) if way == "int8" else made
         torch.save(made.state_dict(), path)
     if "torch.compile" in way:
         made = torch.compile(made, dynamic=True)
@@ -65,13 +64,7 @@ def prepare(model: Wav2Vec2Model, way: str, path: Path) -> tuple[int, Callable[[
         (onednn.enable if way == "onednn.py" else onednn.disable)()
         return made(waveforms.to(dtype))[0].float()
 
-    return path.stat().st_size, lambda threads: run
-
-
-def quantised(model: Wav2Vec2Model) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
+    return lambda threads: run
 
 
 def exported(model: Wav2Vec2Model, path: Path) -> nn.Module:
@@ -95,45 +88,39 @@ def onnx_session(path: Path, threads: int) -> Run:
     return lambda waveforms: torch.from_numpy(session.run(None, {"waveforms": waveforms.numpy()})[0])
 
 
-def take_turns(runs: dict[str, Run], waveforms: Tensor, warmup: int, repeats: int) -> dict[str, float]:
+def take_turns(runs: dict[str, Run], waveforms: Tensor, repeats: int) -> dict[str, float]:
     """Runs all in turns; returns the median of each one's seconds."""
-    clock = common.Clock(waveforms.device)
     marks: dict[str, list] = {name: [] for name in runs}
-    for _ in range(warmup + repeats):
+    for _ in range(WARMUP + repeats):
         for name, run in runs.items():
-            start = clock.mark()
+            start = common.mark(waveforms.device)
             run(waveforms)
-            marks[name].append((start, clock.mark()))
-    return {
-        name: statistics.median(clock.milliseconds(*ends) for ends in pairs[warmup:]) / 1000
-        for name, pairs in marks.items()
-    }
+            marks[name].append((start, common.mark(waveforms.device)))
+    times = {name: [common.milliseconds(*ends) for ends in pairs[WARMUP:]] for name, pairs in marks.items()}
+    return {name: statistics.median(taken) / 1000 for name, taken in times.items()}
 
 
 @torch.no_grad()
 def main() -> None:
     parser = common.make_parser(__doc__)
     common.add_model_arguments(parser)
-    common.add_device_argument(parser)
-    parser.add_argument("--student", nargs="+", help="checkpoint FILEs, instead of pruning --model at random")
+    flag = parser.add_argument
+    flag("--student", nargs="+", help="checkpoint FILEs, instead of pruning --model at random")
     ways = "; ".join(f"on {device}: {', '.join(ways)}" for device, ways in WAYS.items())
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help=f"default: all {ways}")
-    parser.add_argument("--seconds", type=positive, nargs="+", default=[1.0, 10.0], help="utterance lengths")
-    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1], help="utterances at once")
-    parser.add_argument("--threads", type=positive_int, nargs="+", default=[1, available_cpus()])
-    parser.add_argument("--warmup", type=nonnegative_int, default=2, help="runs before the timed ones")
-    parser.add_argument("--repeats", type=positive_int, default=9, help="timed runs")
+    flag("--ways", nargs="+", metavar="WAY", help=f"default: all {ways}")
+    flag("--seconds", type=positive, nargs="+", default=[1.0, 10.0], help="utterance lengths")
+    flag("--batch", type=positive_int, nargs="+", default=[1], help="utterances at once")
+    flag("--threads", type=positive_int, nargs="+", default=[1, available_cpus()])
+    flag("--repeats", type=positive_int, default=9, help="timed runs")
     args = parser.parse_args()
     device = common.choose_device(args)
-    for way in args.ways or []:
-        if way not in WAYS[device.type]:
-            raise UserError(f"--ways {way}: choose from {', '.join(WAYS[device.type])}")
+    for way in set(args.ways or []) - set(WAYS[device.type]):
+        raise UserError(f"--ways {way}: choose from {', '.join(WAYS[device.type])}")
     machine = common.describe(device) | {"threads": args.threads, "onnxruntime": onnxruntime.__version__}
     torch.manual_seed(0)
     models = {"teacher": common.build(args.model)}
-    if args.student:
-        models |= {name: common.build(name) for name in args.student}
-    else:
+    models |= {name: common.build(name) for name in args.student or []}
+    if not args.student:
         models["student"] = common.compressed(models["teacher"], args.sparsity, args.conv_share)
     rows: dict[str, dict[str, float]] = {}
     makers = {}
@@ -144,10 +131,10 @@ def main() -> None:
             model.eval().to(device).fold_weight_norm().requires_grad_(False)
             expected = model(noise := 0.1 * torch.randn(1, common.SAMPLE_RATE, device=device))[0]
             for way in args.ways or WAYS[device.type]:
-                row = f"{name}, {way}"
-                size, makers[row] = prepare(model, way, Path(folder) / str(len(rows)))
+                row, path = f"{name}, {way}", Path(folder, f"{len(rows)}.pt2")
+                makers[row] = prepare(model, way, path)
                 error = common.relative_error([makers[row](1)(noise)], [expected])
-                rows[row] = {**costs, "MB": size / 1e6, "error %": 100 * error}
+                rows[row] = {**costs, "MB": path.stat().st_size / 1e6, "error %": 100 * error}
         for threads in args.threads:
             torch.set_num_threads(threads)
             runs = {row: make(threads) for row, make in makers.items()}
@@ -155,7 +142,7 @@ def main() -> None:
                 waveforms = 0.1 * torch.randn(batch, int(seconds * common.SAMPLE_RATE), device=device)
                 column = f"{seconds:g} s, {threads} thread{'s' * (threads > 1)}"
                 column = column if batch == 1 else f"{batch} x {column}"
-                for row, taken in take_turns(runs, waveforms, args.warmup, args.repeats).items():
+                for row, taken in take_turns(runs, waveforms, args.repeats).items():
                     rows[row][column] = taken / (batch * seconds)
     print("\nreal-time factors, by the length of the utterance and the number of threads")
     common.print_table(rows, next(iter(rows.values())))

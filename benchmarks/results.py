@@ -32,78 +32,61 @@ from wav2vec2.cost import parameter_count
 from wav2vec2.pruning import shift_gates
 
 ROOT = Path(__file__).parent.parent
-NAME = "pruned_hubert_base.pth"
+STUDENT = Path("final", "ckpts", "pruned_hubert_base.pth")
 
 
 def parse_args() -> argparse.Namespace:
     parser = common.make_parser(__doc__)
-    parser.add_argument("row", choices=["params", "macs", "random", "first_layers", "table"])
-    parser.add_argument("--seed", type=nonnegative_int, default=1)
-    parser.add_argument("--tsv_dir", type=path, required=True, help="manifests train100.tsv and valid.tsv")
-    parser.add_argument("--teacher_ckpt", type=path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows' folders")
-    parser.add_argument("--target_sparsity", type=fraction, default=0.75)
-    updates = "updates of stages 1 and 3"
-    parser.add_argument("--updates", type=positive_int, nargs=2, default=[1200, 300], help=updates)
-    parser.add_argument("--learning_rate", type=positive, default=5e-4)
-    parser.add_argument("--reg_learning_rate", type=positive, default=0.05)
-    parser.add_argument("--seconds_per_batch", type=positive, default=12.0)
-    parser.add_argument("--distill_layers", default="0.2,4,6")
-    parser.add_argument("--data", type=path, help="table: labelled audio for evaluate.py")
-    parser.add_argument("--tasks", nargs="+", default=["digit", "speaker"], help="table: manifests of --data")
-    parser.add_argument("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
-    return parser.parse_args()
+    flag = parser.add_argument
+    flag("row", choices=["params", "macs", "random", "first_layers", "table"])
+    flag("--seed", type=nonnegative_int, default=1)
+    flag("--tsv_dir", type=path, required=True, help="manifests train100.tsv and valid.tsv")
+    flag("--teacher_ckpt", type=path, required=True)
+    flag("--out", type=Path, required=True, help="folder of the rows' folders")
+    flag("--target_sparsity", type=fraction, default=0.75)
+    flag("--updates", type=positive_int, nargs=2, default=[1200, 300], help="updates of stages 1 and 3")
+    flag("--learning_rate", type=positive, default=5e-4)
+    flag("--reg_learning_rate", type=positive, default=0.05)
+    flag("--seconds_per_batch", type=positive, default=12.0)
+    flag("--distill_layers", default="0.2,4,6")
+    flag("--data", type=path, help="table: labelled audio for evaluate.py")
+    flag("--tasks", nargs="+", default=["digit", "speaker"], help="table: manifests of --data")
+    flag("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
+    args = parser.parse_args()
+    args.folder = args.out / f"{args.row}-{args.seed}"
+    return args
 
 
 def run(*command: object, **environment: object) -> None:
-    """Runs a command.
-
-    Raises:
-        UserError: it failed; its own message stands above.
-    """
-    words = [str(word) for word in command]
+    """Runs a command; where it fails, its own message stands above the UserError's."""
     variables = {name: str(value) for name, value in environment.items()}
-    if subprocess.run(words, env={**os.environ, **variables}).returncode:
-        raise UserError(f"{Path(words[1]).name} has failed")
+    if subprocess.run([str(word) for word in command], env={**os.environ, **variables}).returncode:
+        raise UserError(f"{Path(command[1]).name} has failed")
 
 
-def script(name: str, **flags: object) -> None:
-    """Runs a script of this project; a flag with a list has several values."""
-    words: list[object] = []
-    for flag, value in flags.items():
-        words += [f"--{flag}", *(value if isinstance(value, list) else [value])]
-    run(sys.executable, ROOT / name, *words)
+def script(name: str, *words: object, **flags: object) -> None:
+    """Runs a script of this project."""
+    run(sys.executable, ROOT / name, *(f"--{flag}={value}" for flag, value in flags.items()), *words)
 
 
-def recipe(args: argparse.Namespace, folder: Path) -> None:
+def shared_settings(args: argparse.Namespace) -> dict[str, object]:
+    """What all rows train with, by the names that run.sh's variables and final_distill.py's flags share."""
+    names = ["tsv_dir", "teacher_ckpt", "seconds_per_batch", "distill_layers", "seed"]
+    fixed = {"train_subset": "train100", "gpus": 0, "log_interval": 100}
+    return {**fixed, **{name: getattr(args, name) for name in names}}
+
+
+def recipe(args: argparse.Namespace) -> None:
     """Makes the rows with gates by run.sh."""
     first, last = args.updates
+    machine = {"python": sys.executable, "precision": 32, "num_workers": 1}
+    folders = {"root_dir": args.folder, "final_dir": args.folder / "final"}
+    size = {"target_sparsity": args.target_sparsity, "sparsity_of": args.row, "match_target": 1}
+    rates = {"lr": args.learning_rate, "final_lr": args.learning_rate, "reg_lr": args.reg_learning_rate}
     stage_1 = {"max": first, "warmup": first // 20, "sparsity_warmup": first // 3}
-    stage_3 = {"final_max": last, "final_warmup": last // 10, "final_lr": args.learning_rate}
-    run(
-        "bash",
-        ROOT / "run.sh",
-        **stage_1,
-        **stage_3,
-        python=sys.executable,
-        root_dir=folder,
-        final_dir=folder / "final",
-        teacher_ckpt=args.teacher_ckpt,
-        tsv_dir=args.tsv_dir,
-        train_subset="train100",
-        gpus=0,
-        precision=32,
-        num_workers=1,
-        seconds_per_batch=args.seconds_per_batch,
-        distill_layers=args.distill_layers,
-        lr=args.learning_rate,
-        reg_lr=args.reg_learning_rate,
-        target_sparsity=args.target_sparsity,
-        sparsity_of=args.row,
-        match_target=1,
-        log_interval=100,
-        seed=args.seed,
-    )
+    stage_3 = {"final_max": last, "final_warmup": last // 10}
+    variables = machine | folders | size | rates | stage_1 | stage_3
+    run("bash", ROOT / "run.sh", **shared_settings(args), **variables)
 
 
 def cut_at_random(teacher: Wav2Vec2Model, sparsity: float) -> Wav2Vec2Model:
@@ -122,45 +105,36 @@ def first_layers(teacher: Wav2Vec2Model) -> Wav2Vec2Model:
         for key, value in teacher.config.items()
     }
     student = wav2vec2_model(**{**config, "encoder_num_layers": 2})
-    names = student.state_dict().keys()
+    names = student.state_dict()
     student.load_state_dict({key: value for key, value in teacher.state_dict().items() if key in names})
     return student
 
 
-def distil_alone(args: argparse.Namespace, folder: Path) -> None:
+def distil_alone(args: argparse.Namespace) -> None:
     """Makes the rows without gates: stage 3 with all updates."""
     torch.manual_seed(args.seed)
     teacher = load_model(args.teacher_ckpt)
     if args.row == "random":
-        mode, layers = "layer2layer", args.distill_layers
-        student = cut_at_random(teacher, args.target_sparsity)
+        mode, student = "layer2layer", cut_at_random(teacher, args.target_sparsity)
     else:
-        mode, layers = "predlayer", args.distill_layers.rpartition(".")[2]
-        student = first_layers(teacher)
-    groups = parse_distill_layers(layers, len(teacher.encoder.transformer.layers))
-    dimension = teacher.config["encoder_embed_dim"]
-    start = folder / "ckpts" / NAME
+        mode, student = "predlayer", first_layers(teacher)
+        args.distill_layers = args.distill_layers.rpartition(".")[2]
+    start = args.folder / "ckpts" / STUDENT.name
     if not start.is_file():
-        heads = distill_projections(mode, groups, dimension, dimension)
+        groups = parse_distill_layers(args.distill_layers, len(teacher.encoder.transformer.layers))
+        heads = distill_projections(mode, groups, *[teacher.config["encoder_embed_dim"]] * 2)
         save_checkpoint(start, student, distill_linear_projs=heads.state_dict())
     script(
         "final_distill.py",
-        exp_dir=folder / "final",
-        tsv_dir=args.tsv_dir,
-        train_subset="train100",
-        gpus=0,
+        **shared_settings(args),
+        exp_dir=args.folder / "final",
         student_ckpt=start,
-        teacher_ckpt=args.teacher_ckpt,
         distill_mode=mode,
-        distill_layers=layers,
-        seconds_per_batch=args.seconds_per_batch,
         learning_rate=args.learning_rate,
         warmup_updates=args.updates[0] // 20,
         max_updates=sum(args.updates),
-        log_interval=100,
-        seed=args.seed,
     )
-    last = folder / "final" / "ckpts" / "last.ckpt"
+    last = args.folder / "final" / "ckpts" / "last.ckpt"
     script("save_final_ckpt.py", config_path=start, ckpt_after_final_distill=last)
 
 
@@ -184,7 +158,7 @@ def figures(report: dict) -> tuple[dict[str, float], dict[str, float]]:
 
 def table(args: argparse.Namespace) -> None:
     """Measures every finished row, and prints a table."""
-    folders = sorted(folder for folder in args.out.iterdir() if (folder / "final" / "ckpts" / NAME).is_file())
+    folders = sorted(folder for folder in args.out.iterdir() if (folder / STUDENT).is_file())
     if not folders:
         raise UserError(f"--out {args.out}: holds no finished row")
     machine = common.describe(torch.device("cpu"))
@@ -195,28 +169,22 @@ def table(args: argparse.Namespace) -> None:
         script("report.py", root_dir=folder, final_dir=final, utterances=1_000_000, **given)
         report = json.loads((final / "report" / "report.json").read_text())
         rows["teacher"], rows[folder.name] = figures(report)
+    models = [args.teacher_ckpt, *(folder / STUDENT for folder in folders)]
     for task in args.tasks if args.data else []:
         out = args.out / f"{task}.json"
-        models = [args.teacher_ckpt, *(folder / "final" / "ckpts" / NAME for folder in folders)]
-        script("evaluate.py", data=args.data, task=task, json=out, models=models)
+        script("evaluate.py", "--models", *models, data=args.data, task=task, json=out)
         for row, judged in zip(rows.values(), json.loads(out.read_text())["models"], strict=True):
             percent = [100 * x for x in (judged["accuracy"], *judged["interval"])]
             row[task] = "{:.1f} ({:.1f} to {:.1f})".format(*percent)
     names = dict.fromkeys(name for row in rows.values() for name in row)
-    by_figure = {figure: {name: row.get(figure) for name, row in rows.items()} for figure in names}
+    by_figure = {figure: {name: row.get(figure, "-") for name, row in rows.items()} for figure in names}
     common.print_table(by_figure, rows)
     common.write_json(args, machine=machine, rows=rows)
 
 
 def main() -> None:
     args = parse_args()
-    folder = args.out / f"{args.row}-{args.seed}"
-    if args.row == "table":
-        table(args)
-    elif args.row in ("params", "macs"):
-        recipe(args, folder)
-    else:
-        distil_alone(args, folder)
+    {"table": table, "params": recipe, "macs": recipe}.get(args.row, distil_alone)(args)
 
 
 if __name__ == "__main__":
