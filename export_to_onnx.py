@@ -6,8 +6,6 @@ frame, feature), what the model itself returns. The file gets its name only afte
 from it what PyTorch computes from the checkpoint, at sizes that the export has not seen.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

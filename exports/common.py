@@ -8,11 +8,7 @@ from wav2vec2 import Wav2Vec2Model
 
 
 def load_ungated(path: str | Path) -> Wav2Vec2Model:
-    """The model of a checkpoint file, in evaluation mode.
-
-    Raises:
-        UserError: the file cannot be read, or its model has gates.
-    """
+    """The model of a checkpoint file, in evaluation mode; raises a UserError where it has gates."""
     model = load_model(path).eval()
     if model.is_gated:
         raise UserError(

@@ -21,14 +21,13 @@ with needs_extra("export"):
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).parents[1]
-WRAPPER = "modeling_pruned_speech"
-CODE = [ROOT / "exports" / f"{WRAPPER}.py", *(ROOT / "wav2vec2").glob("[!_]*.py")]
+CODE = [ROOT / "exports" / "modeling_pruned_speech.py", *(ROOT / "wav2vec2").glob("[!_]*.py")]
 """The wrapper for transformers, and the modules of the package."""
 
 AUTO_MAP = {
-    "AutoConfig": f"{WRAPPER}.PrunedSpeechConfig",
-    "AutoModel": f"{WRAPPER}.PrunedSpeechModel",
-    "AutoModelForCTC": f"{WRAPPER}.PrunedSpeechForCTC",
+    "AutoConfig": "modeling_pruned_speech.PrunedSpeechConfig",
+    "AutoModel": "modeling_pruned_speech.PrunedSpeechModel",
+    "AutoModelForCTC": "modeling_pruned_speech.PrunedSpeechForCTC",
 }
 """For each class of transformers, the one in the exported code that it loads."""
 

@@ -3,8 +3,6 @@
 export_to_hf.py copies this file beside the project's own modules, where its relative imports resolve.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -61,11 +59,6 @@ class PrunedSpeechConfig(PretrainedConfig):
             del defaults[key]
         super().__init__(**{**CTC, **defaults, **kwargs})
 
-    def architecture(self) -> Wav2Vec2Config:
-        """What the model is built from; raises a ValueError that names an impossible key."""
-        given = {key.name: getattr(self, key.name, key.default) for key in fields(Wav2Vec2Config)}
-        return Wav2Vec2Config.from_dict({**given, "aux_num_out": None})
-
 
 class CheckpointedLayer(EncoderLayer):
     """A layer that the backward pass computes again where gradient checkpointing is on, to save memory."""
@@ -115,12 +108,24 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
 
     def __init__(self, config: PrunedSpeechConfig) -> None:
         super().__init__(config)
-        model = Wav2Vec2Model(config.architecture())
+        given = {key.name: getattr(config, key.name, key.default) for key in fields(Wav2Vec2Config)}
+        model = Wav2Vec2Model(Wav2Vec2Config.from_dict({**given, "aux_num_out": None}))
         self.feature_extractor = model.feature_extractor
         self.encoder = model.encoder
+        # transformers renames weight_g and weight_v to what torch's own parametrisation calls them.
+        position = self.encoder.transformer.pos_conv_embed
+        options = ("in_channels", "out_channels", "kernel_size", "padding", "groups")
+        conv = nn.Conv1d(**{option: getattr(position.conv, option) for option in options})
+        position.conv = weight_norm(conv, dim=2)
+        # transformers makes every parameter that it loads trainable, which this one is not.
+        weight = self.feature_extractor.dummy_weight.detach()
+        del self.feature_extractor.dummy_weight
+        self.feature_extractor.register_buffer("dummy_weight", weight)
         for layer in self.encoder.transformer.layers:
             layer.__class__ = CheckpointedLayer  # which differs in its forward alone
-        _use_names_that_transformers_loads(self)
+            if isinstance(layer.attention, WavLMSelfAttention):
+                # transformers does not keep the values of buffers that are not in the file.
+                layer.attention.register_buffer("remaining_heads", layer.attention.remaining_heads)
         self.post_init()
 
     def forward(
@@ -215,23 +220,6 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
                 reduction=self.config.ctc_loss_reduction,
                 zero_infinity=self.config.ctc_zero_infinity,
             )
-
-
-def _use_names_that_transformers_loads(model: PrunedSpeechModel) -> None:
-    """Registers tensors such that every release of transformers loads them as they were saved."""
-    # transformers renames weight_g and weight_v to what torch's own parametrisation calls them.
-    position = model.encoder.transformer.pos_conv_embed
-    options = ("in_channels", "out_channels", "kernel_size", "padding", "groups")
-    conv = nn.Conv1d(**{option: getattr(position.conv, option) for option in options})
-    position.conv = weight_norm(conv, dim=2)
-    # transformers makes every parameter that it loads trainable, which this one is not.
-    weight = model.feature_extractor.dummy_weight.detach()
-    del model.feature_extractor.dummy_weight
-    model.feature_extractor.register_buffer("dummy_weight", weight)
-    # transformers does not keep the values of buffers that are not in the file.
-    for module in model.encoder.modules():
-        if isinstance(module, WavLMSelfAttention):
-            module.register_buffer("remaining_heads", module.remaining_heads)
 
 
 # save_pretrained writes the code of a registered class beside its config and weights.

@@ -1,7 +1,5 @@
 """A model as an ONNX file: tracing, quantising, and comparing what onnxruntime computes with PyTorch."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings
