@@ -14,20 +14,16 @@ from wav2vec2.cost import count_parameters
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--ckpt", type=path, required=True, help="a checkpoint without gates, pruned or converted"
-    )
-    parser.add_argument(
-        "--out", type=path, required=True, help="the folder to write, which must not be there yet"
-    )
+    add = parser.add_argument
+    add("--ckpt", type=path, required=True, help="a checkpoint without gates, pruned or converted")
+    add("--out", type=path, required=True, help="the folder to write, which must not be there yet")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     model = load_ungated(args.ckpt)
-    run = read_run(folder_of(args.ckpt))
-    error = export(model, Path(os.path.abspath(args.out)), run)
+    error = export(model, Path(os.path.abspath(args.out)), read_run(folder_of(args.ckpt)))
     head = "no CTC head" if model.aux is None else f"a CTC head of {model.aux.out_features} tokens"
     print(
         f"{args.ckpt} -> {args.out}: {count_parameters(model):,} parameters, {head}; loaded by transformers, "

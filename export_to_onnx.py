@@ -6,8 +6,6 @@ frame, feature), what the model itself returns. The file gets its name only afte
 from it what PyTorch computes from the checkpoint, at sizes that the export has not seen.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -30,16 +28,8 @@ def parse_args() -> argparse.Namespace:
     add("--ckpt", type=path, required=True, help="a checkpoint without gates: a teacher's or a student's")
     add("--out", type=path, required=True, help="the file to write, model.onnx say")
     add("--int8", action="store_true", help="quantise the linear layers, and print what that costs")
-    add(
-        "--all_hidden_states",
-        action="store_true",
-        help="add the outputs hidden_state_0, the projected features, to hidden_state_L, the last layer's",
-    )
-    add(
-        "--lengths",
-        action="store_true",
-        help="add an input lengths, the valid samples of each waveform, and an output frames, both (batch,)",
-    )
+    add("--all_hidden_states", action="store_true", help="add the outputs hidden_state_0 to hidden_state_L")
+    add("--lengths", action="store_true", help="add an input lengths, in samples, and an output frames")
     add("--audio", type=path, help="a 16 kHz recording to measure the error of --int8 on; noise without it")
     return parser.parse_args()
 
@@ -48,9 +38,7 @@ def read_audio(path: str) -> Tensor:
     """The first channel of a recording, (time,)."""
     with open_audio(path) as audio:
         if audio.samplerate != SAMPLE_RATE:
-            raise UserError(
-                f"--audio {path} has {audio.samplerate} Hz, the models are for 16,000 Hz: resample it first"
-            )
+            raise UserError(f"--audio {path} has {audio.samplerate} Hz: resample it to 16,000 Hz first")
         return torch.from_numpy(audio.read(dtype="float32", always_2d=True)[:, 0].copy())
 
 

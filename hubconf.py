@@ -70,8 +70,6 @@ class _Upstream(_torch.nn.Module):
 def s3prl_upstream(ckpt: str, **options) -> _Upstream:
     """The model of a checkpoint as an upstream of s3prl; docs/evaluation.md shows its use.
 
-    Args:
-        ckpt: as for :func:`compressed`.
-        options: what else s3prl gives every upstream (``model_config``, ``refresh``); of no use here.
+    s3prl gives every upstream further ``options`` (``model_config``, ``refresh``), which are not used.
     """
     return _Upstream(compressed(ckpt)).eval()

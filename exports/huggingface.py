@@ -2,12 +2,12 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from exports.common import replacing
 from utils.cli import needs_extra, writes
 from utils.compare import relative_difference
 from utils.files import UserError
@@ -21,17 +21,11 @@ with needs_extra("export"):
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).parents[1]
-CODE = [
-    *(ROOT / "exports" / f"{name}_pruned_speech.py" for name in ("configuration", "modeling")),
-    *(
-        ROOT / "wav2vec2" / f"{name}.py"
-        for name in ("config", "model", "components", "cost", "gating", "hardconcrete", "pruning")
-    ),
-]
-"""The wrappers for transformers, and all modules of the package that they need."""
+CODE = [ROOT / "exports" / "modeling_pruned_speech.py", *(ROOT / "wav2vec2").glob("[!_]*.py")]
+"""The wrapper for transformers, and the modules of the package."""
 
 AUTO_MAP = {
-    "AutoConfig": "configuration_pruned_speech.PrunedSpeechConfig",
+    "AutoConfig": "modeling_pruned_speech.PrunedSpeechConfig",
     "AutoModel": "modeling_pruned_speech.PrunedSpeechModel",
     "AutoModelForCTC": "modeling_pruned_speech.PrunedSpeechForCTC",
 }
@@ -58,36 +52,47 @@ def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
             f"name it {out.name.strip('.').replace('.', '-') or 'model'}, say"
         )
     transformers.utils.logging.disable_progress_bar()
-    with writes(out, SafetensorError), replacing(out) as folder:
-        # transformers keeps a copy of the code it loads under the folder's name, so that is the final one.
-        folder.mkdir()
-        for file in CODE:
-            shutil.copyfile(file, folder / file.name)
-        in_transformers(model, folder).save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):
-            # safetensors lets the owner alone read what it writes.
-            weights.chmod((folder / "config.json").stat().st_mode)
-        extractor = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
-        transformers.Wav2Vec2FeatureExtractor(**extractor).save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model, out.name, run), encoding="utf-8")
-        error = largest_difference(folder, model)
-        if not error <= 1e-5:
-            raise UserError(
-                f"{out}: loaded by transformers, its hidden states differ by {error:.1e} from the "
-                "checkpoint's, so nothing was written; please report it with the versions of torch and "
-                "transformers"
-            )
+    with writes(out, SafetensorError):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as beside:
+            # transformers keeps the code that it loads under the folder's name, so that is the final one.
+            folder = Path(beside) / out.name
+            write_files(model, folder, run)
+            error = largest_difference(folder, model)
+            if not error <= 1e-5:
+                raise UserError(
+                    f"{out} was not written: loaded by transformers, its hidden states differ by {error:.1e} "
+                    "from the checkpoint's; please report it with the versions of torch and transformers"
+                )
+            os.replace(folder, out)
     return error
+
+
+def write_files(model: Wav2Vec2Model, folder: Path, run: Mapping[str, dict]) -> None:
+    """Writes ``model`` into the new folder; the arguments are those of :func:`export`."""
+    folder.mkdir()
+    for file in CODE:
+        shutil.copyfile(file, folder / file.name)
+    in_transformers(model, folder).save_pretrained(folder)
+    extractor = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
+    transformers.Wav2Vec2FeatureExtractor(**extractor).save_pretrained(folder)
+    card = folder / "README.md"
+    card.write_text(model_card(model, folder.name, run), encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
 
 
 def in_transformers(model: Wav2Vec2Model, folder: Path) -> transformers.PreTrainedModel:
     """The same model as transformers knows it, built by the code in ``folder``."""
     config = {key: value for key, value in model.config.items() if key not in NO_GATES}
-    tokens = config.pop("aux_num_out")
-    head = {} if tokens is None else {"vocab_size": tokens}
-    name = AUTO_MAP["AutoModel" if tokens is None else "AutoModelForCTC"]
+    del config["aux_num_out"]
+    if model.aux is not None:
+        config["vocab_size"] = model.aux.out_features
+    name = AUTO_MAP["AutoModel" if model.aux is None else "AutoModelForCTC"]
     kind = get_class_from_dynamic_module(name, folder)
-    exported = kind(kind.config_class(**config, **head, auto_map=dict(AUTO_MAP)))
+    exported = kind(kind.config_class(**config, auto_map=dict(AUTO_MAP)))
     # The indices of WavLM's heads are not in a checkpoint; they are there already, from the config.
     exported.base_model.load_state_dict(model.state_dict(), strict=False)
     if model.aux is not None:
@@ -161,15 +166,11 @@ hidden_states = model(**inputs, output_hidden_states=True).hidden_states
 
 
 def _stage(stage: str, entry: dict) -> str:
-    """The part of a model card about one stage of the run.
-
-    A card is made to be published, so paths are cut to their last part and the machine's name is left out.
-    """
-    last = (entry.get("sessions") or [{}])[-1]
-    known = {key: last[key] for key in ("started", "ended") if last.get(key)} | last.get("versions", {})
-    lines = [f"### {stage}", ""]
-    for key, value in {**known, **entry["flags"]}.items():
-        if isinstance(value, str) and os.sep in value:
-            value = Path(value).name
-        lines.append(f"- {key}: `{value}`")
+    """The part of a model card about one stage of the run."""
+    last = entry["sessions"][-1]
+    lines = [f"### {stage}\n", f"- started: `{last['started']}`", f"- ended: `{last.get('ended')}`"]
+    for key, value in {**last["versions"], **entry["flags"]}.items():
+        # A card is made to be published, so paths are cut to their last part.
+        shown = Path(value).name if isinstance(value, str) and os.sep in value else value
+        lines.append(f"- {key}: `{shown}`")
     return "\n".join(lines)

@@ -1,22 +1,20 @@
-"""An exported model in transformers' conventions; the model itself is in model.py and components.py.
+"""A config and models in transformers' conventions; the model itself is in model.py and components.py.
 
 export_to_hf.py copies this file beside the project's own modules, where its relative imports resolve.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 
 from .components import EncoderLayer, WavLMSelfAttention
-from .config import Wav2Vec2Config  # noqa: F401
-from .configuration_pruned_speech import PrunedSpeechConfig
+from .config import NO_GATES, Wav2Vec2Config, base_config
 from .cost import count_parameters  # noqa: F401
 from .gating import Layout  # noqa: F401
 from .hardconcrete import HardConcrete  # noqa: F401
@@ -24,6 +22,42 @@ from .model import Wav2Vec2Model
 from .pruning import PruningError  # noqa: F401
 
 # transformers 4.48 fetches only what this file itself imports.
+
+CTC = {
+    "vocab_size": 32,  # outputs of the CTC head
+    "final_dropout": 0.0,  # dropout before the CTC head
+    "ctc_loss_reduction": "sum",  # or "mean", over the batch's utterances
+    "ctc_zero_infinity": False,  # whether an utterance too short for its labels has the loss 0, not infinity
+    "initializer_range": 0.02,  # standard deviation of the weights of a new CTC head
+    "pad_token_id": 0,  # the blank of CTC
+}
+
+
+class PrunedSpeechConfig(PretrainedConfig):
+    """A pruned or whole wav2vec 2.0, HuBERT or WavLM.
+
+    Args:
+        kwargs: the keys of ``CTC`` above, those of ``Wav2Vec2Config`` in config.py, by default HuBERT Base's
+            or WavLM Base's, and what every config of transformers takes. ``normalize_waveform`` is what the
+            feature extractor does; the model reads what it is given.
+    """
+
+    model_type = "pruned_speech"
+    attribute_map = {
+        "hidden_size": "encoder_embed_dim",
+        "num_hidden_layers": "encoder_num_layers",
+        "hidden_dropout": "encoder_dropout",
+        "attention_dropout": "encoder_attention_dropout",
+        "activation_dropout": "encoder_ff_interm_dropout",
+        "feat_proj_dropout": "encoder_projection_dropout",
+        "layerdrop": "encoder_layer_drop",
+    }
+
+    def __init__(self, **kwargs) -> None:
+        defaults = base_config(wavlm=kwargs.get("encoder_remaining_heads") is not None)
+        for key in ("aux_num_out", *NO_GATES):  # a CTC head of its own stands for the first
+            del defaults[key]
+        super().__init__(**{**CTC, **defaults, **kwargs})
 
 
 class CheckpointedLayer(EncoderLayer):
@@ -74,12 +108,24 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
 
     def __init__(self, config: PrunedSpeechConfig) -> None:
         super().__init__(config)
-        model = Wav2Vec2Model(config.architecture())
+        given = {key.name: getattr(config, key.name, key.default) for key in fields(Wav2Vec2Config)}
+        model = Wav2Vec2Model(Wav2Vec2Config.from_dict({**given, "aux_num_out": None}))
         self.feature_extractor = model.feature_extractor
         self.encoder = model.encoder
+        # transformers renames weight_g and weight_v to what torch's own parametrisation calls them.
+        position = self.encoder.transformer.pos_conv_embed
+        options = ("in_channels", "out_channels", "kernel_size", "padding", "groups")
+        conv = nn.Conv1d(**{option: getattr(position.conv, option) for option in options})
+        position.conv = weight_norm(conv, dim=2)
+        # transformers makes every parameter that it loads trainable, which this one is not.
+        weight = self.feature_extractor.dummy_weight.detach()
+        del self.feature_extractor.dummy_weight
+        self.feature_extractor.register_buffer("dummy_weight", weight)
         for layer in self.encoder.transformer.layers:
             layer.__class__ = CheckpointedLayer  # which differs in its forward alone
-        _use_names_that_transformers_loads(self)
+            if isinstance(layer.attention, WavLMSelfAttention):
+                # transformers does not keep the values of buffers that are not in the file.
+                layer.attention.register_buffer("remaining_heads", layer.attention.remaining_heads)
         self.post_init()
 
     def forward(
@@ -132,10 +178,6 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
         self.lm_head = nn.Linear(config.encoder_embed_dim, config.vocab_size)
         self.post_init()
 
-    def freeze_base_model(self) -> None:
-        """Takes all but the CTC head out of training."""
-        self.pruned_speech.requires_grad_(False)
-
     def forward(
         self,
         input_values: Tensor,
@@ -180,23 +222,7 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
             )
 
 
-def _use_names_that_transformers_loads(model: PrunedSpeechModel) -> None:
-    """Registers tensors such that every release of transformers loads them as they were saved."""
-    # transformers renames weight_g and weight_v to what torch's own parametrisation calls them.
-    position = model.encoder.transformer.pos_conv_embed
-    options = ("in_channels", "out_channels", "kernel_size", "padding", "groups")
-    conv = nn.Conv1d(**{option: getattr(position.conv, option) for option in options})
-    position.conv = weight_norm(conv, dim=2)
-    # transformers makes every parameter that it loads trainable, which this one is not.
-    weight = model.feature_extractor.dummy_weight.detach()
-    del model.feature_extractor.dummy_weight
-    model.feature_extractor.register_buffer("dummy_weight", weight)
-    # transformers does not keep the values of buffers that are not in the file.
-    for module in model.encoder.modules():
-        if isinstance(module, WavLMSelfAttention):
-            module.register_buffer("remaining_heads", module.remaining_heads)
-
-
-# save_pretrained writes the code of a registered class beside its weights.
+# save_pretrained writes the code of a registered class beside its config and weights.
+PrunedSpeechConfig.register_for_auto_class()
 PrunedSpeechModel.register_for_auto_class("AutoModel")
 PrunedSpeechForCTC.register_for_auto_class("AutoModelForCTC")

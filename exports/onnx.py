@@ -1,7 +1,5 @@
 """A model as an ONNX file: tracing, quantising, and comparing what onnxruntime computes with PyTorch."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings
@@ -10,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from exports.common import replacing, samples_of
 from utils.cli import needs_extra
 from utils.compare import relative_difference
-from utils.files import UserError
+from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 
 with needs_extra("export"):
@@ -64,7 +61,7 @@ def export(
         with_lengths: the file takes the lengths of padded waveforms.
         audio: (time,) of 16 kHz to measure the error on; noise without it.
     Returns:
-        The :func:`relative_error` of each output against PyTorch's.
+        For each output the norm of its difference from PyTorch's, over the norm of PyTorch's.
     Raises:
         UserError: onnxruntime does not compute what PyTorch does, or the model is too large.
     """
@@ -76,23 +73,33 @@ def export(
     exported = Exported(model.fold_weight_norm().requires_grad_(False), with_lengths).eval()
     if audio is None:
         audio = torch.randn(48_000, generator=torch.Generator().manual_seed(0)) * 0.1
-    with replacing(out) as target:
-        path = target.with_name("model.onnx")
+    with atomic_write(out) as path:
         _trace(exported).save(path)
         if int8:
-            _quantise(path)
+            # onnxruntime recommends steps before quantising that this graph has behind it.
+            logging.getLogger().setLevel(logging.ERROR)
+            quantize_dynamic(
+                path,
+                path,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                reduce_range=True,  # pairs of products fit the 16-bit sums of CPUs without VNNI
+                weight_type=QuantType.QInt8,
+            )
         outputs = _compute(exported, path, audio.unsqueeze(0))
-        errors = {name: relative_error(*pair) for name, pair in outputs.items() if name != "frames"}
+        outputs.pop("frames", None)
+        errors = {name: ((x - right).norm() / right.norm()).item() for name, (x, right) in outputs.items()}
         _tidy(path, all_hidden_states)
         # In float32, 1e-6 is usual. Eight bits may cost much, but no shape and no finite number.
         _check(exported, path, out, tolerance=math.inf if int8 else 1e-4)
-        path.rename(target)
     return errors
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over the norm of what is expected."""
-    return ((actual - expected).norm() / expected.norm()).item()
+def samples_of(model: Wav2Vec2Model, frames: int) -> int:
+    """The fewest samples of which the model makes so many frames."""
+    for _, kernel, stride in reversed(model.config["extractor_conv_layer_config"]):
+        frames = (frames - 1) * stride + kernel
+    return frames
 
 
 def _trace(exported: Exported) -> torch.onnx.ONNXProgram:
@@ -113,20 +120,6 @@ def _trace(exported: Exported) -> torch.onnx.ONNXProgram:
             dynamo=True,
             verbose=False,
         )
-
-
-def _quantise(path: Path) -> None:
-    """Replaces the file at ``path`` by its model with int8 linear layers."""
-    # onnxruntime recommends steps before quantising that this graph has behind it.
-    logging.getLogger().setLevel(logging.ERROR)
-    quantize_dynamic(
-        path,
-        path,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        reduce_range=True,  # with seven bits, pairs of products fit the 16-bit sums of CPUs without VNNI
-        weight_type=QuantType.QInt8,
-    )
 
 
 def _tidy(path: Path, all_hidden_states: bool) -> None:

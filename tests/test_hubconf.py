@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.models import GOLDEN, close, recorded, tiny_config
+from tests.helpers.models import GOLDEN, recorded, tiny_config
 from tests.helpers.stages import ROOT
 from utils.checkpoint import save_checkpoint
 from wav2vec2 import wav2vec2_model
@@ -25,15 +25,6 @@ ENTRIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    """A file with the recorded model after pruning."""
-    golden = recorded("prune_wavlm")
-    path = tmp_path_factory.mktemp("student") / "student.pth"
-    torch.save({"config": golden["pruned_config"], "state_dict": golden["pruned_state_dict"]}, path)
-    return path
-
-
 PROGRAM = """
 import sys
 import dataset, exports, training, utils  # the program's own
@@ -49,12 +40,15 @@ torch.testing.assert_close(states, golden["hidden_states_pruned"], rtol=1e-5, at
 """
 
 
-def test_a_program_with_a_utils_of_its_own_loads_a_model(student, tmp_path):
+def test_a_program_with_a_utils_of_its_own_loads_a_model(tmp_path):
+    golden = recorded("prune_wavlm")
+    student = {"config": golden["pruned_config"], "state_dict": golden["pruned_state_dict"]}
+    torch.save(student, tmp_path / "student.pth")
     for name in ("dataset", "exports", "training", "utils"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "program.py", ROOT, student, GOLDEN / "prune_wavlm.pt"]
+    command = [sys.executable, "program.py", ROOT, "student.pth", GOLDEN / "prune_wavlm.pt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -73,44 +67,30 @@ def test_an_architecture_has_its_size_and_takes_overrides(entry):
     assert model.config["encoder_dropout"] == 0.25
 
 
-def test_a_file_that_is_no_checkpoint_is_named_in_one_sentence(student, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_named_in_one_sentence(tmp_path):
     (tmp_path / "text.pth").write_text("nothing to see here\n")
-    content = torch.load(student, weights_only=True)
-    content["state_dict"].popitem()
-    torch.save(content, tmp_path / "incomplete.pth")
+    torch.save({"config": tiny_config(), "state_dict": {}}, tmp_path / "incomplete.pth")
     for name in ("text.pth", "missing.pth", "incomplete.pth"):
         with pytest.raises(ValueError, match=name) as error:
             torch.hub.load(str(ROOT), "compressed", str(tmp_path / name), source="local")
         assert "\n" not in str(error.value)
 
 
-def upstream_of(folder, **changes):
-    """The upstream of a tiny model, loaded as s3prl loads one."""
+def test_the_upstream_gives_every_layer_of_each_waveform(tmp_path):
+    """The model has layer norms; a group norm over time sees the padding."""
     torch.manual_seed(0)
-    save_checkpoint(folder / "model.pth", wav2vec2_model(**tiny_config(**changes)))
+    config = tiny_config(extractor_mode="layer_norm", normalize_waveform=True)
+    save_checkpoint(tmp_path / "model.pth", wav2vec2_model(**config))
     load = runpy.run_path(str(ROOT / "hubconf.py"))["s3prl_upstream"]
-    upstream = load(ckpt=str(folder / "model.pth"), model_config=None, refresh=False)
+    upstream = load(ckpt=str(tmp_path / "model.pth"), model_config=None, refresh=False)
     assert not upstream.training and upstream.get_downsample_rates("hidden_states") == 320
-    return upstream
-
-
-def test_the_upstream_gives_every_layer_and_can_be_trained(tmp_path):
-    upstream, waveforms = upstream_of(tmp_path), 0.1 * torch.randn(2, 16_000)
-    result = upstream([*waveforms])
-    assert set(result) == {"hidden_states"}
-    assert [tuple(state.shape) for state in result["hidden_states"]] == 4 * [(2, 49, 32)]
-    close(result["hidden_states"], upstream.model.extract_features(waveforms)[0])
-    torch.stack(result["hidden_states"]).square().mean().backward()
+    waveforms = [0.1 * torch.randn(length) for length in (16_000, 9_000, 4_321)]
+    states = upstream(waveforms)["hidden_states"]
+    assert [tuple(state.shape) for state in states] == 4 * [(3, 49, 32)]
+    for place, waveform in enumerate(waveforms):
+        alone, _ = upstream.model.extract_features(waveform.unsqueeze(0))
+        for batched, state in zip(states, alone, strict=True):
+            torch.testing.assert_close(batched[place, : state.size(1)], state[0], rtol=1e-4, atol=1e-5)
+    torch.stack(states).square().mean().backward()
     layers = upstream.model.encoder.transformer.layers
     assert all(layer.feed_forward.output_dense.weight.grad.abs().sum() > 0 for layer in layers)
-
-
-@torch.no_grad()
-def test_the_upstreams_batch_gives_what_waveforms_give_alone(tmp_path):
-    """With layer norms; a group norm over time sees the padding."""
-    upstream = upstream_of(tmp_path, extractor_mode="layer_norm", normalize_waveform=True)
-    waveforms = [0.1 * torch.randn(length) for length in (16_000, 9_000, 4_321)]
-    together = upstream(waveforms)["hidden_states"]
-    for place, waveform in enumerate(waveforms):
-        for batched, alone in zip(together, upstream([waveform])["hidden_states"], strict=True):
-            torch.testing.assert_close(batched[place, : alone.size(1)], alone[0], rtol=1e-4, atol=1e-5)

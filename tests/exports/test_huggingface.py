@@ -19,7 +19,7 @@ from converters.huggingface import import_huggingface_model
 from exports import huggingface
 from tests.helpers.convert import CLASSES, hf_model
 from tests.helpers.models import FAMILIES, config_of, randomly_gated, ungated, with_absent_branches
-from tests.helpers.stages import ENVIRONMENT, call, sentence_of
+from tests.helpers.stages import ENVIRONMENT, call
 from utils.checkpoint import save_checkpoint
 from utils.compare import relative_difference
 from utils.files import UserError
@@ -122,8 +122,6 @@ def test_checkpointing_recomputes_and_keeps_the_gradients(tmp_path):
     for recomputed in gradients[1:]:
         for name, gradient in recomputed.items():
             assert torch.allclose(gradient, gradients[0][name], rtol=1e-5, atol=1e-8), name
-    model.gradient_checkpointing_disable()
-    assert train_once() == 3
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
@@ -155,16 +153,14 @@ def test_an_output_layer_becomes_the_ctc_head(tmp_path):
 
 
 def utterances():
-    """Six waveforms of three to five tones with silence between; token 1 is the first tone, and so on."""
-    waveforms, labels = [], []
-    time = torch.arange(1600) / 16_000
+    """Six waveforms and their labels: three to five tones with silence between."""
+    pairs, time = [], torch.arange(1600) / 16_000
     for number in range(6):
         tokens = torch.randint(1, 5, (3 + number % 3,))
         tones = [0.3 * torch.sin(6.2832 * (300, 700, 1500, 3000)[token - 1] * time) for token in tokens]
         waveform = torch.cat([torch.zeros(400), *(torch.cat([tone, torch.zeros(960)]) for tone in tones)])
-        waveforms.append(waveform + 0.01 * torch.randn_like(waveform))
-        labels.append(tokens)
-    return waveforms, labels
+        pairs.append((waveform + 0.01 * torch.randn_like(waveform), tokens))
+    return pairs
 
 
 # What a user's program does with the fine-tuned model, where this project is not installed.
@@ -172,13 +168,13 @@ READER = """
 import sys
 sys.modules["wav2vec2"] = None
 import torch
-from transformers import AutoModel, AutoModelForCTC
+import transformers
 
 inputs = torch.load("inputs.pt")
+autos = transformers.AutoModelForCTC, transformers.AutoModel
 with torch.no_grad():
-    model = AutoModelForCTC.from_pretrained("tuned", trust_remote_code=True).eval()
-    encoder = AutoModel.from_pretrained("tuned", trust_remote_code=True).eval()
-    torch.save((model(**inputs).logits, encoder(**inputs).last_hidden_state), "outputs.pt")
+    models = [auto.from_pretrained("tuned", trust_remote_code=True).eval() for auto in autos]
+    torch.save([model(**inputs)[0] for model in models], "outputs.pt")
 """
 
 
@@ -195,9 +191,8 @@ def test_a_ctc_head_learns_and_predicts_the_same_loaded_again(tmp_path):
         padded = pad_sequence(list(labels), batch_first=True, padding_value=-100)
         return {**extract(extractor, waveforms), "labels": padded}
 
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    waveforms, labels = utterances()
-    dataset = list(zip(waveforms, labels, strict=True))
+    dataset = utterances()
+    waveforms, labels = zip(*dataset, strict=True)
     arguments = transformers.TrainingArguments(
         str(tmp_path / "run"),
         gradient_checkpointing=True,
@@ -206,15 +201,9 @@ def test_a_ctc_head_learns_and_predicts_the_same_loaded_again(tmp_path):
         **{"max_steps": 150, "warmup_steps": 20, "learning_rate": 1e-2, "per_device_train_batch_size": 6},
         **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True},
     )
-    options = {"train_dataset": dataset, "eval_dataset": dataset, "data_collator": collate}
-    trainer = transformers.Trainer(model, arguments, **options)
+    trainer = transformers.Trainer(model, arguments, collate, train_dataset=dataset, eval_dataset=dataset)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.05
-    after = model.state_dict()
-    untouched = {name for name in before if before[name].numel() and torch.equal(before[name], after[name])}
-    # The gate of the position bias has no head to act on in the first layer.
-    not_trained = ("dummy_weight", "remaining_heads", "layers.0.attention.gru_rel_pos")
-    assert [name for name in untouched if not any(part in name for part in not_trained)] == []
 
     inputs = extract(extractor, waveforms)
     with torch.no_grad():
@@ -259,34 +248,21 @@ def test_the_command_writes_a_model_card_of_the_run(tmp_path, monkeypatch, capsy
     assert {path.name for path in tmp_path.iterdir()} == {"exp", "student"}
 
 
-@pytest.mark.parametrize(
-    ("ckpt", "out", "words"),
-    [
-        ("gated.pth", "new", "gated.pth: its model still has gates; run prune.py"),
-        ("missing.pth", "new", "missing.pth: no such file"),
-        ("whole.pth", "full", "full is already there"),
-        ("whole.pth", "a.b", "name it a-b"),
-    ],
-)
-def test_mistakes_are_one_sentence_and_nothing_is_written(ckpt, out, words, tmp_path, monkeypatch, capsys):
-    save_checkpoint(tmp_path / "gated.pth", randomly_gated("hubert_base", seed=0))
-    save_checkpoint(tmp_path / "whole.pth", ungated("hubert_base"))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    before = sorted(tmp_path.rglob("*"))
-    flags = ("--ckpt", tmp_path / ckpt, "--out", tmp_path / out)
-    assert words in sentence_of(monkeypatch, capsys, "export_to_hf", *flags)
-    assert sorted(tmp_path.rglob("*")) == before
+def test_mistakes_are_one_sentence_and_nothing_is_written(fails, teacher, tmp_path):
+    gated = tmp_path / "gated.pth"
+    save_checkpoint(gated, randomly_gated("hubert_base", seed=0))
+    for ckpt, out, words in (
+        (gated, tmp_path / "new", "gated.pth: its model still has gates; run prune.py"),
+        (teacher, tmp_path, "is already there"),
+        (teacher, tmp_path / "a.b", "name it a-b"),
+    ):
+        assert words in fails("export_to_hf", "--ckpt", ckpt, "--out", out)
+    assert list(tmp_path.iterdir()) == [gated]
 
 
-def test_an_export_that_computes_something_else_gets_no_name(tmp_path, monkeypatch):
-    def with_a_wrong_bias(*args):
-        exported = in_transformers(*args)
-        exported.encoder.transformer.layers[1].final_layer_norm.bias.data.fill_(0.01)
-        return exported
-
-    in_transformers = huggingface.in_transformers
-    monkeypatch.setattr(huggingface, "in_transformers", with_a_wrong_bias)
+def test_an_export_that_computes_something_else_gets_no_name(tmp_path):
+    model = ungated("hubert_base")
+    model.encoder.transformer.layers[1].register_forward_hook(lambda *call: 1.001 * call[-1])
     with pytest.raises(UserError, match="hidden states differ by"):
-        export(ungated("hubert_base"), tmp_path / "out")
+        export(model, tmp_path / "out")
     assert not any(tmp_path.iterdir())
