@@ -37,7 +37,7 @@ def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
 
 @torch.inference_mode()
 def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list[dict]:
-    """Times one utterance on the CPU, the models in turn, as medians of ``repeats`` runs.
+    """Times the models in turn on one utterance on the CPU, as medians of ``repeats`` runs.
 
     Returns:
         For each number of seconds and of threads (one, and all cores), both models' seconds and real-time
@@ -75,10 +75,8 @@ def _sums(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path, most: int) -> dict | None:
-    """Measures how far the hidden states of ``students`` are from the teacher's, layer by layer.
-
-    The cosine is the mean over all frames; the relative error is the norm of the difference over the norm of
-    the teacher's hidden states, over all frames and features.
+    """Measures how far the hidden states of ``students`` are from the teacher's, layer by layer: the mean
+    cosine over all frames, and the norm of the difference over the norm of the teacher's hidden states.
 
     Args:
         teacher, students: without gates, in evaluation mode.
@@ -87,7 +85,7 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
     Returns:
         What was measured on, and for each student the layers' distances: of the hidden states as they are,
         empty where the models' features differ in number, and of those that training projects. None where
-        there is no ``valid.tsv``, or no utterance in it to use.
+        there is no utterance to use.
     Raises:
         UserError: the manifest is malformed, or a file cannot be read.
     """
