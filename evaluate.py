@@ -105,10 +105,8 @@ def draw_weights(rows: list[dict], path: Path, title: str) -> None:
     for place, row in enumerate(rows):
         left = np.arange(row["layers"]) + (place - (len(rows) - 1) / 2) * width
         axes.bar(left, row["layer_weights"], width, yerr=row["layer_weights_std"], label=row["name"])
+    axes.set(title=title, xlabel="layer (0 is the input of the first)", ylabel="weight")
     axes.set_xticks(range(max(row["layers"] for row in rows)))
-    axes.set_xlabel("layer (0 is the input of the first)")
-    axes.set_ylabel("weight")
-    axes.set_title(title)
     axes.legend(fontsize="small")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)

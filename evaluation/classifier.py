@@ -68,13 +68,9 @@ def judge(
 
 
 def interval(values: np.ndarray, clusters: np.ndarray, seed: int) -> tuple[float, float]:
-    """Estimates the 95% interval of the mean of ``values`` by the bootstrap (percentiles).
-
-    Args:
-        values: one for each recording.
-        clusters: each recording's speaker, or the recording itself; whole ones are drawn with replacement.
-        seed: the same for all models, so that they are judged by the same draws.
-    """
+    """Estimates the 95% interval of the mean of ``values``, one for each recording, by the bootstrap
+    (percentiles) over whole ``clusters``: each recording's speaker, or the recording itself. With one
+    ``seed`` models are compared under the same draws."""
     _, cluster = np.unique(clusters, return_inverse=True)
     sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)
     random = np.random.default_rng(seed)

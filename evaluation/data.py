@@ -52,12 +52,10 @@ def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray,
             for path in sorted(folder.rglob("*"))
             if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
         ]
-        if not rows:
-            raise UserError(f"{data} has neither a manifest NAME.tsv nor a folder of audio for each label")
     labels = {row[1] for row in rows}
     if len(labels) < 2:
         found = f"only the label {labels.pop()!r}" if labels else "no recording"
-        raise UserError(f"{source} has {found}: a classifier needs recordings of two labels or more")
+        raise UserError(f"{source} has {found}: give two labels, by a manifest NAME.tsv or a folder for each")
     paths, found, *speakers = zip(*rows, strict=True)
     return list(paths), np.array(found), np.array(speakers[0]) if speakers else None
 
@@ -74,7 +72,7 @@ def read_manifest(manifest: Path) -> list[tuple]:
         if not line.strip():
             continue
         place = f"{manifest}, line {number}"
-        path, *columns = (column.strip() for column in line.split("\t"))
+        path, *columns = map(str.strip, line.split("\t"))
         if len(columns) not in (1, 2) or not all([path, *columns]):
             raise UserError(f"{place}: not path<TAB>label or path<TAB>label<TAB>speaker")
         if rows and len(columns) + 1 != len(rows[0]):

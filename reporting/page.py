@@ -146,19 +146,17 @@ def distance_curves(students: list[dict]) -> dict[str, tuple[dict[int, dict], di
         hollow = {"color": colour, "linestyle": "", "marker": "D", "markersize": 6, "mfc": "none"}
         curves[name] = student["hidden_states"], {"color": colour, "linestyle": "-"}
         curves[f"{name}, projected"] = student["projected"], hollow
-    return {
-        name: ({row["layer"]: row for row in rows}, style) for name, (rows, style) in curves.items() if rows
-    }
+    by_layer = {name: {row["layer"]: row for row in rows} for name, (rows, _) in curves.items()}
+    return {name: (by_layer[name], style) for name, (rows, style) in curves.items() if rows}
 
 
 def distance_figures(curves: dict[str, tuple[dict[int, dict], dict]]) -> list[tuple[str, str]]:
     """Cosine and relative error by layer, of what :func:`distance_curves` gave."""
     pictures = []
     for measure, quantity in MEASURES.items() if curves else ():
-        series = {
-            name: (list(rows), [row[measure] for row in rows.values()], style)
-            for name, (rows, style) in curves.items()
-        }
+        series = {}
+        for name, (rows, style) in curves.items():
+            series[name] = list(rows), [row[measure] for row in rows.values()], style
         pictures.append(draw_lines(series, f"{quantity} to the teacher", "layer"))
     return pictures
 
@@ -191,8 +189,7 @@ def draw_lines(series: dict[str, tuple[Sequence, Sequence, dict]], title: str, x
 def _axes(title: str, x: str) -> tuple[Figure, Axes]:
     figure = Figure(layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title)
-    axes.set_xlabel(x)
+    axes.set(title=title, xlabel=x)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     return figure, axes
 

@@ -140,9 +140,8 @@ class Run:
 
     def logs(self) -> dict[str, dict[str, dict[str, list]]]:
         """What the two distillations logged, by their scripts' names; see :func:`read_scalars`."""
-        return {
-            stage: read_scalars(folder / "logs") if folder else {} for stage, folder in self.folders.items()
-        }
+        folders = self.folders.items()
+        return {stage: read_scalars(folder / "logs") if folder else {} for stage, folder in folders}
 
 
 def _progress(content: dict) -> str:

@@ -99,10 +99,8 @@ def test_json_table_and_picture_show_every_model(recordings, teacher, other, tmp
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_labels_by_the_toss_of_a_coin_are_only_guessed(evaluate, recordings, teacher):
-    for row in evaluate("--data", recordings, "--task", "coin", "--models", teacher)["models"]:
-        assert 0.25 < row["accuracy"] < 0.75
+def test_labels_by_the_toss_of_a_coin_are_only_guessed(evaluate, recordings):
+    assert 0.25 < evaluate("--data", recordings, "--task", "coin")["models"][0]["accuracy"] < 0.75
 
 
 def test_speakers_are_recognised_on_other_recordings(evaluate, recordings, capsys):
@@ -113,8 +111,7 @@ def test_speakers_are_recognised_on_other_recordings(evaluate, recordings, capsy
 
 
 def test_names_of_folders_are_labels(evaluate, recordings, tmp_path):
-    for label in ("hum", "hiss"):
-        shutil.copytree(recordings / label, tmp_path / "data" / label)
+    shutil.copytree(recordings, tmp_path / "data", ignore=shutil.ignore_patterns("*.tsv"))
     result = evaluate("--data", tmp_path / "data")
     assert (result["speakers"], result["labels"]) == (None, {"hiss": 48, "hum": 48})
     assert result["models"][0]["accuracy"] >= 0.98
@@ -216,10 +213,8 @@ def test_unusable_recordings_are_named_together(monkeypatch, capsys, recordings,
     [
         ("--data DATA", "coin, sound, voice"),
         ("--data DATA --task colour", "there is no"),
-        ("--data TMP", "neither a manifest"),
+        ("--data TMP", "no recording: give two labels, by a manifest NAME.tsv or"),
         ("--data DATA --task sound --models missing.pth", "missing.pth: no such file"),
-        ("--data DATA --task sound --models TMP/fairseq.pt", "convert it with one of"),
-        ("--data DATA --task sound --hf TMP", "a model of the type bert"),
         ("--data DATA --task sound --hf nowhere", "--hf nowhere: there is no such folder"),
         ("--data DATA --models TEACHER --picture weights.txt", ".png"),
         ("--data DATA --models TEACHER --json TEACHER", "which it would replace"),
@@ -227,8 +222,6 @@ def test_unusable_recordings_are_named_together(monkeypatch, capsys, recordings,
     ],
 )
 def test_a_mistake_in_flags_is_one_sentence(flags, words, monkeypatch, capsys, recordings, teacher, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    torch.save({"model": {}, "args": None}, tmp_path / "fairseq.pt")
     for name, path in (("DATA", recordings), ("TMP", tmp_path), ("TEACHER", teacher)):
         flags = flags.replace(name, str(path))
     assert words in sentence_of(monkeypatch, capsys, "evaluate", *flags.split())
