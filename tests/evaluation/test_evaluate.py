@@ -14,12 +14,12 @@ from transformers import HubertConfig, HubertModel
 from evaluation.classifier import interval, judge
 from evaluation.data import make_folds, read_examples
 from evaluation.features import make_batches, model_features
-from tests.helpers.stages import call, run, sentence_of
+from tests.helpers.stages import call, run
 from utils.checkpoint import load_model
 from utils.files import UserError
 
-SPEAKERS = {"ann": 1.0, "bob": 1.03, "cid": 1.06, "dee": 1.09}
-RATES = {"ann": 8_000, "bob": 16_000, "cid": 22_050, "dee": 44_100}
+SPEAKERS = {"ann": (1.0, 8_000), "bob": (1.03, 16_000), "cid": (1.06, 22_050), "dee": (1.09, 44_100)}
+"""The factor of each voice's pitch, and its sampling rate."""
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,18 @@ def recordings(tmp_path_factory):
     root = tmp_path_factory.mktemp("recordings")
     random = np.random.default_rng(0)
     rows = {"sound": [], "voice": [], "coin": []}
-    for label, (speaker, factor), number in itertools.product(("hum", "hiss"), SPEAKERS.items(), range(12)):
+    for label, speaker, number in itertools.product(("hum", "hiss"), SPEAKERS, range(12)):
+        factor, rate = SPEAKERS[speaker]
         (root / label).mkdir(exist_ok=True)
         time = np.arange(int(8_000 * random.uniform(0.2, 0.4))) / 8_000
         hum = np.sin(2 * np.pi * 150 * factor * random.uniform(0.85, 1.15) * time)
         noise = random.standard_normal(len(time))
         samples = 0.1 * hum + 0.001 * noise if label == "hum" else 0.1 * noise
         # What the lowest rate can hold: else the rate would give away the speaker.
-        samples = soxr.resample(samples, 8_000, RATES[speaker])
+        samples = soxr.resample(samples, 8_000, rate)
         path = f"{label}/{speaker}_{number}.{'flac' if number % 2 else 'wav'}"
         # Two channels now and then, of which the mean is taken.
-        soundfile.write(root / path, np.stack([samples] * 2, 1) if number == 0 else samples, RATES[speaker])
+        soundfile.write(root / path, np.stack([samples] * 2, 1) if number == 0 else samples, rate)
         rows["sound"].append(f"{path}\t{label}\t{speaker}")
         rows["voice"].append(f"{path}\t{speaker}\t{speaker}")
         rows["coin"].append(f"{path}\t{'heads' if random.random() < 0.5 else 'tails'}\t{speaker}")
@@ -194,14 +195,13 @@ def test_a_manifest_that_cannot_be_judged_is_refused(lines, words, tmp_path):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_unusable_recordings_are_named_together(monkeypatch, capsys, recordings, tmp_path):
+def test_unusable_recordings_are_named_together(fails, recordings, tmp_path):
     for label in ("hum", "hiss"):
         shutil.copytree(recordings / label, tmp_path / label)
     (tmp_path / "hum" / "text.wav").write_text("no audio\n")
     soundfile.write(tmp_path / "hiss" / "short.wav", np.zeros(100), 16_000)
     soundfile.write(tmp_path / "hiss" / "loud.wav", np.full(1_000, np.inf), 16_000, subtype="FLOAT")
-    flags = ("--data", tmp_path, "--json", tmp_path / "out.json")
-    message = sentence_of(monkeypatch, capsys, "evaluate", *flags)
+    message = fails("evaluate", "--data", tmp_path, "--json", tmp_path / "out.json")
     assert "these recordings cannot be used: " in message
     for words in ("text.wav: Format not", "short.wav (shorter than", "loud.wav (holds samples that"):
         assert words in message
@@ -221,7 +221,7 @@ def test_unusable_recordings_are_named_together(monkeypatch, capsys, recordings,
         ("--data DATA --task sound --folds 1", "--folds"),
     ],
 )
-def test_a_mistake_in_flags_is_one_sentence(flags, words, monkeypatch, capsys, recordings, teacher, tmp_path):
+def test_a_mistake_in_flags_is_one_sentence(flags, words, fails, recordings, teacher, tmp_path):
     for name, path in (("DATA", recordings), ("TMP", tmp_path), ("TEACHER", teacher)):
         flags = flags.replace(name, str(path))
-    assert words in sentence_of(monkeypatch, capsys, "evaluate", *flags.split())
+    assert words in fails("evaluate", *flags.split())

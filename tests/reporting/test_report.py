@@ -16,12 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from report import as_json
 from reporting.run import read_scalars
-from tests.helpers.models import config_of
-from tests.helpers.stages import call, flags, sentence_of
+from tests.helpers.models import ungated
+from tests.helpers.stages import call, flags
 from utils.checkpoint import load_model, save_checkpoint
 from utils.processes import available_cpus
-from wav2vec2 import wav2vec2_model
-from wav2vec2.config import NO_GATES
 from wav2vec2.cost import multiply_accumulates
 
 NAME = "pruned_hubert_base.pth"
@@ -179,9 +177,8 @@ def test_speeds_are_given_for_both_lengths_of_audio(report):
 
 
 def test_the_page_is_complete_in_itself(report):
-    _, page, printed = report
-    assert pictures_of(page) == 3 + 5 + 2
-    assert "report.html" in printed.splitlines()[-1]
+    assert pictures_of(report[1]) == 3 + 5 + 2
+    assert "report.html" in report[2].splitlines()[-1]
 
 
 def test_a_run_in_stage_3_and_its_record(whole_run, report, teacher, manifests, tmp_path, monkeypatch):
@@ -215,7 +212,7 @@ def test_a_run_in_stage_3_and_its_record(whole_run, report, teacher, manifests, 
 def test_a_wavlm_without_validation_in_stages_1_and_2(manifests, tmp_path, monkeypatch):
     torch.manual_seed(0)
     teacher, root, data = tmp_path / "wavlm.pth", tmp_path / "exp", tmp_path / "data"
-    save_checkpoint(teacher, wav2vec2_model(**config_of("wavlm_large", **NO_GATES)))
+    save_checkpoint(teacher, ungated("wavlm_large"))
     data.mkdir()
     shutil.copy(manifests / "train100.tsv", data)
     call(monkeypatch, "distill", *flags(data, teacher, root, **STAGE_1))
@@ -264,8 +261,7 @@ def test_the_later_values_of_a_resumed_run_count(tmp_path):
         ("{}", ["--out", __file__], "is a file: name a folder"),
     ],
 )
-def test_a_mistake_is_one_sentence(run_json, more, words, teacher, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_sentence(run_json, more, words, teacher, tmp_path, fails):
     (tmp_path / "run.json").write_text(run_json)
-    flags = ["--teacher_ckpt", teacher, "--root_dir", tmp_path, *more]
-    assert words in sentence_of(monkeypatch, capsys, "report", *flags)
+    assert words in fails("report", "--teacher_ckpt", teacher, "--root_dir", tmp_path, *more)
     assert not list(tmp_path.rglob("report.*"))
