@@ -1,10 +1,6 @@
 #!/usr/bin/env python3
 """How good are the features of frozen models on labelled recordings of your own, next to log-mel features?
 
-Usage:
-    python evaluate.py --data recordings --models teacher.pth student.pth
-    python evaluate.py --data fsdd --task digit --models student.pth --json digit.json --picture digit.png
-
 As in SUPERB, the models are frozen, and a weighted sum of the layers and a linear classifier are learned.
 """
 
@@ -26,46 +22,34 @@ from wav2vec2.cost import count_parameters
 
 with needs_extra("eval"):
     import numpy as np
+    from matplotlib.figure import Figure
 
     from converters.huggingface import load_huggingface
     from dataset import SAMPLE_RATE
     from evaluation.classifier import RESAMPLES, interval, judge
     from evaluation.data import load_audio, make_folds, read_examples
     from evaluation.features import log_mel_features, model_features
-    from evaluation.results import draw_weights, print_table
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder with a folder of audio for each label, or with manifests path<TAB>label[<TAB>speaker]",
-    )
-    parser.add_argument("--task", help="use the manifest TASK.tsv of --data")
-    parser.add_argument("--models", nargs="+", default=[], metavar="FILE", help="checkpoints of this project")
-    parser.add_argument(
-        "--hf", nargs="+", default=[], metavar="FOLDER", help="models that transformers saved"
-    )
-    parser.add_argument("--json", type=Path, help="write the results here as well")
-    parser.add_argument("--picture", type=Path, help="draw the layers' weights here (.png, .svg or .pdf)")
-    parser.add_argument(
-        "--folds",
-        type=number(int, lambda value: value >= 2, "a whole number, 2 or above"),
-        default=10,
-        help="largest number of folds of the cross-validation; speakers that are kept apart may allow fewer",
-    )
-    parser.add_argument(
-        "--c", type=positive, default=1.0, help="inverse strength of the classifier's penalty"
-    )
-    parser.add_argument(
-        "--batch_seconds", type=positive, default=30, help="seconds that a model reads at once"
-    )
-    parser.add_argument("--seed", type=nonnegative_int, default=2022, help="decides folds and bootstrap")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    flag = parser.add_argument
+    data_help = "folder with a folder of audio for each label, or with manifests path<TAB>label[<TAB>speaker]"
+    flag("--data", type=Path, required=True, help=data_help)
+    flag("--task", help="use the manifest TASK.tsv of --data")
+    flag("--models", nargs="+", default=[], metavar="FILE", help="checkpoints of this project")
+    flag("--hf", nargs="+", default=[], metavar="FOLDER", help="models that transformers saved")
+    flag("--json", type=Path, help="write the results here as well")
+    flag("--picture", type=Path, help="draw the layers' weights here (.png, .svg or .pdf)")
+    folds = number(int, lambda value: value >= 2, "a whole number, 2 or above")
+    folds_help = "largest number of folds of the cross-validation; speakers kept apart may allow fewer"
+    flag("--folds", type=folds, default=10, help=folds_help)
+    flag("--c", type=positive, default=1.0, help="inverse strength of the classifier's penalty")
+    flag("--batch_seconds", type=positive, default=30, help="seconds that a model reads at once")
+    flag("--seed", type=nonnegative_int, default=2022, help="decides folds and bootstrap")
+    flag("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = parser.parse_args()
     if args.picture and args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--picture {args.picture}: end its name in .png, .svg or .pdf")
@@ -81,6 +65,51 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, flag):
             run_record.refuse_overwriting(getattr(args, flag), inputs, flag)
     return args
+
+
+def print_table(rows: list[dict]) -> None:
+    """Prints the rows, with a column for the difference from each of the first two."""
+    others = list(rows[-1]["differences"])
+    minus = (f"minus {name}" for name in others)
+    cells = [["", "parameters", "accuracy", "95% interval", *minus, "top layer"]]
+    for row in rows:
+        top = int(np.argmax(row["layer_weights"]))
+        cells.append(
+            [
+                row["name"],
+                f"{row['parameters']:,}" if row["parameters"] else "-",
+                f"{100 * row['accuracy']:.1f}%",
+                "{:.1f} to {:.1f}".format(*np.multiply(row["interval"], 100)),
+                *(_difference(row["differences"].get(name)) for name in others),
+                f"{top} ({row['layer_weights'][top]:.2f})" if row["layers"] > 1 else "-",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *rest in cells:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip())
+
+
+def _difference(difference: dict | None) -> str:
+    if difference is None:
+        return "-"
+    numbers = np.multiply([difference["mean"], *difference["interval"]], 100)
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers)
+
+
+def draw_weights(rows: list[dict], path: Path, title: str) -> None:
+    """Draws the weights of the models' layers, as means and standard deviations over the folds."""
+    rows = rows[1:]  # log-mel features have no layers
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(rows)
+    for place, row in enumerate(rows):
+        left = np.arange(row["layers"]) + (place - (len(rows) - 1) / 2) * width
+        axes.bar(left, row["layer_weights"], width, yerr=row["layer_weights_std"], label=row["name"])
+    axes.set(title=title, xlabel="layer (0 is the input of the first)", ylabel="weight")
+    axes.set_xticks(range(max(row["layers"] for row in rows)))
+    axes.legend(fontsize="small")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
 
 
 def main() -> None:

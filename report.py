@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
-"""Reports on a run of the four stages, as one page to read (report.html) and as numbers (report.json).
-
-The run may still be going on: the report shows the last student that its folders hold, and says what is
-missing.
-"""
+"""Reports on a run of the four stages, which may still be going on, as one page to read (report.html) and as
+numbers (report.json)."""
 
 import argparse
 import json
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, positive_int, run_script
@@ -28,25 +26,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--teacher_ckpt", type=Path, required=True, help="the teacher of the run")
-    parser.add_argument("--root_dir", type=Path, required=True, help="EXP, the --exp_dir of stage 1")
-    parser.add_argument("--final_dir", type=Path, help="EXP2, the --exp_dir of stage 3, once there is one")
-    parser.add_argument(
-        "--out", type=Path, help="folder to write to; default: report in EXP2, or else in EXP"
-    )
-    parser.add_argument(
-        "--tsv_dir", type=Path, help="folder of valid.tsv; default: the run's own, if recorded"
-    )
-    parser.add_argument(
-        "--student_ckpt",
-        type=Path,
-        help="file that stage 1 started from, while there is no pruned file; default: the one that the run "
-        "has recorded, or else the teacher",
-    )
-    parser.add_argument(
-        "--utterances", type=positive_int, default=32, help="number of utterances to measure the distances on"
-    )
-    parser.add_argument("--repeats", type=positive_int, default=5, help="timed runs of which medians count")
+    flag = parser.add_argument
+    flag("--teacher_ckpt", type=Path, required=True, help="the teacher of the run")
+    flag("--root_dir", type=Path, required=True, help="EXP, the --exp_dir of stage 1")
+    flag("--final_dir", type=Path, help="EXP2, the --exp_dir of stage 3, once there is one")
+    flag("--out", type=Path, help="folder to write to; default: report in EXP2, or else in EXP")
+    flag("--tsv_dir", type=Path, help="folder of valid.tsv; default: the run's own, if recorded")
+    student_help = "what stage 1 started from, while nothing is pruned; default: as recorded, or the teacher"
+    flag("--student_ckpt", type=Path, help=student_help)
+    utterances_help = "number of utterances to measure the distances on"
+    flag("--utterances", type=positive_int, default=32, help=utterances_help)
+    flag("--repeats", type=positive_int, default=5, help="timed runs of which medians count")
     return parser.parse_args()
 
 
@@ -54,11 +44,11 @@ def sparsity(run: Run, teacher: Wav2Vec2Model, student: Student) -> dict:
     """1 - student / teacher in what stage 1 counts: what is reached, what gates that are not cut yet expect,
     and the target; None where it is not known."""
     of = run.flag("distill", "sparsity_of") or "params"
-    whole = COUNTS[of](teacher).total()
+    count, whole = COUNTS[of], COUNTS[of](teacher).total()
     return {
         "of": of,
-        "reached": 1 - COUNTS[of](student.model).total() / whole,
-        "expected": None if student.gated is None else 1 - COUNTS[of](student.gated)().item() / whole,
+        "reached": 1 - count(student.model).total() / whole,
+        "expected": None if student.gated is None else 1 - count(student.gated)().item() / whole,
         "target": run.flag("distill", "target_sparsity"),
     }
 
@@ -72,17 +62,16 @@ def collect(args: argparse.Namespace) -> dict:
     teacher = load_model(args.teacher_ckpt).eval()
     students = run.students(args.teacher_ckpt, args.student_ckpt)
     student = students[-1]
-    sizes = {
-        "teacher": measure.sizes(teacher, args.teacher_ckpt),
-        "student": measure.sizes(student.model, student.path if student.saved else None),
-    }
     distance = measure.distances(teacher, students, Path(tsv_dir), args.utterances) if tsv_dir else None
     say("report.py: measuring speed")
     speed = {"repeats": args.repeats, "rows": measure.speeds(teacher, student.model, args.repeats)}
     return {
         "teacher": str(args.teacher_ckpt),
         "student": {"path": str(student.path), "stage": student.stage, "saved": student.saved},
-        "sizes": sizes,
+        "sizes": {
+            "teacher": measure.sizes(teacher, args.teacher_ckpt),
+            "student": measure.sizes(student.model, student.path if student.saved else None),
+        },
         "sparsity": sparsity(run, teacher, student),
         "widths": {"teacher": teacher.widths(), "student": student.model.widths()},
         "speed": speed,
@@ -93,10 +82,7 @@ def collect(args: argparse.Namespace) -> dict:
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "flags": {name: None if value is None else str(value) for name, value in vars(args).items()},
             "machine": f"{available_cpus()} cores, {processor()}, {platform.platform()}",
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "matplotlib")},
-            },
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
         },
     }
 

@@ -1,1 +1,1 @@
-"""The parts of evaluate.py: labelled recordings, the models' features, classifiers, and results."""
+"""The parts of evaluate.py."""

@@ -1,5 +1,4 @@
-"""The classifier of SUPERB's utterance-level tasks, a weighted sum of the layers and a linear layer, and how
-well it does."""
+"""The classifier of SUPERB's utterance-level tasks: a weighted sum of the layers, and a linear layer."""
 
 from __future__ import annotations
 
@@ -14,18 +13,11 @@ RESAMPLES = 10_000
 
 
 def learn(features: Tensor, labels: Tensor, num_labels: int, c: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Learns the layers' weights and a linear classifier on their weighted sum, together.
+    """Learns from standardised features (layer, recording, feature) the layers' weights, which sum to 1, and
+    the weight (label, feature) and bias (label,) of a linear classifier on their weighted sum.
 
     It minimises c x the sum of the cross-entropies + half the squared norm of what is learned (less the
     bias), as scikit-learn's logistic regression does, by L-BFGS on all recordings at once.
-
-    Args:
-        features: (layer, recording, feature), standardised.
-        labels: (recording,), from 0 on.
-        num_labels: the number of labels.
-        c: the inverse strength of the penalty.
-    Returns:
-        The layers' weights, which sum to 1, and the classifier's weight (label, feature) and bias (label,).
     """
     scores = torch.zeros(features.size(0), requires_grad=True)
     weight = torch.zeros(num_labels, features.size(2), requires_grad=True)
@@ -54,7 +46,7 @@ def judge(
     Args:
         features: (recording, layer, feature).
         labels: (recording,).
-        folds: the folds of :func:`evaluation.data.make_folds`.
+        folds: (training indices, indices to judge) of each.
         c: the inverse strength of the penalty.
     Returns:
         For each recording 1 if it was recognised and else 0, and the layers' weights, (fold, layer).
@@ -76,13 +68,9 @@ def judge(
 
 
 def interval(values: np.ndarray, clusters: np.ndarray, seed: int) -> tuple[float, float]:
-    """Estimates the 95% interval of the mean of ``values`` by the bootstrap (percentiles).
-
-    Args:
-        values: one for each recording.
-        clusters: each recording's speaker, or the recording itself; whole ones are drawn with replacement.
-        seed: the same for all models, so that they are judged by the same draws.
-    """
+    """Estimates the 95% interval of the mean of ``values``, one for each recording, by the bootstrap
+    (percentiles) over whole ``clusters``: each recording's speaker, or the recording itself. With one
+    ``seed`` models are compared under the same draws."""
     _, cluster = np.unique(clusters, return_inverse=True)
     sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)
     random = np.random.default_rng(seed)

@@ -26,11 +26,9 @@ AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} 
 
 
 def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray, np.ndarray | None]:
-    """Finds the recordings of the folder ``data`` by its manifest ``task.tsv``, by default the only one. In a
-    folder without a manifest, the names of its sub-folders are the labels.
+    """Finds the paths, labels and speakers, None where unknown, of the recordings in the folder ``data`` by
+    its manifest ``task.tsv``, by default the only one. Without a manifest its sub-folders name the labels.
 
-    Returns:
-        Paths, labels and speakers, which are None where they are not known.
     Raises:
         UserError: there are no recordings of two labels, or the manifest is malformed.
     """
@@ -54,15 +52,10 @@ def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray,
             for path in sorted(folder.rglob("*"))
             if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
         ]
-        if not rows:
-            raise UserError(
-                f"{data} has neither a manifest (NAME.tsv with path<TAB>label) nor a folder of audio for "
-                "each label: add one of the two"
-            )
     labels = {row[1] for row in rows}
     if len(labels) < 2:
         found = f"only the label {labels.pop()!r}" if labels else "no recording"
-        raise UserError(f"{source} has {found}: a classifier needs recordings of two labels or more")
+        raise UserError(f"{source} has {found}: give two labels, by a manifest NAME.tsv or a folder for each")
     paths, found, *speakers = zip(*rows, strict=True)
     return list(paths), np.array(found), np.array(speakers[0]) if speakers else None
 
@@ -79,16 +72,13 @@ def read_manifest(manifest: Path) -> list[tuple]:
         if not line.strip():
             continue
         place = f"{manifest}, line {number}"
-        path, *columns = (column.strip() for column in line.split("\t"))
+        path, *columns = map(str.strip, line.split("\t"))
         if len(columns) not in (1, 2) or not all([path, *columns]):
             raise UserError(f"{place}: not path<TAB>label or path<TAB>label<TAB>speaker")
         if rows and len(columns) + 1 != len(rows[0]):
             raise UserError(f"{place}: name the speaker in every line or in none")
         if leaves_root(path):
-            raise UserError(
-                f"{place}: {path!r:.300} does not lie under the manifest's folder: give a path relative to "
-                "it, without .."
-            )
+            raise UserError(f"{place}: {path!r:.300}: give a path below the manifest's folder, without ..")
         if path in seen:
             # One fold would train on it and another judge it, so its label would be known beforehand.
             raise UserError(f"{place}: {path} is also in line {seen[path]}; keep one of the two lines")
@@ -102,8 +92,8 @@ def make_folds(
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
     """Splits recordings for cross-validation: each is judged once, by a classifier not trained on it.
 
-    Speakers are kept apart where they are known, so that no voice is both trained on and judged, but for a
-    task in which every label has a single speaker, because there the speaker is what is to be recognised.
+    Known speakers are kept apart, so that no voice is both trained on and judged, unless every label has a
+    single speaker, because then the speaker is what is to be recognised.
 
     Args:
         labels, speakers: one for each recording; speakers may be None.
@@ -123,10 +113,7 @@ def make_folds(
     else:
         count, rarest = min((count, name) for name, count in counts.items())
         if count < 2:
-            raise UserError(
-                f"the label {rarest!r} has one recording only, too few to train and to judge: add "
-                "recordings, or leave the label out"
-            )
+            raise UserError(f"the label {rarest!r} has one recording only: add another, or leave it out")
         folds = min(folds, count)
         splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
@@ -136,21 +123,17 @@ def make_folds(
         untrained = set(labels[judged].tolist()) - set(labels[train].tolist())
         if untrained:
             raise UserError(
-                f"with {folds} folds all speakers of the label {min(untrained)!r} fall into one of them, so "
-                "that no other voice of it is left to train on: add speakers of this label, ask for more "
-                "--folds, or leave the label or the column of speakers out"
+                f"with {folds} folds all speakers of the label {min(untrained)!r} fall into one, and none is "
+                "left to train on: add speakers of it, ask for more --folds, or leave it or all speakers out"
             )
     return split, apart
 
 
 def load_audio(paths: list[Path]) -> list[Tensor]:
-    """Reads each recording as 16 kHz mono, cut to whole frames.
+    """Reads each recording as 16 kHz mono (time,), cut to whole frames, which loses less than 20 ms.
 
-    What is cut off, less than 20 ms, is in no frame of the models. Without it, recordings with as many frames
-    are of one length, so that they can be read together without padding, which some models' norms would see.
-
-    Raises:
-        UserError: some recordings, named together, cannot be read.
+    So those with as many frames are of one length, and are read together without padding, which some models'
+    norms would see. Raises a UserError that names the recordings that cannot be used.
     """
     waveforms, problems = [], []
     for path in tqdm(paths, desc="audio", unit=" files"):

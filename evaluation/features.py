@@ -29,16 +29,8 @@ def make_batches(lengths: list[int], seconds: float) -> Iterator[list[int]]:
 def model_features(
     model: Wav2Vec2Model, waveforms: list[Tensor], batch_seconds: float, device: torch.device, name: str
 ) -> np.ndarray:
-    """Computes the mean over time of every layer of every recording.
-
-    Args:
-        model: the frozen model, named ``name`` in the progress bar.
-        waveforms: (time,) each, as :func:`evaluation.data.load_audio` returns them.
-        batch_seconds: the audio that the model reads at once.
-        device: computes.
-    Returns:
-        (recording, layer, feature), float32.
-    """
+    """Computes the mean over time of every layer for waveforms of (time,) each, of which the model reads
+    ``batch_seconds`` at once: (recording, layer, feature), float32. The progress bar has ``name``."""
     model = model.to(device).eval().fold_weight_norm()
     batches = list(make_batches([len(waveform) for waveform in waveforms], batch_seconds))
     means = []
@@ -51,25 +43,13 @@ def model_features(
 
 
 def log_mel_features(waveforms: list[Tensor]) -> np.ndarray:
-    """Computes the mean over time of 80 log-mel features, of windows of 25 ms that are 10 ms apart.
-
-    Returns:
-        (recording, 1, feature), float32, for waveforms of (time,) each.
-    """
-    filters = mel_filter_bank(257, 80, 0, SAMPLE_RATE / 2, SAMPLE_RATE, mel_scale="htk")
+    """Computes the mean over time of 80 log-mel features, of windows of 25 ms that are 10 ms apart, for
+    waveforms of (time,) each: (recording, 1, feature), float32."""
     window = window_function(400, "hann")
+    options = {"frame_length": 400, "hop_length": 160, "fft_length": 512, "power": 2.0, "center": False}
+    filters = mel_filter_bank(257, 80, 0, SAMPLE_RATE / 2, SAMPLE_RATE, mel_scale="htk")
     features = [
-        spectrogram(
-            waveform.numpy(),
-            window,
-            frame_length=400,
-            hop_length=160,
-            fft_length=512,
-            power=2.0,
-            center=False,
-            mel_filters=filters,
-            log_mel="log",
-        ).mean(axis=1)
+        spectrogram(waveform.numpy(), window, **options, mel_filters=filters, log_mel="log").mean(axis=1)
         for waveform in tqdm(waveforms, desc="log-mel", unit=" files")
     ]
     return np.stack(features).astype(np.float32)[:, None]

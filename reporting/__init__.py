@@ -1,1 +1,1 @@
-"""What report.py is made of: reading a run's folders, measuring its models, drawing, and the page."""
+"""The parts of report.py."""

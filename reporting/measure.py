@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +27,8 @@ SECONDS = (1, 10)
 
 
 def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
-    """Counts the parameters of a model without gates, its multiply-accumulates per second of audio by the
-    utterance's seconds, and the bytes of its file, if it has one."""
+    """Counts the parameters of a model, its multiply-accumulates per second of audio by the utterance's
+    seconds, and the bytes of its file, if it has one."""
     return {
         "parameters": count_parameters(model),
         "macs_per_second": {str(seconds): multiply_accumulates(model, seconds) for seconds in SECONDS},
@@ -37,7 +38,7 @@ def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
 
 @torch.inference_mode()
 def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list[dict]:
-    """Times one utterance on the CPU, the models in turn, as medians of ``repeats`` runs.
+    """Times the models in turn on one utterance on the CPU, as medians of ``repeats`` runs.
 
     Returns:
         For each number of seconds and of threads (one, and all cores), both models' seconds and real-time
@@ -75,10 +76,8 @@ def _sums(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path, most: int) -> dict | None:
-    """Measures how far the hidden states of ``students`` are from the teacher's, layer by layer.
-
-    The cosine is the mean over all frames; the relative error is the norm of the difference over the norm of
-    the teacher's hidden states, over all frames and features.
+    """Measures how far the hidden states of ``students`` are from the teacher's, layer by layer: the mean
+    cosine over all frames, and the norm of the difference over the norm of the teacher's hidden states.
 
     Args:
         teacher, students: without gates, in evaluation mode.
@@ -87,7 +86,7 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
     Returns:
         What was measured on, and for each student the layers' distances: of the hidden states as they are,
         empty where the models' features differ in number, and of those that training projects. None where
-        there is no ``valid.tsv``, or no utterance in it to use.
+        there is no utterance to use.
     Raises:
         UserError: the manifest is malformed, or a file cannot be read.
     """
@@ -99,13 +98,13 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
         return None
     chosen = usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(int)].tolist()
     say(f"report.py: measuring distances on {len(chosen)} utterances")
-    sums: list[dict[str, dict[int, Tensor]]] = [{"hidden_states": {}, "projected": {}} for _ in students]
+    sums: defaultdict[tuple[int, str, int], Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     samples = 0
     for index in chosen:
         waveforms = audio[index, 0, int(audio.lengths[index])].unsqueeze(0)
         samples += waveforms.numel()
         wanted, _ = teacher.extract_features(waveforms)
-        for student, totals in zip(students, sums, strict=True):
+        for place, student in enumerate(students):
             states, _ = student.model.extract_features(waveforms)
             comparable = states[-1].size(-1) == wanted[-1].size(-1)
             compared = {
@@ -114,22 +113,16 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
             }
             for kind, layers in compared.items():
                 for layer, state in layers.items():
-                    totals[kind][layer] = totals[kind].get(layer, 0) + _sums(state, wanted[layer])
+                    sums[place, kind, layer] += _sums(state, wanted[layer])
+    found = [{"stage": student.stage, "hidden_states": [], "projected": []} for student in students]
+    for (place, kind, layer), total in sums.items():
+        cosine, frames, error, norm = total.tolist()
+        row = {"layer": layer, "cosine": cosine / frames, "relative_error": (error / norm) ** 0.5}
+        found[place][kind].append(row)
     return {
         "manifest": str(tsv_dir / "valid.tsv"),
         "utterances": len(chosen),
         "out_of": len(usable),
         "audio_seconds": samples / SAMPLE_RATE,
-        "students": [
-            {"stage": student.stage, **{kind: _by_layer(layers) for kind, layers in totals.items()}}
-            for student, totals in zip(students, sums, strict=True)
-        ],
+        "students": found,
     }
-
-
-def _by_layer(sums: dict[int, Tensor]) -> list[dict]:
-    rows = []
-    for layer, total in sums.items():
-        cosine, frames, error, norm = total.tolist()
-        rows.append({"layer": layer, "cosine": cosine / frames, "relative_error": (error / norm) ** 0.5})
-    return rows

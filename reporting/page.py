@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import jinja2
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from . import figures
 from .run import STAGES
+
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#C8CCD0"
+"""The first two are of Okabe and Ito's palette, which people with any colour vision can tell apart."""
 
 COUNTED = {"params": "parameters", "macs": "multiply-accumulates"}
 """What --sparsity_of may count."""
@@ -31,36 +41,38 @@ CURVES = {
 }
 """The pictures of the two distillations: the stage, and what each value that it logs is called."""
 
+VALIDATIONS = {
+    "distill": ("before stage 1", "latest in stage 1, under its gates"),
+    "final_distill": ("before stage 3, cut by stage 2", "latest in stage 3"),
+}
+"""What the first and the latest validation loss of each distillation are called."""
+
+matplotlib.style.use(Path(__file__).with_name("report.mplstyle"))
+
 
 def render(report: dict) -> tuple[str, str]:
     """The report as a page, complete in itself with its pictures, and as lines for the terminal."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    curves = distance_curves(report["distance"])
-    recorded = {
-        STAGES[stage].partition(":")[0]: record for stage, record in report["stages"].items() if record
-    }
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    safety = {"autoescape": jinja2.select_autoescape(), "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **safety)
+    students = report["distance"]["students"] if report["distance"] else []
+    curves = distance_curves(students)
+    before, after = report["widths"]["teacher"], report["widths"]["student"]
+    records = report["stages"].items()
+    recorded = {STAGES[stage].partition(":")[0]: record for stage, record in records if record}
     flags = [record["sessions"][-1]["flags"] for record in recorded.values()]
     content = {
         "report": report,
         "stages": STAGES,
         "measures": MEASURES,
-        "duration": duration,
+        "duration": lambda seconds: timedelta(seconds=round(seconds)),
         "counted": COUNTED[report["sparsity"]["of"]],
         "sparsity": sparsity_sentence(report["sparsity"]),
         "size_rows": size_rows(report["sizes"]),
-        "width_figures": [
-            figures.widths(report["widths"]["teacher"][kind], report["widths"]["student"][kind], *words)
-            for kind, words in WIDTHS.items()
-        ],
+        "width_figures": [draw_widths(before[kind], after[kind], *words) for kind, words in WIDTHS.items()],
         "training_figures": training_figures(report["training"]),
         "losses": validation_losses(report["training"]),
-        "last_layer": last_layer(report["distance"]),
+        "last_layer": last_layer(students),
         "distances": curves,
         "distance_head": ["Layer", *(f"{words}, {name}" for name in curves for words in MEASURES.values())],
         "distance_layers": sorted({layer for rows, _ in curves.values() for layer in rows}),
@@ -101,63 +113,90 @@ def training_figures(logs: dict) -> list[tuple[str, str]]:
     """The curves of both distillations; those that were not logged are left out."""
     pictures = []
     for title, (stage, names) in CURVES.items():
-        curves = {label: logs[stage][name] for name, label in names.items() if name in logs[stage]}
-        series = {label: (curve["step"], curve["value"], {}) for label, curve in curves.items()}
-        if series:
-            pictures.append(figures.lines(series, title, "update"))
+        logged = {label: logs[stage][name] for name, label in names.items() if name in logs[stage]}
+        if logged:
+            series = {label: (curve["step"], curve["value"], {}) for label, curve in logged.items()}
+            pictures.append(draw_lines(series, title, "update"))
     return pictures
 
 
 def validation_losses(logs: dict) -> dict[str, float]:
     """The first and the latest validation loss of each distillation; a resumed one may lack its first."""
-    names = {
-        "distill": ("before stage 1", "latest in stage 1, under its gates"),
-        "final_distill": ("before stage 3, cut by stage 2", "latest in stage 3"),
-    }
     result = {}
-    for stage, (first, latest) in names.items():
+    for stage, (first, latest) in VALIDATIONS.items():
         curve = logs[stage].get("valid_loss_distill", {"step": [], "value": []})
         for step, value in zip(curve["step"], curve["value"], strict=True):
             result[first if step == 0 else latest] = value
     return result
 
 
-def last_layer(distance: dict | None) -> dict | None:
-    """The student's distance from the teacher's last layer, or None where none was measured."""
-    students = [] if distance is None else distance["students"][-1:]
-    layers = [layer for student in students for layer in student["hidden_states"] or student["projected"]]
+def last_layer(students: list[dict]) -> dict | None:
+    """The last student's distance from the teacher's last layer, or None where none was measured."""
+    layers = [
+        layer for student in students[-1:] for layer in student["hidden_states"] or student["projected"]
+    ]
     return layers[-1] if layers else None
 
 
-def distance_curves(distance: dict | None) -> dict[str, tuple[dict[int, dict], dict]]:
+def distance_curves(students: list[dict]) -> dict[str, tuple[dict[int, dict], dict]]:
     """The distances by layer of each student, as it is and projected, and how their line is drawn."""
     curves = {}
-    students = [] if distance is None else distance["students"]
-    for student, colour in zip(students, [figures.VERMILION, figures.BLUE][-len(students) :], strict=False):
+    for student, colour in zip(students, [VERMILION, BLUE][-len(students) :], strict=False):
         name = student["stage"].partition(",")[0]
         hollow = {"color": colour, "linestyle": "", "marker": "D", "markersize": 6, "mfc": "none"}
         curves[name] = student["hidden_states"], {"color": colour, "linestyle": "-"}
         curves[f"{name}, projected"] = student["projected"], hollow
-    return {
-        name: ({row["layer"]: row for row in rows}, style) for name, (rows, style) in curves.items() if rows
-    }
+    by_layer = {name: {row["layer"]: row for row in rows} for name, (rows, _) in curves.items()}
+    return {name: (by_layer[name], style) for name, (rows, style) in curves.items() if rows}
 
 
 def distance_figures(curves: dict[str, tuple[dict[int, dict], dict]]) -> list[tuple[str, str]]:
     """Cosine and relative error by layer, of what :func:`distance_curves` gave."""
     pictures = []
     for measure, quantity in MEASURES.items() if curves else ():
-        series = {
-            name: (list(rows), [row[measure] for row in rows.values()], style)
-            for name, (rows, style) in curves.items()
-        }
-        pictures.append(figures.lines(series, f"{quantity} to the teacher", "layer"))
+        series = {}
+        for name, (rows, style) in curves.items():
+            series[name] = list(rows), [row[measure] for row in rows.values()], style
+        pictures.append(draw_lines(series, f"{quantity} to the teacher", "layer"))
     return pictures
 
 
-def duration(seconds: float) -> str:
-    """A number of seconds in the units that suit it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+def draw_widths(teacher: Sequence[int], student: Sequence[int], units: str, layer: str) -> tuple[str, str]:
+    """Draws the units that each layer keeps before those of the teacher (DPHuBERT, figure 2); returns the
+    title, and the picture as a data URI."""
+    title = f"{units}: {sum(student):,} of {sum(teacher):,}"
+    figure, axes = _axes(title, layer)
+    axes.bar(range(len(teacher)), teacher, width=0.82, color=GREY, label="teacher")
+    bars = axes.bar(range(len(student)), student, width=0.82, color=BLUE, label="student")
+    if len(teacher) <= 12:
+        axes.bar_label(bars, padding=1, fontsize=8)
+    axes.set_ylim(0, max(teacher) * 1.08)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return title, _data_uri(figure)
+
+
+def draw_lines(series: dict[str, tuple[Sequence, Sequence, dict]], title: str, x: str) -> tuple[str, str]:
+    """Draws lines by their names: places along ``x``, values, and further arguments of plot; returns the
+    title, and the picture as a data URI."""
+    figure, axes = _axes(title, x)
+    for name, (places, values, style) in series.items():
+        axes.plot(places, values, label=name, **{"marker": "o" if len(values) <= 30 else None, **style})
+    axes.grid(axis="y", color="#E4E6E8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return title, _data_uri(figure)
+
+
+def _axes(title: str, x: str) -> tuple[Figure, Axes]:
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    return figure, axes
+
+
+def _data_uri(figure: Figure) -> str:
+    figure.legend(loc="outside lower center", ncols=2)
+    file = io.BytesIO()
+    # The metadata that matplotlib adds holds the date, so that the same numbers would give another file.
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()

@@ -32,25 +32,24 @@ FINAL_NAME = "pruned_hubert_base.pth"
 
 @dataclass
 class Student:
-    """The student that a stage of the run has made.
+    """The student, without gates and in evaluation mode, that a stage of the run has made.
 
     Args:
-        model: without gates, in evaluation mode.
         path: the file that it was read from.
         stage: the stage that made it, in words.
-        saved: whether the file holds this very model, so that its size means something.
-        gated: the model before it was cut in memory, where no file holds it cut.
         projections: the tensors of the training's projections, by their names in a module list.
         settings: the training's hyper-parameters, which say what the projections read and predict.
+        saved: whether the file holds this very model, so that its size means something.
+        gated: the model before it was cut in memory, where no file holds it cut.
     """
 
     model: Wav2Vec2Model
     path: Path
     stage: str
-    saved: bool = True
-    gated: Wav2Vec2Model | None = None
     projections: dict[str, Tensor] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
+    saved: bool = True
+    gated: Wav2Vec2Model | None = None
 
     def project(self, states: Sequence[Tensor]) -> dict[int, Tensor]:
         """What training compares with the teacher's layers, by layer: projections of hidden states, all
@@ -67,11 +66,7 @@ class Student:
 
 
 class Run:
-    """The folders of a run: EXP of stages 1 and 2, and, as soon as there is one, EXP2 of stages 3 and 4.
-
-    Raises:
-        UserError: ``root_dir`` is no folder, or a ``run.json`` cannot be read.
-    """
+    """The folders of a run: EXP of stages 1 and 2, and, as soon as there is one, EXP2 of stages 3 and 4."""
 
     def __init__(self, root_dir: Path, final_dir: Path | None) -> None:
         if not root_dir.is_dir():
@@ -88,12 +83,9 @@ class Run:
     def students(self, teacher_ckpt: Path, student_ckpt: Path | None) -> list[Student]:
         """The student after each stage whose file is there, the one to report on last.
 
-        Args:
-            teacher_ckpt: the teacher of the run.
-            student_ckpt: the file that stage 1's student started from, used while there is no pruned file;
-                None stands for the one that stage 1 has recorded, or else for the teacher.
-        Raises:
-            UserError: there is no student yet, or a file cannot be read.
+        While there is no pruned file, ``student_ckpt`` names what stage 1's student started from, by default
+        what is recorded, or else the teacher. Raises a UserError where there is no student yet, or a file
+        cannot be read.
         """
         pruned = self._checkpoint("distill", FINAL_NAME)
         again = self._checkpoint("final_distill", "last.ckpt")
@@ -103,7 +95,7 @@ class Run:
             content = read_checkpoint(pruned)
             model = build_model(content["config"], content["state_dict"], pruned).eval()
             handed_on = content.get("distill_linear_projs", {})
-            students.append(Student(model, pruned, "after stage 2", projections=handed_on))
+            students.append(Student(model, pruned, "after stage 2", handed_on))
         if final:
             students.append(Student(load_model(final).eval(), final, "after stage 4"))
         if again and students:
@@ -140,7 +132,7 @@ class Run:
             raise UserError(f"{distilled}: {error}") from error
         stage = f"in stage 1, {_progress(content)}, cut as its gates stand"
         heads = part(content["state_dict"], "distill_linear_projs.")
-        return Student(model, distilled, stage, False, gated, heads, content["hyper_parameters"])
+        return Student(model, distilled, stage, heads, content["hyper_parameters"], False, gated)
 
     def _checkpoint(self, stage: str, name: str) -> Path | None:
         folder = self.folders[stage]
@@ -148,9 +140,8 @@ class Run:
 
     def logs(self) -> dict[str, dict[str, dict[str, list]]]:
         """What the two distillations logged, by their scripts' names; see :func:`read_scalars`."""
-        return {
-            stage: read_scalars(folder / "logs") if folder else {} for stage, folder in self.folders.items()
-        }
+        folders = self.folders.items()
+        return {stage: read_scalars(folder / "logs") if folder else {} for stage, folder in folders}
 
 
 def _progress(content: dict) -> str:
