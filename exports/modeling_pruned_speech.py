@@ -98,6 +98,10 @@ class PrunedSpeechPreTrainedModel(PreTrainedModel):
         """Takes the convolutions out of training, as is usual in fine-tuning."""
         self.base_model.feature_extractor.requires_grad_(False)
 
+    def freeze_base_model(self) -> None:
+        """Takes all but the head out of training."""
+        self.base_model.requires_grad_(False)
+
     def _output(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
