@@ -194,12 +194,14 @@ class Progress(AfterUpdates):
     def __init__(self, run: Run) -> None:
         self.run = run
         self._bar: tqdm | None = None
-        self._samples = 0
-        self._since = self._paused = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._samples, self._since = 0, time.monotonic()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
-        self._samples, self._since = 0, time.monotonic()
+        self._restart()
         if is_first() and sys.stderr.isatty():
             self._bar = tqdm(
                 total=trainer.max_steps, initial=self.step, unit="update", dynamic_ncols=True, smoothing=0.05
@@ -219,7 +221,7 @@ class Progress(AfterUpdates):
             names = {"loss": "train_loss", "sparsity": "sparsity_expected", "target": "sparsity_target"}
             words = {word: f"{logged[name]:.4f}" for word, name in names.items() if name in logged}
             words["audio"] = f"{speed:.1f} s/s"
-            self._samples, self._since = 0, time.monotonic()
+            self._restart()
             if due:
                 for logger in trainer.loggers:
                     logger.log_metrics({"audio_seconds_per_second": speed}, self.step)
@@ -231,11 +233,8 @@ class Progress(AfterUpdates):
         if self._bar is not None:
             self._bar.update(self.step - self._bar.n)
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._paused = time.monotonic()
-
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._since += time.monotonic() - self._paused
+        self._restart()
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.run.validated = trainer.global_step
