@@ -56,18 +56,10 @@ def training_parser(
 
     distillation = parser.add_argument_group("distillation").add_argument
     distillation("--teacher_ckpt", type=path, default=HUBERT_BASE, help="the teacher's file")
-    distillation(
-        "--distill_layers",
-        default="0.4,8,12",
-        help="layers to match: commas separate the layers of a group, which share a projection, and periods "
-        "the groups",
-    )
-    distillation(
-        "--distill_mode",
-        choices=["layer2layer", "predlayer"],
-        default="layer2layer",
-        help="compare layer with layer, or predict all from the student's last layer",
-    )
+    layers = "layers to match: commas separate those of a group, which share a projection, periods the groups"
+    distillation("--distill_layers", default="0.4,8,12", help=layers)
+    modes = "compare layer with layer, or predict all from the student's last layer"
+    distillation("--distill_mode", choices=["layer2layer", "predlayer"], default="layer2layer", help=modes)
     distillation("--l2_weight", type=nonnegative, default=0.0, help="weight of the squared error")
     distillation("--l1_weight", type=nonnegative, default=1.0, help="weight of the L1 distance")
     distillation("--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance")

@@ -101,9 +101,6 @@ class StopOnNonFinite(AfterUpdates):
 
     Under float16 an overflow skips the update and halves the loss scale. The scale starts at 2^16 and rarely
     grows beyond 2^24, so after ``SKIPS`` halvings in a row it is about 1, and the fault is another one.
-
-    Args:
-        last: the last checkpoint, for the message.
     """
 
     SKIPS = 24

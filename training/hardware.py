@@ -124,8 +124,8 @@ def prepare_gpu(tf32: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for the next update. By default it gives large blocks back to the system,
-    and takes them again page by page (benchmarks/README.md has the difference)."""
+    """Lets glibc keep freed memory for the next update, which it would give back to the system and take again
+    page by page (benchmarks/README.md has the difference)."""
     trim_threshold, mmap_threshold = -1, -3  # numbers in glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # other C libraries have no such function

@@ -1,8 +1,5 @@
-"""The folder of a training stage: who may train in it, how far it is, and its checkpoints.
-
-``ckpts/last.ckpt`` is where the run is, ``ckpts/previous.ckpt`` the checkpoint before that. A stage that is
-run again in its folder goes on from there; no folder holds two runs.
-"""
+"""The folder of a training stage, which holds one run: a stage that is run again goes on from
+``ckpts/last.ckpt``, or from the checkpoint before that, ``ckpts/previous.ckpt``."""
 
 from __future__ import annotations
 
@@ -62,14 +59,12 @@ class Run:
 
 @contextmanager
 def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
-    """The stage's run in ``args.exp_dir``: a new one, one that goes on, or None where it is finished.
+    """The run of a script, named without ``.py``, in ``args.exp_dir``: a new one, one that goes on, or None
+    where it is finished.
 
     No other run gets into the folder meanwhile, and ``run.json`` there says how the work went. A signal that
     has stopped the run ends this process with status 128 + the signal's number.
 
-    Args:
-        stage: the script's name without ``.py``.
-        args: its flags.
     Raises:
         UserError: the checkpoint was made with other flags or inputs, or cannot be read; another run is in
             the folder; or something failed that is not this program's fault.
@@ -175,14 +170,9 @@ def read_training_checkpoint(path: str | Path) -> dict:
 
 
 def resume_state(run: Run, module: DistillModule) -> dict:
-    """What Lightning goes on from: the checkpoint's content, but for what follows from the flags of now.
-
-    These are the number of batches, since the place in the data is the update (``SpeechDataModule``) and
-    --accum_grad may have changed, and the optimiser's settings.
-
-    Raises:
-        UserError: the checkpoint does not belong to ``module``.
-    """
+    """What Lightning goes on from: the checkpoint's content, but for the optimiser's settings and the number
+    of batches, which follow from the flags: the place in the data is the update, and --accum_grad may have
+    changed. Raises a UserError where the checkpoint does not belong to ``module``."""
     content, run.content = run.content, None
     [optimizer], [schedule] = module.configure_optimizers()
     [saved] = content["optimizer_states"]
@@ -214,10 +204,7 @@ def resume_state(run: Run, module: DistillModule) -> dict:
 
 class RunCheckpointIO(CheckpointIO):
     """How Lightning writes checkpoints: whole or not at all, and the last one becomes ``previous.ckpt``.
-
-    Args:
-        resumed: the content to go on from, read already, for the one time that it is asked for.
-    """
+    ``resumed`` is what it goes on from, read already."""
 
     def __init__(self, resumed: dict | None = None) -> None:
         self.resumed = resumed

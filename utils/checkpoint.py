@@ -88,8 +88,7 @@ def read_file(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         # torch's own message goes on to advise loading the file in a way that would run what is in it.
         raise UserError(
-            f"{path}: holds something other than plain values and tensors, or is damaged; make or copy it "
-            "again"
+            f"{path}: holds more than plain values and tensors, or is damaged; make or copy it again"
         ) from error
     except Exception as error:
         raise _damaged(path) from error

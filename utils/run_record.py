@@ -1,8 +1,5 @@
-"""What a file was made from: the flags and the inputs' fingerprints of each stage.
-
-A training stage keeps its record in its checkpoints, and every stage in the ``run.json`` of its folder. They
-and the files' content decide what is done and what belongs together; dates do not.
-"""
+"""What a file was made from: the flags and the inputs' fingerprints of each stage, kept in the ``run.json``
+of its folder and in a training stage's checkpoints. They decide what is done and what belongs together."""
 
 from __future__ import annotations
 
@@ -25,17 +22,8 @@ from utils.cli import abbreviate
 from utils.files import UserError, atomic_write
 from utils.processes import available_cpus, say
 
-FREE = {
-    "activation_checkpointing",
-    "allow_changed",
-    "compile",
-    "exp_dir",
-    "log_interval",
-    "num_workers",
-    "out",
-    "resume_checkpoint",
-    "save_interval",
-}
+FREE = {"allow_changed", "compile", "exp_dir", "log_interval", "num_workers", "out", "resume_checkpoint"}
+FREE |= {"activation_checkpointing", "save_interval"}
 """Flags that change neither a run's batches nor its mathematics, so that a run may go on with others."""
 
 DEVICES = {"accum_grad", "gpus", "num_nodes"}
@@ -167,12 +155,7 @@ def read_run(folder: Path) -> dict[str, dict]:
 
 
 class RunLog:
-    """A stage's entry in ``run.json``, written when its work starts and when it ends: a context manager.
-
-    Args:
-        folder: the experiment's.
-        record: what the stage is made with.
-        args: all flags, also those that may change.
+    """A stage's entry in a folder's ``run.json``, written when its work starts and when it ends.
 
     Attributes:
         earlier: the stage's entry up to now, empty where there is none.

@@ -81,7 +81,7 @@ def test_a_pickle_that_would_run_something_is_refused(refused, tmp_path):
             return os.system, (f"touch {tmp_path}/ran",)
 
     sentence = refused(saved({"config": {}, "state_dict": {}, "extra": Run()}))
-    assert "something other than plain values and tensors" in sentence
+    assert "more than plain values and tensors" in sentence
     assert not (tmp_path / "ran").exists()
 
 
@@ -120,12 +120,6 @@ def test_a_small_file_never_takes_much_memory(good, refused):
     assert "is damaged" in refused(buffer.getvalue())
     huge = {"config": {}, "state_dict": {"x": torch.zeros(1).expand(10**6, 10**6)}}
     assert "is damaged" in refused(saved(huge))
-
-
-def test_a_folder_is_named(tmp_path):
-    for path in (tmp_path, ""):
-        with pytest.raises(UserError, match="is a folder"):
-            read_file(path)
 
 
 def test_a_fingerprint_is_that_of_earlier_versions_and_of_copies(good, tmp_path):
