@@ -31,15 +31,9 @@ def parse_args() -> argparse.Namespace:
     pruning("--pruning_units", default=units, help="units that get gates, a comma list")
     pruning("--reg_learning_rate", type=positive, default=0.02, help="peak learning rate of the gates")
     pruning("--target_sparsity", type=fraction, default=0.75, help="part of the teacher's cost that is to go")
-    pruning(
-        "--sparsity_of",
-        choices=COUNTS,
-        default="params",
-        help=f"the cost: parameters, or multiply-accumulates for an utterance of {UTTERANCE_SECONDS} s",
-    )
-    pruning(
-        "--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates up to the full target"
-    )
+    cost = f"the cost: parameters, or multiply-accumulates for an utterance of {UTTERANCE_SECONDS} s"
+    pruning("--sparsity_of", choices=COUNTS, default="params", help=cost)
+    pruning("--sparsity_warmup_updates", type=nonnegative_int, default=5_000, help="updates to the target")
     return parser.parse_args()
 
 

@@ -30,18 +30,11 @@ def parse_args() -> argparse.Namespace:
     flag("--distilled_ckpt", type=path, required=True, help="stage 1's EXP/ckpts/last.ckpt")
     flag("--original_ckpt", type=path, required=True, help="stage 1's --student_ckpt")
     flag("--out", type=path, help="file to write, or else pruned_hubert_base.pth beside --distilled_ckpt")
-    flag(
-        "--round_to",
-        type=positive_int,
-        default=1,
-        help="round widths, but not heads, up to a multiple of this",
-    )
-    flag(
-        "--target_sparsity",
-        type=fraction,
-        help="open or close gates, in the order that training found, until this sparsity is just reached, "
-        "counted as by stage 1's --sparsity_of; without it, what the gates close is cut",
-    )
+    rounding = "round widths, but not heads, up to a multiple of this"
+    flag("--round_to", type=positive_int, default=1, help=rounding)
+    target = "sparsity to reach exactly, counted as by stage 1's --sparsity_of: gates open or close in the "
+    target += "order that training found; without it, what the gates close is cut"
+    flag("--target_sparsity", type=fraction, help=target)
     run_record.add_argument(parser)
     return parser.parse_args()
 

@@ -16,11 +16,8 @@ def parse_args() -> argparse.Namespace:
     flag = parser.add_argument
     flag("--config_path", type=path, required=True, help="stage 2's file, which knows the pruned config")
     flag("--ckpt_after_final_distill", type=path, required=True, help="stage 3's EXP/ckpts/last.ckpt")
-    flag(
-        "--out",
-        type=path,
-        help="file to write, or else pruned_hubert_base.pth beside --ckpt_after_final_distill",
-    )
+    out = "file to write, or else pruned_hubert_base.pth beside --ckpt_after_final_distill"
+    flag("--out", type=path, help=out)
     run_record.add_argument(parser)
     return parser.parse_args()
 

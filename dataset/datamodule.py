@@ -9,10 +9,8 @@ from .batches import make_loader
 
 
 class SpeechDataModule(pl.LightningDataModule):
-    """The batches of a training stage.
-
-    The place in the data is the update: rank r's batches of update u (from 0) are numbers
-    ``u * accum_grad`` to ``(u + 1) * accum_grad - 1`` of its sampler. Nothing else is counted.
+    """The batches of a training stage: those of update u (from 0) are numbers ``u * accum_grad`` to
+    ``(u + 1) * accum_grad - 1`` of a rank's sampler. Nothing but updates is counted.
 
     Args:
         tsv_dir, train_subset: manifests ``tsv_dir/train_subset.tsv`` and ``valid.tsv``.
@@ -52,9 +50,8 @@ class SpeechDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The batches of the updates from ``first_update`` to the trainer's last one.
 
-        To Lightning the whole run is one epoch, because an update's batches may lie on both sides of the end
-        of an epoch of the data: Lightning would end an epoch with an update of too few batches, and start the
-        loader's processes anew.
+        To Lightning the whole run is one epoch: it would end an epoch of the data with an update of too few
+        batches, and start the loader's processes anew.
         """
         accum_grad = self.trainer.accumulate_grad_batches
         run = range(self.first_update * accum_grad, self.trainer.max_steps * accum_grad)

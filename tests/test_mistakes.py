@@ -15,6 +15,7 @@ from wav2vec2 import wav2vec2_model
 
 MISTAKES = [
     ({"teacher_ckpt": "no/such.pth"}, "no/such.pth: no such file"),
+    ({"teacher_ckpt": "/"}, "/: is a folder; give the file in it"),
     ({"tsv_dir": "no/such"}, "train100.tsv"),
     ({"train_subset": "train960x"}, "train960x.tsv"),
     ({"distill_layers": "0.9"}, "layer 9 is not one of 0 to 3"),

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lightning import DistillLoss, DistillModule, distill_projections
-from tests.helpers.models import config_of, ungated
-from tests.helpers.stages import call, checkpoint, flags
+from tests.helpers.models import config_of
+from tests.helpers.stages import call, checkpoint, distill_module, flags
 from utils.checkpoint import load_model, save_checkpoint
 from wav2vec2 import wav2vec2_model
 from wav2vec2.cost import COUNTS
@@ -73,19 +72,7 @@ def test_a_wavlm_without_heads_trains_on(closed, tmp_path):
     model.prune()
     save_checkpoint(tmp_path / "pruned.pth", model, verify=True)
     student = load_model(tmp_path / "pruned.pth")
-    module = DistillModule(
-        teacher_model=ungated("wavlm_base"),
-        student_model=student,
-        distill_mode="layer2layer",
-        distill_layers=[0, 3],
-        distill_linear_projs=distill_projections("layer2layer", [[0], [3]], 32, 32),
-        distill_loss=DistillLoss(0, 1, 1, "raw"),
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        warmup_updates=1,
-        max_updates=4,
-        use_reg=False,
-    )
+    module = distill_module("wavlm_base", student, groups=((0,), (3,)), use_reg=False)
     (optimizer,), _ = module.configure_optimizers()
     losses = []
     for _ in range(3):

@@ -14,7 +14,6 @@ from wav2vec2 import Wav2Vec2Model
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """Lightning's names for the values of --precision."""
 
-
 HUBERT_BASE = "pretrained/hubert-base-ls960.hf.pth"
 
 
@@ -38,9 +37,7 @@ def training_parser(
     run("--resume_checkpoint", type=path, help="go on from this file, not from the last one in --exp_dir")
     run("--save_interval", type=positive_int, default=1000, help="updates between checkpoints")
     run("--log_interval", type=positive_int, default=50, help="updates between log entries")
-    run(
-        "--seed", type=nonnegative_int, default=2022, help="seed for gates, dropout and the order of the data"
-    )
+    run("--seed", type=nonnegative_int, default=2022, help="seed for gates, dropout and order of the data")
     run("--num_nodes", type=positive_int, default=1, help="machines that train together")
     run("--gpus", type=nonnegative_int, default=4, help="GPUs per node; 0 for the CPU")
     run("--compile", action="store_true", help="use torch.compile, for fewer and larger kernels on a GPU")
@@ -52,27 +49,17 @@ def training_parser(
     optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--learning_rate", type=positive, default=learning_rate, help="peak learning rate")
     optimisation("--weight_decay", type=nonnegative, default=0.0, help="AdamW's weight decay")
-    optimisation(
-        "--warmup_updates", type=nonnegative_int, default=warmup_updates, help="updates up to the peak"
-    )
+    optimisation("--warmup_updates", type=nonnegative_int, default=warmup_updates, help="updates to the peak")
     optimisation("--max_updates", type=positive_int, default=max_updates, help="updates in all")
     optimisation("--clip_norm", type=nonnegative, default=10.0, help="largest norm of the gradients; 0: any")
     optimisation("--accum_grad", type=positive_int, default=1, help="batches per update")
 
     distillation = parser.add_argument_group("distillation").add_argument
     distillation("--teacher_ckpt", type=path, default=HUBERT_BASE, help="the teacher's file")
-    distillation(
-        "--distill_layers",
-        default="0.4,8,12",
-        help="layers to match: commas separate the layers of a group, which share a projection, and periods "
-        "the groups",
-    )
-    distillation(
-        "--distill_mode",
-        choices=["layer2layer", "predlayer"],
-        default="layer2layer",
-        help="compare layer with layer, or predict all from the student's last layer",
-    )
+    layers = "layers to match: commas separate those of a group, which share a projection, periods the groups"
+    distillation("--distill_layers", default="0.4,8,12", help=layers)
+    modes = "compare layer with layer, or predict all from the student's last layer"
+    distillation("--distill_mode", choices=["layer2layer", "predlayer"], default="layer2layer", help=modes)
     distillation("--l2_weight", type=nonnegative, default=0.0, help="weight of the squared error")
     distillation("--l1_weight", type=nonnegative, default=1.0, help="weight of the L1 distance")
     distillation("--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance")
@@ -82,11 +69,8 @@ def training_parser(
 
 
 def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> dict:
-    """The keyword arguments of ``DistillModule`` that both stages make of their flags in the same way.
-
-    Raises:
-        UserError: the layers, the weights or the models do not go together.
-    """
+    """The keyword arguments of ``DistillModule`` that both stages make of their flags in the same way; raises
+    a UserError where the flags do not go together, or not with the models."""
     if not (args.l2_weight or args.l1_weight or args.cos_weight):
         raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: give one of them a weight")
     # In predlayer mode the student's last layer predicts them all, so it may have fewer layers.

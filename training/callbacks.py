@@ -101,9 +101,6 @@ class StopOnNonFinite(AfterUpdates):
 
     Under float16 an overflow skips the update and halves the loss scale. The scale starts at 2^16 and rarely
     grows beyond 2^24, so after ``SKIPS`` halvings in a row it is about 1, and the fault is another one.
-
-    Args:
-        last: the last checkpoint, for the message.
     """
 
     SKIPS = 24
@@ -194,12 +191,14 @@ class Progress(AfterUpdates):
     def __init__(self, run: Run) -> None:
         self.run = run
         self._bar: tqdm | None = None
-        self._samples = 0
-        self._since = self._paused = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._samples, self._since = 0, time.monotonic()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
-        self._samples, self._since = 0, time.monotonic()
+        self._restart()
         if is_first() and sys.stderr.isatty():
             self._bar = tqdm(
                 total=trainer.max_steps, initial=self.step, unit="update", dynamic_ncols=True, smoothing=0.05
@@ -219,7 +218,7 @@ class Progress(AfterUpdates):
             names = {"loss": "train_loss", "sparsity": "sparsity_expected", "target": "sparsity_target"}
             words = {word: f"{logged[name]:.4f}" for word, name in names.items() if name in logged}
             words["audio"] = f"{speed:.1f} s/s"
-            self._samples, self._since = 0, time.monotonic()
+            self._restart()
             if due:
                 for logger in trainer.loggers:
                     logger.log_metrics({"audio_seconds_per_second": speed}, self.step)
@@ -231,11 +230,8 @@ class Progress(AfterUpdates):
         if self._bar is not None:
             self._bar.update(self.step - self._bar.n)
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._paused = time.monotonic()
-
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._since += time.monotonic() - self._paused
+        self._restart()
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.run.validated = trainer.global_step

@@ -14,22 +14,11 @@ from training.callbacks import StopOnSignal
 from utils.files import UserError
 from utils.processes import say
 
-LOST_WORKER = (
-    "a process that reads audio was killed, often for want of memory: run the same command again to go on "
-    "from the last checkpoint, with a lower --num_workers if it happens again"
-)
-
 
 @contextmanager
 def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iterator[None]:
-    """Wraps a training stage.
-
-    Where another process has ended because of a signal that this one has received too, the stage was stopped
-    by that signal, and this is no error.
-
-    Raises:
-        UserError: in place of what is raised about processes, compilers, memory and disks.
-    """
+    """Wraps a training stage: raises UserErrors in place of what is raised about processes, compilers, memory
+    and disks. No error is another process's end where this one has got a signal, which stopped them both."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -52,7 +41,10 @@ def lost_process(error: OSError | RuntimeError, args: argparse.Namespace) -> str
     # The first two are what a loader's process leaves that has died while it handed a batch over.
     nameless = isinstance(error, (ConnectionError, FileNotFoundError)) and error.filename is None
     if nameless or "DataLoader worker" in said:
-        return LOST_WORKER
+        return (
+            "a process that reads audio was killed, often for want of memory: run the same command again to "
+            "go on from the last checkpoint, with a lower --num_workers if it happens again"
+        )
     if "clients joined" in said or "client socket has timed out" in said:
         return (
             f"not all processes of the run have come together within {hardware.DIST_TIMEOUT.seconds} s "

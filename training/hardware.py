@@ -102,13 +102,12 @@ class BoundTask(SLURMEnvironment):
 @contextmanager
 def prepared_process(args: argparse.Namespace) -> Iterator[None]:
     """Sets this process up for its device, before CUDA starts, and undoes at the end what would stay."""
-    if devices_per_node(args)[0] == "gpu":
-        prepare_gpu(args.tf32)
-        yield
-        return
-    keep_freed_memory()
-    onednn.enable()
     try:
+        if devices_per_node(args)[0] == "gpu":
+            prepare_gpu(args.tf32)
+        else:
+            keep_freed_memory()
+            onednn.enable()
         yield
     finally:
         onednn.disable()
@@ -125,27 +124,18 @@ def prepare_gpu(tf32: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for the next update. By default it gives large blocks back to the system,
-    and takes them again page by page (benchmarks/README.md has the difference)."""
+    """Lets glibc keep freed memory for the next update, which it would give back to the system and take again
+    page by page (benchmarks/README.md has the difference)."""
+    trim_threshold, mmap_threshold = -1, -3  # numbers in glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # other C libraries have no such function
-        if not mallopt(M_MMAP_THRESHOLD, 2**30):
-            mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older releases take
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""The numbers of these parameters in glibc's malloc.h."""
+        if not mallopt(mmap_threshold, 2**30):
+            mallopt(mmap_threshold, 2**25)  # the most that older releases take
+        mallopt(trim_threshold, 2**30)
 
 
 def prepare_models(module: DistillModule, args: argparse.Namespace, precision: str) -> None:
-    """Sets the models up for the device and as --activation_checkpointing, --compile and --precision ask for.
-
-    Args:
-        module: its teacher and student.
-        args: the flags.
-        precision: what --precision comes to here, by Lightning's name.
-    """
+    """Sets the models up for the device and as the flags ask for; ``precision`` is Lightning's name of it."""
     if devices_per_node(args)[0] == "gpu":
         from training.gpu_weights import HALF, cast_frozen_weights, narrowed_together
 

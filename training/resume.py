@@ -1,8 +1,5 @@
-"""The folder of a training stage: who may train in it, how far it is, and its checkpoints.
-
-``ckpts/last.ckpt`` is where the run is, ``ckpts/previous.ckpt`` the checkpoint before that. A stage that is
-run again in its folder goes on from there; no folder holds two runs.
-"""
+"""The folder of a training stage, which holds one run: a stage that is run again goes on from
+``ckpts/last.ckpt``, or from the checkpoint before that, ``ckpts/previous.ckpt``."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import argparse
 import fcntl
 import os
 import platform
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,14 +26,6 @@ from utils.checkpoint import not_finite, read_file, writing
 from utils.cli import some
 from utils.files import UserError
 from utils.processes import is_first, say
-
-
-def last_of(exp_dir: str | Path) -> Path:
-    return Path(exp_dir) / "ckpts" / "last.ckpt"
-
-
-def previous_of(exp_dir: str | Path) -> Path:
-    return Path(exp_dir) / "ckpts" / "previous.ckpt"
 
 
 @dataclass
@@ -60,7 +50,7 @@ class Run:
 
     @property
     def last(self) -> Path:
-        return last_of(self.args.exp_dir)
+        return Path(self.args.exp_dir) / "ckpts" / "last.ckpt"
 
     @property
     def stopped(self) -> bool:
@@ -69,14 +59,12 @@ class Run:
 
 @contextmanager
 def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
-    """The stage's run in ``args.exp_dir``: a new one, one that goes on, or None where it is finished.
+    """The run of a script, named without ``.py``, in ``args.exp_dir``: a new one, one that goes on, or None
+    where it is finished.
 
     No other run gets into the folder meanwhile, and ``run.json`` there says how the work went. A signal that
     has stopped the run ends this process with status 128 + the signal's number.
 
-    Args:
-        stage: the script's name without ``.py``.
-        args: its flags.
     Raises:
         UserError: the checkpoint was made with other flags or inputs, or cannot be read; another run is in
             the folder; or something failed that is not this program's fault.
@@ -102,11 +90,7 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
 
 @contextmanager
 def lock_folder(exp_dir: Path) -> Iterator[None]:
-    """Holds the folder's lock, which no other run gets and a killed one does not leave behind.
-
-    Raises:
-        UserError: another run holds it, or the folder cannot be made.
-    """
+    """Holds the folder's lock, which no other run gets and a killed one does not leave behind."""
     try:
         exp_dir.mkdir(parents=True, exist_ok=True)
         file = open(exp_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -137,15 +121,9 @@ def lock_folder(exp_dir: Path) -> Iterator[None]:
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path, dict] | tuple[None, None]:
-    """What a stage goes on from: ``--resume_checkpoint``, or its last one, or the one before that where the
-    last one is missing or cannot be read.
-
-    Returns:
-        The file and what is in it; None and None where there is no checkpoint.
-    Raises:
-        UserError: none can be read.
-    """
-    last, previous = last_of(args.exp_dir), previous_of(args.exp_dir)
+    """The file that a stage goes on from, and what is in it: ``--resume_checkpoint``, or its last one, or the
+    one before that where the last one is missing or cannot be read. None and None where there is none."""
+    last, previous = (Path(args.exp_dir) / "ckpts" / name for name in ("last.ckpt", "previous.ckpt"))
     if args.resume_checkpoint is not None:
         path = Path(args.resume_checkpoint)
     elif previous.exists():
@@ -162,11 +140,7 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path, dict] | tuple[
 
 
 def is_finished(run: Run) -> bool:
-    """Whether there is nothing left to do.
-
-    Raises:
-        UserError: the checkpoint is none of this very stage.
-    """
+    """Whether there is nothing left to do; raises a UserError where the checkpoint is none of this run."""
     if run.content is None:
         return False
     then, now = run.content["run"], run.record
@@ -184,11 +158,7 @@ def is_finished(run: Run) -> bool:
 
 
 def read_training_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint of a training stage.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Reads a checkpoint of a training stage; raises a UserError where it is none."""
     content = read_file(path)
     entries = "global_step state_dict optimizer_states lr_schedulers loops random_state SpeechDataModule run"
     if not (content.keys() >= set(entries.split()) and run_record.is_record(content["run"])):
@@ -200,24 +170,17 @@ def read_training_checkpoint(path: str | Path) -> dict:
 
 
 def resume_state(run: Run, module: DistillModule) -> dict:
-    """What Lightning goes on from: the checkpoint's content, but for what follows from the flags of now.
-
-    These are the number of batches, since the place in the data is the update (``SpeechDataModule``) and
-    --accum_grad may have changed, and the optimiser's settings.
-
-    Raises:
-        UserError: the checkpoint does not belong to ``module``.
-    """
+    """What Lightning goes on from: the checkpoint's content, but for the optimiser's settings and the number
+    of batches, which follow from the flags: the place in the data is the update, and --accum_grad may have
+    changed. Raises a UserError where the checkpoint does not belong to ``module``."""
     content, run.content = run.content, None
     [optimizer], [schedule] = module.configure_optimizers()
     [saved] = content["optimizer_states"]
     groups = optimizer.state_dict()["param_groups"]
-    expected = {
-        name: tensor.shape
-        for name, tensor in module.state_dict().items()
-        if not name.startswith("teacher_model.")
-    }
-    found = {name: tensor.shape for name, tensor in content["state_dict"].items()}
+    expected, found = (
+        {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("teacher_model.")}
+        for tensors in (module.state_dict(), content["state_dict"])
+    )
     differing = sorted({name for name, _ in expected.items() ^ found.items()})
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
         differing = differing or ["what is trained"]
@@ -240,13 +203,8 @@ def resume_state(run: Run, module: DistillModule) -> dict:
 
 
 class RunCheckpointIO(CheckpointIO):
-    """How Lightning reads and writes the run's checkpoints.
-
-    A new one is written beside the last one and replaces it whole; the last one becomes ``previous.ckpt``.
-
-    Args:
-        resumed: the content to go on from, read already, for the one time that it is asked for.
-    """
+    """How Lightning writes checkpoints: whole or not at all, and the last one becomes ``previous.ckpt``.
+    ``resumed`` is what it goes on from, read already."""
 
     def __init__(self, resumed: dict | None = None) -> None:
         self.resumed = resumed
@@ -260,7 +218,13 @@ class RunCheckpointIO(CheckpointIO):
             )
         with writing(path, checkpoint):
             if path.exists():
-                _keep_as(path, path.with_name("previous.ckpt"))
+                previous = path.with_name("previous.ckpt")
+                previous.unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)
+                except OSError:
+                    # Some file systems have no links.
+                    shutil.copyfile(path, previous)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict | None:
         content, self.resumed = self.resumed, None
@@ -268,16 +232,3 @@ class RunCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path) -> None:
         Path(path).unlink(missing_ok=True)
-
-
-def _keep_as(path: Path, other: Path) -> None:
-    """Gives ``path`` the name ``other`` too, so that at no moment there is neither."""
-    link = path.with_name(f".{path.name}.link.tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:
-        # A file system without links: between the two names, `other` is what a killed run goes on from.
-        os.replace(path, other)
-    else:
-        os.replace(link, other)

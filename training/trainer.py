@@ -18,12 +18,8 @@ from utils.processes import say
 
 
 def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.Trainer:
-    """The Trainer that takes ``module`` from where ``run`` is to ``max_updates``.
-
-    It leaves ``ckpts/last.ckpt`` and logs in the run's folder.
-
-    Raises:
-        UserError: the checkpoint to go on from does not belong to ``module``.
+    """The Trainer that takes ``module`` from where ``run`` is to ``max_updates``, and leaves
+    ``ckpts/last.ckpt`` and logs in its folder. Raises a UserError where the checkpoint is of another module.
     """
     args = run.args
     quieten()
@@ -57,12 +53,9 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
 
 
 def leave_signals_to_us(trainer: pl.Trainer) -> None:
-    """Takes Lightning's own answer to SIGTERM away, for which it has no public switch; ``StopOnSignal`` does
-    its work.
-
-    Lightning's handler sends the other ranks a message that mixes with what they are sending each other, and
-    it asks them before every batch, which waits for the GPU.
-    """
+    """Takes Lightning's own answer to SIGTERM away, for which it has no public switch: its message to other
+    ranks mixes with what they are sending each other, and it asks them before every batch, which waits for
+    the GPU. ``StopOnSignal`` does its work."""
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 

@@ -24,11 +24,9 @@ from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 def fingerprint(path: str | Path) -> str:
     """The SHA-256 of what torch.save wrote into a file, whose checksums are compared in the same pass.
 
-    torch writes the name of the file, or of a temporary one, into a checkpoint. That does not count, so that
-    a stage that is run again makes a file of the same fingerprint.
-
     Returns:
-        64 hexadecimal digits, the same for a file that has not changed without reading it again.
+        64 hexadecimal digits, the same for equal contents under other names. A file that has not changed is
+        not read again.
     Raises:
         UserError: there is no such file, or it is damaged.
     """
@@ -58,7 +56,7 @@ def _sha256(path: str, size: int, modified: int) -> str:
                 # torch.save does not compress, so this is somebody's trick to fill the memory.
                 raise zipfile.BadZipFile("compressed")
             name = member.filename.partition("/")[2]
-            # The serialization_id is a hash in which the file's own name has a part.
+            # This is a hash in which the name of the file has a part.
             counts = name != ".data/serialization_id"
             if counts:
                 digest.update(name.encode())
@@ -90,8 +88,7 @@ def read_file(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         # torch's own message goes on to advise loading the file in a way that would run what is in it.
         raise UserError(
-            f"{path}: holds something other than plain values and tensors, or is damaged; make or copy it "
-            "again"
+            f"{path}: holds more than plain values and tensors, or is damaged; make or copy it again"
         ) from error
     except Exception as error:
         raise _damaged(path) from error
@@ -168,18 +165,12 @@ def build_model(config: Mapping, state_dict: Mapping[str, Tensor], source: str |
     except (TypeError, ValueError, RuntimeError) as error:
         # torch raises a RuntimeError where a size cannot be.
         raise UserError(f"{source}: {error}") from error
-    tensors = {key: tensor.float() for key, tensor in state_dict.items()}
     try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        model.load_state_dict({key: tensor.float() for key, tensor in state_dict.items()}, assign=True)
     except RuntimeError as error:
-        # torch lists the tensors of another shape below the first line.
-        shapes = some(line.strip() for line in str(error).splitlines()[1:])
-        raise UserError(f"{source}: the state dict does not belong to its config: {shapes}") from error
-    for problem, keys in (("lacks the tensor", missing), ("has the unexpected tensor", unexpected)):
-        if keys:
-            raise UserError(
-                f"{source}: the state dict {problem} {some(keys)}, so it does not belong to its config"
-            )
+        # torch lists below the first line what is missing, unexpected or of another shape.
+        reasons = some(line.strip().rstrip(".") for line in str(error).splitlines()[1:])
+        raise UserError(f"{source}: the state dict does not belong to its config: {reasons}") from error
     return model
 
 
@@ -209,11 +200,9 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
         if verify:
             waveforms = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0)) * 0.1
             with torch.no_grad():
-                written, expected = (
-                    torch.stack(each.eval().extract_features(waveforms)[0])
-                    for each in (load_model(temporary), model)
-                )
-            error = relative_difference([written], [expected])
+                written, _ = load_model(temporary).eval().extract_features(waveforms)
+                expected, _ = model.eval().extract_features(waveforms)
+            error = relative_difference([torch.stack(written)], [torch.stack(expected)])
             if not error <= 1e-5:
                 raise UserError(
                     f"{path}: loaded again, its output differs by {error:.1e} from the model in memory"

@@ -36,12 +36,8 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        _exit_with(missing_package(error, extra))
-
-
-def missing_package(error: ModuleNotFoundError, extra: str) -> str:
-    """The sentence for an import that failed because an extra is not installed."""
-    return f'the package {error.name} is missing: install the `{extra}` extra, pip install -e ".[{extra}]"'
+        remedy = f'install the `{extra}` extra, pip install -e ".[{extra}]"'
+        _exit_with(f"the package {error.name} is missing: {remedy}")
 
 
 @contextmanager

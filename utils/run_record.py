@@ -1,8 +1,5 @@
-"""What a file was made from: the flags and the inputs' fingerprints of each stage.
-
-A training stage keeps its record in its checkpoints, and every stage in the ``run.json`` of its folder. They
-and the files' content decide what is done and what belongs together; dates do not.
-"""
+"""What a file was made from: the flags and the inputs' fingerprints of each stage, kept in the ``run.json``
+of its folder and in a training stage's checkpoints. They decide what is done and what belongs together."""
 
 from __future__ import annotations
 
@@ -25,17 +22,8 @@ from utils.cli import abbreviate
 from utils.files import UserError, atomic_write
 from utils.processes import available_cpus, say
 
-FREE = {
-    "activation_checkpointing",
-    "allow_changed",
-    "compile",
-    "exp_dir",
-    "log_interval",
-    "num_workers",
-    "out",
-    "resume_checkpoint",
-    "save_interval",
-}
+FREE = {"allow_changed", "compile", "exp_dir", "log_interval", "num_workers", "out", "resume_checkpoint"}
+FREE |= {"activation_checkpointing", "save_interval"}
 """Flags that change neither a run's batches nor its mathematics, so that a run may go on with others."""
 
 DEVICES = {"accum_grad", "gpus", "num_nodes"}
@@ -85,13 +73,8 @@ def make_record(stage: str, args: argparse.Namespace, inputs: Mapping[str, dict]
 def is_record(value: object) -> bool:
     """Whether what was read from a file is a record that :func:`make_record` made."""
     return _has(value, {"stage": str, "flags": dict, "inputs": dict}) and all(
-        _has(each, INPUT) for each in value["inputs"].values()
+        _has(each, {"path": str, "sha256": str}) for each in value["inputs"].values()
     )
-
-
-INPUT = {"path": str, "sha256": str}
-SESSION = {"outcome": str, "started": str, "seconds": (int, float, type(None))}
-SESSION |= dict.fromkeys(("machine", "versions", "flags"), dict)
 
 
 def _has(value: object, entries: Mapping) -> bool:
@@ -105,24 +88,19 @@ def differences(then: Mapping, now: Mapping) -> dict[str, str]:
         if then["flags"][name] != now["flags"][name]:
             found[name] = f"was {abbreviate(then['flags'][name])} and is {abbreviate(now['flags'][name])}"
     for name in then["inputs"].keys() & now["inputs"].keys():
-        was, is_ = then["inputs"][name], now["inputs"][name]
-        if was["sha256"] != is_["sha256"]:
-            found[name] = f"was {_file(was)} and is {_file(is_)}"
+        files = [record["inputs"][name] for record in (then, now)]
+        if files[0]["sha256"] != files[1]["sha256"]:
+            was, is_ = (f"{abbreviate(file['path'])} (sha256 {file['sha256'][:12]})" for file in files)
+            found[name] = f"was {was} and is {is_}"
     return dict(sorted(found.items()))
-
-
-def _file(entry: Mapping[str, str]) -> str:
-    return f"{abbreviate(entry['path'])} (sha256 {abbreviate(entry['sha256'][:12])})"
 
 
 def check_unchanged(then: Mapping, now: Mapping, source: str | Path, allow_changed: str, remedy: str) -> None:
     """Compares two records, and prints the differences that ``--allow_changed`` names.
 
     Args:
-        then, now: the records.
-        source: the file that was made with ``then``.
-        allow_changed: the flag, a comma list. run.sh gives all stages the same, so it may name what this
-            stage does not have.
+        then, now: the records; ``source`` was made with ``then``.
+        allow_changed: the flag, which may name what this stage does not have, as run.sh gives it to them all.
         remedy: what to do instead of allowing it.
     Raises:
         UserError: there are other differences.
@@ -139,11 +117,8 @@ def check_unchanged(then: Mapping, now: Mapping, source: str | Path, allow_chang
 
 
 def refuse_overwriting(out: str | Path, inputs: Mapping[str, str | Path], flag: str = "out") -> None:
-    """Checks an output, of the name ``flag``, against the inputs by their flags: files, or folders of files.
-
-    Raises:
-        UserError: it would replace one of them.
-    """
+    """Raises a UserError where the output that ``--flag`` names would replace one of the inputs, which are
+    files or folders of files, by their flags."""
     real = os.path.realpath(out)
     for name, path in inputs.items():
         if os.path.realpath(path) == real and not os.path.isdir(real):
@@ -172,34 +147,17 @@ def read_run(folder: Path) -> dict[str, dict]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not all(_is_entry(entry) for entry in content.values()):
+        if not all(is_record(entry) and entry.get("sessions") for entry in content.values()):
             raise ValueError("not the records of stages")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away, and run the stage again") from error
     return content
 
 
-def _is_entry(value: object) -> bool:
-    return (
-        is_record(value)
-        and is_record(value.get("distilled", value))
-        and ("output" not in value or _has(value["output"], INPUT))
-        and isinstance(value.get("sessions"), list)
-        and bool(value["sessions"])
-        and all(_has(session, SESSION) for session in value["sessions"])
-    )
-
-
 class RunLog:
-    """A stage's entry in ``run.json``, written when its work starts and when it ends: a context manager.
-
-    Args:
-        folder: the experiment's.
-        record: what the stage is made with.
-        args: all flags, also those that may change.
+    """A stage's entry in a folder's ``run.json``, written when its work starts and when it ends.
 
     Attributes:
-        record: the same as above.
         earlier: the stage's entry up to now, empty where there is none.
         outcome: how the work ended, if not by an error.
     """
@@ -213,7 +171,7 @@ class RunLog:
         self._begin = time.monotonic()
         self._session = {
             **{"started": _now(), "ended": None, "seconds": None, "outcome": "running"},
-            **{"machine": _machine(), "versions": _versions(), "flags": vars(args)},
+            **{**_surroundings(), "flags": vars(args)},
         }
 
     def note(self, **more) -> None:
@@ -243,13 +201,11 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def _surroundings() -> dict[str, dict]:
+    """The machine and the packages of a session."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     with suppress(PackageNotFoundError):
         versions["pytorch-lightning"] = version("pytorch-lightning")
-    return versions
-
-
-def _machine() -> dict[str, object]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"host": platform.node(), "system": platform.platform(), "cores": available_cpus(), "gpus": gpus}
+    machine = {"host": platform.node(), "system": platform.platform(), "cores": available_cpus()}
+    machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"machine": machine, "versions": versions}

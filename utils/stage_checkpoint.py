@@ -1,5 +1,4 @@
-"""What stages 2 and 4 and the report read of a training stage's checkpoint, without Lightning, and how stages
-2 and 4 begin."""
+"""What stages 2 and 4 and the report read of a training stage's checkpoint, without Lightning."""
 
 from __future__ import annotations
 
@@ -66,14 +65,8 @@ def check_student(trained: Mapping, now: Mapping, flag: str, source: str, allow_
 
 
 def read_trained(path: str | Path) -> dict:
-    """Reads of a training stage's checkpoint what the other stages and the report need.
-
-    Returns:
-        A dict with ``state_dict`` and ``hyper_parameters``, empty where the file has none, and ``run`` where
-        the file has it.
-    Raises:
-        UserError: it cannot be read, or is damaged.
-    """
+    """A training stage's checkpoint: a dict with ``state_dict`` and ``hyper_parameters``, empty where the
+    file has none, and ``run`` where it has one. Raises a UserError where it is damaged."""
     content = {"state_dict": {}, "hyper_parameters": {}, **read_file(path)}
     good = is_state_dict(content["state_dict"]) and isinstance(content["hyper_parameters"], dict)
     if not good or ("run" in content and not run_record.is_record(content["run"])):

@@ -134,6 +134,30 @@ def flags(manifests, teacher, exp_dir, /, **changes):
     return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
 
 
+def distill_module(family, student, groups=((0,), (1, 3)), use_reg=True):
+    """The module that trains a student of a family of the tests' models."""
+    from lightning import DistillLoss, DistillModule, distill_projections
+    from tests.helpers.models import ungated
+
+    dim = student.config["encoder_embed_dim"]
+    return DistillModule(
+        teacher_model=ungated(family),
+        student_model=student,
+        distill_mode="layer2layer",
+        distill_layers=[layer for group in groups for layer in group],
+        distill_linear_projs=distill_projections("layer2layer", groups, dim, dim),
+        distill_loss=DistillLoss(0, 1, 1, "raw"),
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        warmup_updates=1,
+        max_updates=4,
+        use_reg=use_reg,
+        reg_learning_rate=1e-2,
+        target_sparsity=0.5,
+        sparsity_warmup_updates=2,
+    )
+
+
 def checkpoint(exp_dir, name="last.ckpt"):
     return torch.load(exp_dir / "ckpts" / name, weights_only=True)
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning import DistillLoss, DistillModule, distill_projections
-from tests.helpers.models import config_of, randomly_gated, ungated
+from tests.helpers.models import config_of, randomly_gated
+from tests.helpers.stages import distill_module
 from training.gpu_weights import cast_frozen_weights
 from training.layers import checkpoint_activations, compile_layers
 from wav2vec2 import wav2vec2_model
 
 
 def test_the_teacher_stays_as_it_is_held_while_the_student_trains():
-    module = distillation("hubert_base", randomly_gated("hubert_base", 0))
+    module = distill_module("hubert_base", randomly_gated("hubert_base", 0))
     cast_frozen_weights(module.teacher_model, torch.bfloat16)
     folded = module.teacher_model.encoder.transformer.pos_conv_embed.conv.folded_weight
     module.eval().train()
@@ -22,32 +22,12 @@ def test_the_teacher_stays_as_it_is_held_while_the_student_trains():
     assert module.teacher_model.encoder.transformer.pos_conv_embed.conv.folded_weight is folded
 
 
-def distillation(family, student):
-    dim = student.config["encoder_embed_dim"]
-    return DistillModule(
-        teacher_model=ungated(family),
-        student_model=student,
-        distill_mode="layer2layer",
-        distill_layers=[0, 1, 3],
-        distill_linear_projs=distill_projections("layer2layer", [[0], [1, 3]], dim, dim),
-        distill_loss=DistillLoss(0, 1, 1, "raw"),
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        warmup_updates=1,
-        max_updates=4,
-        use_reg=True,
-        reg_learning_rate=1e-2,
-        target_sparsity=0.5,
-        sparsity_warmup_updates=2,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_compiled_update_is_the_plain_one(checkpointed):
     torch._dynamo.reset()
     config = config_of("hubert_base")
-    module = distillation("hubert_base", wav2vec2_model(**config))
+    module = distill_module("hubert_base", wav2vec2_model(**config))
     plain = copy.deepcopy(module)
     if checkpointed:
         checkpoint_activations(module.student_model)

@@ -8,15 +8,7 @@ import torch
 
 import dataset.batches
 from lightning import DistillModule
-from tests.helpers.stages import (
-    assert_equal_to_the_bit,
-    checkpoint,
-    ended,
-    flags,
-    start,
-    wait_for,
-    weights,
-)
+from tests.helpers.stages import assert_equal_to_the_bit, checkpoint, ended, flags, start, wait_for, weights
 
 
 def test_killed_run_ends_with_the_unbroken_runs_weights(distil, manifests, teacher, tmp_path):
@@ -148,9 +140,8 @@ def test_running_again_and_going_back_lose_nothing(distil, refused, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_go_on_to_the_bit(manifests, teacher, tmp_path):
     def train(name):
-        arguments = flags(
-            manifests, teacher, tmp_path / name, num_workers=1, accum_grad=2, save_interval=1000
-        )
+        changes = {"num_workers": 1, "accum_grad": 2, "save_interval": 1000}
+        arguments = flags(manifests, teacher, tmp_path / name, **changes)
         return start("tests/helpers/ddp_worker.py", *arguments, ranks=2, NOTES=tmp_path)
 
     assert ended(train("whole"))[0] == 0

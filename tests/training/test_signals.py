@@ -7,15 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.stages import (
-    ENVIRONMENT,
-    RECIPE,
-    checkpoint,
-    ended,
-    flags,
-    start,
-    wait_for,
-)
+from tests.helpers.stages import ENVIRONMENT, RECIPE, checkpoint, ended, flags, start, wait_for
 
 WORKER = "tests/helpers/ddp_worker.py"
 
