@@ -13,7 +13,7 @@ from training.layers import checkpoint_activations, compile_layers
 from wav2vec2 import wav2vec2_model
 
 
-def test_the_teacher_stays_as_it_is_held_while_the_student_trains():
+def test_a_cast_teacher_stays_as_it_is_in_training():
     module = distill_module("hubert_base", randomly_gated("hubert_base", 0))
     cast_frozen_weights(module.teacher_model, torch.bfloat16)
     folded = module.teacher_model.encoder.transformer.pos_conv_embed.conv.folded_weight

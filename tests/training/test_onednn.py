@@ -27,7 +27,7 @@ def test_linear_layers_by_onednn_equal_torchs(shape, with_bias):
         assert onednn.linear(x, weight).dtype == torch.bfloat16
 
 
-def test_enabling_reaches_every_linear_layer_and_disabling_undoes_it():
+def test_enabling_reaches_every_linear_layer_until_disabled():
     torchs, layer, x = F.linear, torch.nn.Linear(24, 17), torch.randn(3, 24)
     expected = layer(x)
     onednn.enable()

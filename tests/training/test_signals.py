@@ -124,7 +124,7 @@ def test_a_killed_loader_worker_is_one_sentence(train):
 
 
 @pytest.mark.slow
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(train, tmp_path):
+def test_a_second_run_in_a_folder_is_refused(train, tmp_path):
     first = train()
     wait_for(first, "update 2/")
     status, output = ended(train())

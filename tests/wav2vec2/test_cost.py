@@ -58,7 +58,7 @@ def test_what_pruning_leaves_is_known_before(family, seed, kind):
 
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_expected_cost_is_the_true_one_where_gates_are_decided(family, kind):
+def test_the_cost_of_decided_gates_is_the_true_one(family, kind):
     torch.manual_seed(0)
     model = wav2vec2_model(**config_of(family)).eval()
     for gate in model.gates():
@@ -95,7 +95,7 @@ def test_shifted_gates_leave_the_most_that_the_budget_allows(family, kind, round
         assert all(channels % 8 == 0 for channels, *_ in model.config["extractor_conv_layer_config"])
 
 
-def test_a_budget_below_what_must_stay_is_refused_and_changes_nothing():
+def test_a_budget_below_what_must_stay_is_refused():
     model = randomly_gated("hubert_base", 5).eval()
     before = [gate.log_alpha.clone() for gate in model.gates()]
     with pytest.raises(PruningError, match="above the budget"):

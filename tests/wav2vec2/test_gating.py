@@ -194,7 +194,7 @@ def test_wavlm_keeps_the_attention_that_makes_the_position_bias():
     assert model.get_num_params() == count_parameters(model) == count_parameters(again)
 
 
-def test_a_conv_layer_pruned_to_nothing_is_named_and_nothing_is_cut():
+def test_a_conv_layer_pruned_to_nothing_is_named():
     model = wav2vec2_model(**config_of("hubert_base"))
     model.feature_extractor.conv_layers[4].hard_concrete.log_alpha.data.fill_(-40.0)
     before = count_parameters(model)
@@ -228,7 +228,7 @@ def test_evaluation_under_inference_mode_leaves_training_free(family):
     assert all(gate.log_alpha.grad is not None for gate in model.gates())
 
 
-def test_the_expected_size_survives_a_move_and_a_change_of_precision():
+def test_the_expected_size_survives_moves_and_casts():
     model = wav2vec2_model(**config_of("hubert_base"))
     expected = model.get_num_params().item()
     assert model.half().get_num_params().item() == pytest.approx(expected, rel=1e-3)

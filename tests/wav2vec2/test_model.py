@@ -141,7 +141,7 @@ def test_the_residual_stream_is_float32_under_autocast(family):
     assert {state.dtype for state in states[1:]} == {torch.float32}
 
 
-def test_folding_the_weight_norm_changes_nothing_but_where_it_is_computed():
+def test_folding_the_weight_norm_changes_no_output():
     torch.manual_seed(0)
     model = wav2vec2_model(**without_dropout()).eval()
     waveforms = torch.randn(1, 8000)

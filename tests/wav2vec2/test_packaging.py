@@ -44,7 +44,7 @@ def test_only_the_package_is_installed(wheel):
     assert modules == {str(path.relative_to(ROOT)) for path in (ROOT / "wav2vec2").rglob("*.py")}
 
 
-def test_its_metadata_requires_torch_alone_and_names_the_license(wheel):
+def test_the_metadata_requires_torch_alone(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
     metadata = message_from_string(wheel.read(name).decode())
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
@@ -54,7 +54,7 @@ def test_its_metadata_requires_torch_alone_and_names_the_license(wheel):
     assert metadata["Author"] == "The speech-distill-prune authors"
 
 
-def test_its_modules_import_nothing_but_torch_and_the_standard_library():
+def test_the_package_imports_torch_alone():
     allowed = {*sys.stdlib_module_names, "torch", "wav2vec2"}
     for path in (ROOT / "wav2vec2").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
