@@ -62,7 +62,7 @@ def main() -> None:
         if run.resumed is None:
             trainer.validate(module, data, verbose=False)
         trainer.fit(module, data, ckpt_path=run.resumed, weights_only=True)
-        if not run.stopped and run.validated != trainer.global_step:
+        if not run.stopped:
             trainer.validate(module, data, verbose=False)
 
 

@@ -13,7 +13,7 @@ import torch
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, positive_int, run_script
 from utils.files import UserError, atomic_write
-from utils.processes import available_cpus, processor, say
+from utils.processes import available_cpus, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
 
@@ -81,7 +81,7 @@ def collect(args: argparse.Namespace) -> dict:
         "report": {
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "flags": {name: None if value is None else str(value) for name, value in vars(args).items()},
-            "machine": f"{available_cpus()} cores, {processor()}, {platform.platform()}",
+            "machine": f"{available_cpus()} cores, {measure.processor()}, {platform.platform()}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         },
     }

@@ -15,10 +15,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from reporting.measure import processor
 from utils.checkpoint import load_model
 from utils.cli import fraction, positive
 from utils.files import UserError
-from utils.processes import available_cpus, processor
+from utils.processes import available_cpus
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base
 
 SAMPLE_RATE = 16_000

@@ -1,5 +1,7 @@
 """What the two exporters share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.checkpoint import load_model
@@ -16,3 +18,13 @@ def load_ungated(path: str | Path) -> Wav2Vec2Model:
             "save_final_ckpt.py writes"
         )
     return model
+
+
+@contextmanager
+def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
+    """Wraps the writing of ``path`` by way of other files, and names ``path`` where that fails with an
+    OSError, or with one of ``errors``, which a package raises in its place."""
+    try:
+        yield
+    except (OSError, *errors) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import needs_extra, writes
+from exports.common import writes
+from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError
 from wav2vec2.config import NO_GATES

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,15 @@ def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
         "macs_per_second": {str(seconds): multiply_accumulates(model, seconds) for seconds in SECONDS},
         "file_bytes": None if path is None else path.stat().st_size,
     }
+
+
+def processor() -> str:
+    """The name of the machine's processor."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @torch.inference_mode()

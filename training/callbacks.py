@@ -234,7 +234,6 @@ class Progress(AfterUpdates):
         self._restart()
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.run.validated = trainer.global_step
         logged = trainer.callback_metrics
         if "valid_loss_distill" in logged:
             line = f"update {trainer.global_step}: valid loss_distill {logged['valid_loss_distill']:.4f}"

@@ -15,8 +15,6 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from lightning import DistillModule
-from training import onednn
-from training.layers import checkpoint_activations, compile_layers
 from utils.files import UserError
 from utils.processes import say
 
@@ -102,15 +100,18 @@ class BoundTask(SLURMEnvironment):
 @contextmanager
 def prepared_process(args: argparse.Namespace) -> Iterator[None]:
     """Sets this process up for its device, before CUDA starts, and undoes at the end what would stay."""
-    try:
-        if devices_per_node(args)[0] == "gpu":
-            prepare_gpu(args.tf32)
-        else:
-            keep_freed_memory()
-            onednn.enable()
+    if devices_per_node(args)[0] == "gpu":
+        prepare_gpu(args.tf32)
         yield
-    finally:
-        onednn.disable()
+    else:
+        from training import onednn
+
+        keep_freed_memory()
+        onednn.enable()
+        try:
+            yield
+        finally:
+            onednn.disable()
 
 
 def prepare_gpu(tf32: bool) -> None:
@@ -144,6 +145,10 @@ def prepare_models(module: DistillModule, args: argparse.Namespace, precision: s
         # Several processes send the gradients of a quarter of a Base model while others are computed.
         module.narrow = partial(narrowed_together, layers=3 if world_size(args) > 1 else 12)
     if args.activation_checkpointing:
+        from training.layers import checkpoint_activations
+
         checkpoint_activations(module.student_model)
     if args.compile:
+        from training.layers import compile_layers
+
         compile_layers(module)

@@ -37,7 +37,6 @@ class Run:
         record: what it is made with (run_record.make_record).
         resumed: the file that it goes on from, or None.
         content: what is in that file, until the trainer has taken it.
-        validated: the update after which validation came last, or None.
         stopper: knows the signal that has ended the run.
     """
 
@@ -45,7 +44,6 @@ class Run:
     record: dict
     resumed: Path | None = None
     content: dict | None = None
-    validated: int | None = None
     stopper: StopOnSignal = field(default_factory=StopOnSignal)
 
     @property

@@ -9,28 +9,32 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from utils.cli import abbreviate, some
-from utils.compare import relative_difference
 from utils.files import UserError, atomic_write
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 
+_files: dict[tuple[str, int, int], tuple[str, BinaryIO]] = {}
+"""Files that have a fingerprint, by path, size and time: the fingerprint, and the open file."""
+
 
 def fingerprint(path: str | Path) -> str:
-    """The SHA-256 of what torch.save wrote into a file, whose checksums are compared in the same pass.
+    """The SHA-256 of what torch.save wrote into a file, 64 hexadecimal digits, the same for equal contents
+    under other names. What is read later is the file that was checked here, and is not checked again.
 
-    Returns:
-        64 hexadecimal digits, the same for equal contents under other names. A file that has not changed is
-        not read again.
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    path = Path(path)
+    return _checked(Path(path), keep=True)[0]
+
+
+def _checked(path: Path, keep: bool = False) -> tuple[str, BinaryIO]:
+    """A file's fingerprint and the file itself, whose checksums have been compared in the same pass."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the file in it")
     if not path.is_file():
@@ -38,19 +42,25 @@ def fingerprint(path: str | Path) -> str:
             f"{path}: no such file; check the path, or make the file with the step before this one"
         )
     status = path.stat()
+    key = os.path.realpath(path), status.st_size, status.st_mtime_ns
+    if key in _files:
+        return _files[key]
     try:
-        return _sha256(os.path.realpath(path), status.st_size, status.st_mtime_ns)
+        file = open(path, "rb")  # noqa: SIM115
+        checked = _sha256(file), file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:
         # zipfile raises many things over a damaged file.
         raise _damaged(path) from error
+    if keep:
+        _files[key] = checked
+    return checked
 
 
-@cache
-def _sha256(path: str, size: int, modified: int) -> str:
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         for member in sorted(archive.infolist(), key=lambda member: member.filename):
             if member.compress_type != zipfile.ZIP_STORED:
                 # torch.save does not compress, so this is somebody's trick to fill the memory.
@@ -79,11 +89,12 @@ def read_file(path: str | Path) -> dict:
             that is not finite.
     """
     path = Path(path)
-    fingerprint(path)
+    _, file = _checked(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         name = not_finite(content)
     except pickle.UnpicklingError as error:
         # torch's own message goes on to advise loading the file in a way that would run what is in it.
@@ -198,6 +209,8 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
     content = {"config": model.config, "state_dict": _on_cpu(model.state_dict()), **extra}
     with writing(path, content) as temporary:
         if verify:
+            from utils.compare import relative_difference
+
             waveforms = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0)) * 0.1
             with torch.no_grad():
                 written, _ = load_model(temporary).eval().extract_features(waveforms)

@@ -40,16 +40,6 @@ def needs_extra(extra: str) -> Iterator[None]:
         _exit_with(f"the package {error.name} is missing: {remedy}")
 
 
-@contextmanager
-def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
-    """Wraps the writing of ``path`` by way of other files, and names ``path`` where that fails with an
-    OSError, or with one of ``errors``, which a package raises in its place."""
-    try:
-        yield
-    except (OSError, *errors) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
 def _exit_with(message: str) -> None:
     # What a file has put into the message stays in its line, and gives the terminal no orders.
     message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)

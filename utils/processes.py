@@ -5,7 +5,6 @@ It imports nothing heavy, so that a script can call ``quit_on_signals`` before i
 
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 from contextlib import suppress
@@ -33,15 +32,6 @@ def say(text: str) -> None:
 def available_cpus() -> int:
     """The processors that this process may use, which SLURM makes fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor() -> str:
-    """The name of the machine's processor."""
-    with suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def end_children() -> None:

@@ -265,7 +265,6 @@ LARGE = {"num_layers": 24, "num_heads": 16, "embed_dim": 1024, "ff_interm_featur
 XLARGE = {"num_layers": 48, "num_heads": 16, "embed_dim": 1280, "ff_interm_features": 5120}
 NORM_FIRST = {
     "extractor_mode": "layer_norm",
-    "extractor_conv_bias": True,
     "encoder_layer_norm_first": True,
     "normalize_waveform": True,
 }

@@ -281,47 +281,46 @@ def wav2vec2_model(**config) -> Wav2Vec2Model:
     return Wav2Vec2Model(Wav2Vec2Config.from_dict(config))
 
 
+def _base(*variants: dict) -> Wav2Vec2Model:
+    """Base, with the config keys of ``variants``, of which later ones win."""
+    return wav2vec2_model(**base_config(**{key: v for variant in variants for key, v in variant.items()}))
+
+
 def wav2vec2_base(**changes) -> Wav2Vec2Model:
     """wav2vec 2.0 Base, with config keys changed by keyword."""
-    return wav2vec2_model(**base_config(**changes))
+    return _base(changes)
 
 
 def wav2vec2_large(**changes) -> Wav2Vec2Model:
     """wav2vec 2.0 Large trained on LibriSpeech: Base's norms, Large's widths."""
-    return wav2vec2_model(**base_config(**{**LARGE, "encoder_layer_drop": 0.1, **changes}))
+    return _base(LARGE, {"encoder_layer_drop": 0.1}, changes)
 
 
 def wav2vec2_large_lv60k(**changes) -> Wav2Vec2Model:
     """wav2vec 2.0 Large trained on LibriVox 60k; XLSR-53 and XLS-R 300M share its architecture."""
-    return wav2vec2_model(**base_config(**{**LARGE, **NORM_FIRST, **NO_DROPOUT, **changes}))
+    return _base(LARGE, NORM_FIRST, {"extractor_conv_bias": True}, NO_DROPOUT, changes)
 
 
 def hubert_base(**changes) -> Wav2Vec2Model:
     """HuBERT Base: 94,371,456 parameters."""
-    return wav2vec2_model(**base_config(**changes))
+    return _base(changes)
 
 
 def hubert_large(**changes) -> Wav2Vec2Model:
     """HuBERT Large."""
-    return wav2vec2_model(
-        **base_config(**{**LARGE, **NORM_FIRST, **NO_DROPOUT, "extractor_conv_bias": False, **changes})
-    )
+    return _base(LARGE, NORM_FIRST, NO_DROPOUT, changes)
 
 
 def hubert_xlarge(**changes) -> Wav2Vec2Model:
     """HuBERT X-Large: 48 layers of 1280 features."""
-    return wav2vec2_model(
-        **base_config(**{**XLARGE, **NORM_FIRST, **NO_DROPOUT, "extractor_conv_bias": False, **changes})
-    )
+    return _base(XLARGE, NORM_FIRST, NO_DROPOUT, changes)
 
 
 def wavlm_base(**changes) -> Wav2Vec2Model:
     """WavLM Base and Base+: 94,381,680 parameters."""
-    return wav2vec2_model(**base_config(**{"wavlm": True, **changes}))
+    return _base({"wavlm": True}, changes)
 
 
 def wavlm_large(**changes) -> Wav2Vec2Model:
     """WavLM Large."""
-    return wav2vec2_model(
-        **base_config(**{"wavlm": True, **LARGE, **NORM_FIRST, "extractor_conv_bias": False, **changes})
-    )
+    return _base({"wavlm": True}, LARGE, NORM_FIRST, changes)
