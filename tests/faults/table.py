@@ -189,10 +189,6 @@ class World:
     def copy_of_stages(self) -> Path:
         return Path(shutil.copytree(self.stages, self.tmp / "stages"))
 
-    def content(self, name: str) -> dict:
-        """What a file of the finished run holds."""
-        return torch.load(self.stages / "ckpts" / name, weights_only=True)
-
 
 def same_checkpoint(first: Path, second: Path) -> None:
     """Two checkpoints of a training stage have the same weights and the same state of the optimiser."""
