@@ -63,24 +63,18 @@ def test_a_published_student_can_be_pruned_further(name, tmp_path):
         )
 
 
-def without_attention(path, layers, empty, **extra):
-    """A pruned WavLM whose ``layers`` have no attention, ``empty``: nor heads in the config."""
+@pytest.mark.parametrize("empty", [False, True], ids=["heads in the config", "no heads in the config"])
+@pytest.mark.parametrize("layers", [(1,), (1, 2)])
+def test_layers_without_attention_load_and_run(layers, empty, tmp_path):
+    """A pruned WavLM whose ``layers`` have no attention."""
     golden = recorded("prune_wavlm")
-    config = dict(golden["pruned_config"])
+    config, heads = golden["pruned_config"], golden["pruned_config"]["encoder_remaining_heads"]
     config["encoder_use_attention"] = [i not in layers for i in range(3)]
     if empty:
-        heads = config["encoder_remaining_heads"]
         config["encoder_remaining_heads"] = [[] if i in layers else h for i, h in enumerate(heads)]
     dropped = tuple(f"encoder.transformer.layers.{i}.attention." for i in layers)
     state_dict = {k: v for k, v in golden["pruned_state_dict"].items() if not k.startswith(dropped)}
-    torch.save({"config": config | extra, "state_dict": state_dict}, path)
-    return golden, state_dict
-
-
-@pytest.mark.parametrize("empty", [False, True])
-@pytest.mark.parametrize("layers", [(1,), (1, 2)])
-def test_layers_without_attention_load_and_run(layers, empty, tmp_path):
-    golden, state_dict = without_attention(tmp_path / "student.pth", layers, empty)
+    torch.save({"config": config, "state_dict": state_dict}, tmp_path / "student.pth")
     model = load_model(tmp_path / "student.pth").eval()
     assert [layer.attention is None for layer in model.encoder.transformer.layers] == [
         i in layers for i in range(3)
