@@ -61,7 +61,7 @@ import torch, wav2vec2
 from wav2vec2 import wav2vec2_model
 for module in pkgutil.walk_packages(wav2vec2.__path__, "wav2vec2."):
     importlib.import_module(module.name)
-model = wav2vec2.hubert_base().eval()
+model = wav2vec2.hubert_base(num_layers=2).eval()
 torch.save({"config": model.config, "state_dict": model.state_dict()}, "model.pth")
 checkpoint = torch.load("model.pth", weights_only=True)
 loaded = wav2vec2_model(**checkpoint["config"]).eval()
