@@ -70,10 +70,10 @@ def test_a_lora_adapter_changes_the_output_and_is_trained(model):
     assert lora and all(gradient is not None and gradient.abs().max() > 0 for gradient in lora.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("kind", "with_lengths"), [(ungated, False), (pruned, True)], ids=["whole", "padded"]
+    "family", [pytest.param(f, marks=pytest.mark.slow if "large" in f else ()) for f in FAMILIES]
 )
+@pytest.mark.parametrize("kind, with_lengths", [(ungated, False), (pruned, True)], ids=["whole", "padded"])
 def test_torch_export_gives_the_same_at_other_sizes(family, kind, with_lengths):
     model = kind(family).eval()
     batch, time = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("time", min=720, max=1_000_000)

@@ -76,6 +76,7 @@ print(torch.equal(*states), states[0].shape[-1], wav2vec2.__file__)
     assert done.stdout.split() == ["True", "768", str(tmp_path / "site" / "wav2vec2" / "__init__.py")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_without_its_extra_names_it_in_one_sentence(script, tmp_path):
     done = run_with_torch_alone(tmp_path, ROOT / script)
