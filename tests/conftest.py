@@ -1,4 +1,6 @@
+import io
 import os
+from contextlib import redirect_stderr, redirect_stdout
 
 # Before torch is imported: models this small gain nothing from threads, which wait for each other on a busy
 # machine.
@@ -9,7 +11,7 @@ import pytest
 import soundfile
 
 from tests.helpers.models import tiny_config
-from tests.helpers.stages import run, sentence_of
+from tests.helpers.stages import call, flags, run, sentence_of
 
 
 @pytest.fixture
@@ -52,3 +54,34 @@ def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("pretrained") / "teacher.pth"
     save_checkpoint(path, wav2vec2_model(**tiny_config()))
     return path
+
+
+@pytest.fixture(scope="session")
+def commands(manifests, teacher):
+    """The flags of all four stages in a folder."""
+
+    def commands(exp, **changes):
+        short = {"num_workers": 0, "max_updates": 4, "sparsity_warmup_updates": 2, "save_interval": 2}
+        changes = short | changes
+        last, pruned = exp / "ckpts" / "last.ckpt", exp / "ckpts" / "pruned_hubert_base.pth"
+        final = changes | {"student_ckpt": pruned, "sparsity_warmup_updates": None}
+        trained = exp / "final" / "ckpts" / "last.ckpt"
+        return {
+            "distill": flags(manifests, teacher, exp, **changes),
+            "prune": ["--distilled_ckpt", last, "--original_ckpt", teacher],
+            "final_distill": flags(manifests, teacher, exp / "final", **final),
+            "save_final_ckpt": ["--config_path", pruned, "--ckpt_after_final_distill", trained],
+        }
+
+    return commands
+
+
+@pytest.fixture(scope="session")
+def stages(commands, tmp_path_factory):
+    """The folder of all four stages, which no test changes, with what they said in ``said.txt``."""
+    exp, said = tmp_path_factory.mktemp("exp"), io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(said), redirect_stderr(said):
+        for script, arguments in commands(exp).items():
+            call(monkeypatch, script, *arguments)
+    (exp / "said.txt").write_text(said.getvalue())
+    return exp

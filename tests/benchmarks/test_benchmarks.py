@@ -22,6 +22,7 @@ def figures(tmp_path):
     return measure
 
 
+@pytest.mark.slow
 def test_train_step_compares_variants_in_both_stages(figures, teacher):
     variants = ["baseline", "product", "product+bf16"]
     size = ("--sparsity", 0.5, "--seconds_per_batch", 1, "--utterance_seconds", 0.5, "--device", "cpu")

@@ -79,8 +79,6 @@ OPTIONS = {
     "conv_bias": ("extractor_conv_bias", True),
     "num_conv_pos_embeddings": ("encoder_pos_conv_kernel", 8),
     "num_conv_pos_embedding_groups": ("encoder_pos_conv_groups", 4),
-}
-WAVLM_OPTIONS = {
     "num_buckets": ("encoder_num_buckets", 40),
     "max_bucket_distance": ("encoder_max_distance", 90),
 }
@@ -88,15 +86,10 @@ WAVLM_OPTIONS = {
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_the_config_is_read_from_the_checkpoint(family):
-    options = OPTIONS | (WAVLM_OPTIONS if family == "wavlm" else {})
-    original = empty_model(
-        family,
-        hidden_act="gelu_python",
-        conv_dim=[16, 16, 24],
-        conv_kernel=[10, 3, 2],
-        conv_stride=[5, 2, 4],
-        **{name: value for name, (_, value) in options.items()},
-    )
+    options = {name: given for name, given in OPTIONS.items() if family == "wavlm" or "bucket" not in name}
+    conv = {"conv_dim": [16, 16, 24], "conv_kernel": [10, 3, 2], "conv_stride": [5, 2, 4]}
+    given = {name: value for name, (_, value) in options.items()}
+    original = empty_model(family, hidden_act="gelu_python", **conv, **given)
     config = huggingface.import_huggingface_model(original, True).config
     assert config["normalize_waveform"] is True
     assert config["extractor_conv_layer_config"] == [(16, 10, 5), (16, 3, 2), (24, 2, 4)]

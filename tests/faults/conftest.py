@@ -4,8 +4,8 @@ from tests.faults.table import World
 
 
 @pytest.fixture(scope="session")
-def whole_world(tmp_path_factory, corpus, manifests, teacher):
-    return World(tmp_path_factory.mktemp, corpus, manifests, teacher)
+def whole_world(tmp_path_factory, corpus, manifests, teacher, stages):
+    return World(tmp_path_factory.mktemp, corpus, manifests, teacher, stages)
 
 
 @pytest.fixture

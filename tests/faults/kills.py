@@ -1,4 +1,5 @@
-"""Signals at random moments: the same command again ends with the unbroken run's weights, to the bit."""
+"""Signals at random moments: the same command again ends with the unbroken run's weights, to the bit. And a
+run that nobody kills: what it holds does not grow."""
 
 import os
 import random
@@ -149,6 +150,29 @@ def killed_recipe(number: int, seed: int):
     return do
 
 
+def usage(pid: int) -> tuple[int, int]:
+    """Memory in KiB (without what is shared with other processes and files) and open files of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    memory = next(line for line in lines if line.startswith("RssAnon:"))
+    return int(memory.split()[1]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def long_run(world) -> Outcome:
+    """2,000 updates with two loader workers: memory and open files of all three processes stay level."""
+    log = world.tmp / "log"
+    changes = {"num_workers": 2, "max_updates": 2000, "save_interval": 100, "log_interval": 50}
+    process = start("distill.py", world.distill(**changes), log)
+    seen = []
+    for update in (650, 1950):
+        wait_until(lambda: log.exists() and f"update {update}/" in log.read_text(), 600)  # noqa: B023
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        seen.append([usage(int(pid)) for pid in (process.pid, *children)])
+    print(f"KiB and open files after 650 and 1,950 updates: {seen}")
+    for (early_memory, early_files), (memory, files) in zip(*seen, strict=True):
+        assert memory < early_memory + 8 * 1024 and files <= early_files + 2, seen
+    return Outcome(ended(process, 600), log.read_text())
+
+
 CASES = [
     *(
         Case(
@@ -166,4 +190,5 @@ CASES = [
         for n in SIGNALS
         for seed in range((MOMENTS + 3) // 4)
     ),
+    Case("none, but 2,000 updates", long_run, finished("update 2000/2000")),
 ]

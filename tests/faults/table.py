@@ -1,28 +1,23 @@
 """What the tables are made of: cases, the world that things are done to, and what may come out."""
 
-import contextlib
-import io
 import multiprocessing
 import os
 import resource
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 
-from tests.helpers.stages import ENVIRONMENT, ROOT, assert_equal_to_the_bit, flags
+from tests.helpers.stages import ENVIRONMENT, ROOT, assert_equal_to_the_bit, flags, run_file
 
 MOMENTS = int(os.environ.get("FAULT_MOMENTS", "20"))
 MUTATIONS = int(os.environ.get("FAULT_MUTATIONS", "3000"))
@@ -122,35 +117,20 @@ def ended(process: multiprocessing.Process, seconds: float) -> int:
 
 
 class World:
-    """A corpus, its manifests, a teacher and a finished run, which cases only read, and an empty folder
-    ``tmp`` for each case; and ways to run commands on them."""
+    """A corpus, its manifests, a teacher and the folder of all four stages (of four updates), which cases
+    only read, and an empty folder ``tmp`` for each case; and ways to run commands on them."""
 
-    def __init__(self, make_folder: Callable[[str], Path], corpus: Path, manifests: Path, teacher: Path):
+    def __init__(self, make_folder: Callable[[str], Path], *files: Path):
         self.make_folder = make_folder
-        self.corpus, self.manifests, self.teacher = corpus, manifests, teacher
+        self.corpus, self.manifests, self.teacher, self.stages = files
         self.tmp = make_folder("case")
         self.cache: dict = {}
 
     def call(self, script: str, *arguments, file_size: int | None = None) -> Outcome:
         """Runs a script of the checkout in this process, which saves the seconds that imports take."""
-        said, status = io.StringIO(), 0
-        handlers = {
-            number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
-        with (
-            mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]),
-            contextlib.redirect_stdout(said),
-            contextlib.redirect_stderr(said),
-            file_size_limit(file_size),
-        ):
-            try:
-                runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-            except SystemExit as error:
-                status = error.code or 0
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-        return Outcome(status, said.getvalue())
+        with file_size_limit(file_size):
+            status, output, errors = run_file(f"{script}.py", *arguments)
+        return Outcome(status, output + errors)
 
     def run(self, script: str, *arguments, **options) -> Outcome:
         """Runs a script of the checkout as a user does."""
@@ -169,29 +149,12 @@ class World:
         student = {"student_ckpt": self.stages / "ckpts" / "pruned_hubert_base.pth"}
         return self.distill(exp, **{**student, "sparsity_warmup_updates": None, **changes})
 
-    @cached_property
-    def stages(self) -> Path:
-        """A folder with stages 1 to 3 in it, stage 3 in ``final``; for reading only."""
-        exp = self.make_folder("stages")
-        student = {"student_ckpt": exp / "ckpts" / "pruned_hubert_base.pth", "sparsity_warmup_updates": None}
-        for script, arguments in (
-            ("distill", self.distill(exp)),
-            ("prune", self.pruning(exp / "ckpts" / "last.ckpt")),
-            ("final_distill", self.distill(exp / "final", **student)),
-        ):
-            finished()(self.call(script, *arguments))
-        return exp
-
     def pruning(self, last: Path) -> list:
         """Flags of prune.py."""
         return ["--distilled_ckpt", last, "--original_ckpt", self.teacher]
 
     def copy_of_stages(self) -> Path:
         return Path(shutil.copytree(self.stages, self.tmp / "stages"))
-
-    def content(self, name: str) -> dict:
-        """What a file of the finished run holds."""
-        return torch.load(self.stages / "ckpts" / name, weights_only=True)
 
 
 def same_checkpoint(first: Path, second: Path) -> None:

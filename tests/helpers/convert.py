@@ -1,24 +1,18 @@
 """What several test files share: converters run as a user runs them, and models and files to convert."""
 
 import argparse
-import contextlib
 import importlib.metadata
-import io
 import os
 import re
-import runpy
 import subprocess
 import sys
-from pathlib import Path
-from unittest import mock
 
 import torch
 
 from converters import fairseq, safe_pickle
-from tests.helpers.stages import ENVIRONMENT, ROOT
+from tests.helpers.models import GOLDEN
+from tests.helpers.stages import ENVIRONMENT, run_file
 from wav2vec2 import wav2vec2_model
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 CLASSES = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2", "wavlm": "WavLM"}
 """The converters' families, and what the names of transformers' classes begin with."""
@@ -53,19 +47,7 @@ RECORDED = {
 
 
 def _convert(script, source, out):
-    """Runs a converter in this process; returns its exit status and what it printed."""
-    flags = ["--model" if "from_hf" in script else "--ckpt", str(source), "--out", str(out)]
-    printed, errors, status = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", [script, *flags]),
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(errors),
-    ):
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as error:
-            status = error.code
-    return status, printed.getvalue(), errors.getvalue()
+    return run_file(script, "--model" if "from_hf" in script else "--ckpt", source, "--out", out)
 
 
 def converted(script, source, folder):

@@ -34,6 +34,13 @@ def close(actual, expected):
     assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def states_and_gradients(model, waveforms, lengths=None):
+    """The hidden states, and the gradients of a loss in which each of their values has a part of its own."""
+    states, _ = model.extract_features(waveforms, lengths)
+    sum((state * torch.sin(torch.arange(state.numel()).view_as(state))).mean() for state in states).backward()
+    return states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def tiny_config(**changes):
     """The config of a HuBERT of 3 layers with dropout."""
     config = base_config(num_layers=3, num_heads=4, embed_dim=32, ff_interm_features=64)

@@ -1,12 +1,16 @@
 """What the tests of the stages share: flags for a run of seconds, processes, and comparisons."""
 
 import importlib
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -99,6 +103,22 @@ def call(monkeypatch, script, *args):
     """Runs a script's main in this process, which saves the seconds that imports take."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
     importlib.import_module(script).main()
+
+
+def run_file(script, *args):
+    """Runs a script's file in this process; returns its status, and what it wrote to both of its outputs."""
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    argv = mock.patch.object(sys, "argv", [script, *map(str, args)])
+    with argv, redirect_stdout(output), redirect_stderr(errors):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            status = error.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return status, output.getvalue(), errors.getvalue()
 
 
 def sentence_of(monkeypatch, capsys, script, *args):

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from utils.processes import available_cpus
 from wav2vec2.cost import multiply_accumulates
 
 NAME = "pruned_hubert_base.pth"
-UPDATES, WARMUP, TARGET = 12, 4, 0.75
+UPDATES, WARMUP, TARGET = 4, 2, 0.75
 STAGE_1 = {"pruning_units": "conv,head,interm", "reg_learning_rate": 0.1, "num_workers": 0}
 
 
@@ -37,29 +37,13 @@ def as_words(**flags):
 
 
 @pytest.fixture(scope="module")
-def whole_run(manifests, teacher, tmp_path_factory):
-    """All four stages on a HuBERT, and their report: the folders, and what was printed."""
-    root = tmp_path_factory.mktemp("whole")
-    final = root / "final"
-    pruned = root / "ckpts" / NAME
-    stage_1 = {"max_updates": UPDATES, "num_workers": 0}
-    stage_3 = {**stage_1, "max_updates": 4, "sparsity_warmup_updates": None, "student_ckpt": pruned}
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(printed), redirect_stderr(printed):
-        call(monkeypatch, "distill", *flags(manifests, teacher, root, **stage_1))
-        cut = as_words(distilled_ckpt=root / "ckpts" / "last.ckpt", original_ckpt=teacher)
-        call(monkeypatch, "prune", *cut)
-        call(monkeypatch, "final_distill", *flags(manifests, teacher, final, **stage_3))
-        last = as_words(ckpt_after_final_distill=final / "ckpts" / "last.ckpt", config_path=pruned)
-        call(monkeypatch, "save_final_ckpt", *last)
-        folders = as_words(root_dir=root, final_dir=final, tsv_dir=manifests, repeats=1)
+def report(stages, teacher, manifests, tmp_path_factory):
+    """The report of all four stages: its numbers, its page, and what was printed."""
+    printed, out = io.StringIO(), tmp_path_factory.mktemp("report")
+    folders = as_words(root_dir=stages, final_dir=stages / "final", tsv_dir=manifests, repeats=1, out=out)
+    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(printed):
         call(monkeypatch, "report", "--teacher_ckpt", teacher, *folders)
-    return root, final, printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def report(whole_run):
-    return *read(whole_run[1] / "report"), whole_run[2]
+    return *read(out), printed.getvalue()
 
 
 def tensors_of(path):
@@ -84,9 +68,9 @@ def pictures_of(page):
     return len(re.findall(r'<img src="data:[^"]{1000,}" alt="[^"]+"', page))
 
 
-def test_sizes_costs_and_widths_are_those_of_the_files(report, whole_run, teacher):
+def test_sizes_costs_and_widths_are_those_of_the_files(report, stages, teacher):
     content, page, printed = report
-    student = whole_run[1] / "ckpts" / NAME
+    student = stages / "final" / "ckpts" / NAME
     assert content["student"]["path"] == str(student) and "stage 4" in content["student"]["stage"]
     for name, path in (("teacher", teacher), ("student", student)):
         state_dict = tensors_of(path)
@@ -106,10 +90,11 @@ def test_sizes_costs_and_widths_are_those_of_the_files(report, whole_run, teache
     assert content["sparsity"]["expected"] is None
 
 
-def test_the_curves_are_what_training_printed(report, whole_run):
+def test_the_curves_are_what_training_printed(report, stages):
     content, _, _ = report
     stage1, stage3 = content["training"]["distill"], content["training"]["final_distill"]
-    lines = re.findall(r"update (\d+)/12: loss (\S+), sparsity (\S+), target (\S+), audio", whole_run[2])
+    said = (stages / "said.txt").read_text()
+    lines = re.findall(r"update (\d+)/4: loss (\S+), sparsity (\S+), target (\S+), audio", said)
     assert [int(update) for update, *_ in lines] == list(range(1, UPDATES + 1))
     assert stage1["train_loss"]["step"] == list(range(UPDATES))
     for column, name in ((1, "train_loss"), (2, "sparsity_expected"), (3, "sparsity_target")):
@@ -123,9 +108,8 @@ def test_the_curves_are_what_training_printed(report, whole_run):
     assert stage3["valid_loss_distill"]["step"][0] == 0 and len(stage3["train_loss"]["value"]) == 4
 
 
-def test_distances_are_those_computed_from_the_audio(report, whole_run, teacher, manifests):
+def test_distances_are_those_computed_from_the_audio(report, stages, teacher, manifests):
     content, _, _ = report
-    root, final, _ = whole_run
     with open(manifests / "valid.tsv") as file:
         folder, *rows = csv.reader(file, delimiter="\t")
     waveforms = [soundfile.read(f"{folder[0]}/{path}", dtype="float32")[0] for path, _ in rows]
@@ -145,12 +129,12 @@ def test_distances_are_those_computed_from_the_audio(report, whole_run, teacher,
         assert entry["relative_error"] == pytest.approx(error, rel=1e-4)
 
     wanted = hidden_states(teacher)
-    tensors = tensors_of(final / "ckpts" / "last.ckpt")
+    tensors = tensors_of(stages / "final" / "ckpts" / "last.ckpt")
     after_stage_3 = {key.removeprefix("distill_linear_projs."): value for key, value in tensors.items()}
-    after_stage_2 = torch.load(root / "ckpts" / NAME, weights_only=True)["distill_linear_projs"]
-    stages = {"after stage 2": (root, after_stage_2), "after stage 4": (final, after_stage_3)}
-    assert [student["stage"] for student in content["distance"]["students"]] == list(stages)
-    for student, (folder, tensors) in zip(content["distance"]["students"], stages.values(), strict=True):
+    after_stage_2 = torch.load(stages / "ckpts" / NAME, weights_only=True)["distill_linear_projs"]
+    made = {"after stage 2": (stages, after_stage_2), "after stage 4": (stages / "final", after_stage_3)}
+    assert [student["stage"] for student in content["distance"]["students"]] == list(made)
+    for student, (folder, tensors) in zip(content["distance"]["students"], made.values(), strict=True):
         states = hidden_states(folder / "ckpts" / NAME)
         assert [entry["layer"] for entry in student["hidden_states"]] == [0, 1, 2, 3]
         for entry in student["hidden_states"]:
@@ -181,9 +165,9 @@ def test_the_page_is_complete_in_itself(report):
     assert "report.html" in report[2].splitlines()[-1]
 
 
-def test_a_run_in_stage_3_and_its_record(whole_run, report, teacher, manifests, tmp_path, monkeypatch):
+def test_a_run_in_stage_3_and_its_record(stages, report, teacher, manifests, tmp_path, monkeypatch):
     root, final = tmp_path / "exp", tmp_path / "exp" / "final"
-    shutil.copytree(whole_run[0], root)
+    shutil.copytree(stages, root)
     entry = json.loads((root / "run.json").read_text())["distill"]
     [session] = entry["sessions"]
     session |= {"started": "2026-01-02T03:04:05+00:00", "seconds": 9000.0}

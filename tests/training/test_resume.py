@@ -103,11 +103,12 @@ def test_a_checkpoint_of_other_models_is_one_sentence(distil, refused, tmp_path)
     assert f"{last} does not belong to these models and flags: what is trained differ" in sentence
     changed = {"pruning_units": "conv", "max_updates": 4, "allow_changed": "pruning_units,max_updates"}
     assert "hard_concrete_for_heads.log_alpha" in refused("first", **changed)
-    content = checkpoint(tmp_path / "first")
-    del content["random_state"]
-    torch.save(content, tmp_path / "part.ckpt")
-    sentence = refused("new", resume_checkpoint=tmp_path / "part.ckpt")
-    assert "part.ckpt is not a checkpoint that this version's training stages wrote" in sentence
+    for key in ("random_state", "optimizer_states", "run"):
+        content = checkpoint(tmp_path / "first")
+        del content[key]
+        torch.save(content, tmp_path / "part.ckpt")
+        sentence = refused("new", resume_checkpoint=tmp_path / "part.ckpt")
+        assert "part.ckpt is not a checkpoint that this version's training stages wrote" in sentence
 
 
 def test_the_checkpoint_before_the_last_one_stands_in_for_it(distil, tmp_path):

@@ -109,7 +109,18 @@ def test_tensors_that_do_not_belong_to_the_config_are_named(good, refused):
     )
     assert "encoder_embed_dim" in sentence(lambda c: c["config"].pop("encoder_embed_dim"))
     assert "prune_everything" in sentence(lambda c: c["config"].update(prune_everything=True))
+    assert "file.pth" in sentence(lambda c: c["state_dict"].update({key: torch.ones(32).int()}))
     assert "convert it with" in sentence(lambda c: c.update(model=c.pop("state_dict")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_saved_in_another_precision_becomes_float32(dtype, good, tmp_path):
+    content = torch.load(io.BytesIO(good), weights_only=True)
+    cast = content["state_dict"] = {name: value.to(dtype) for name, value in content["state_dict"].items()}
+    torch.save(content, tmp_path / "cast.pth")
+    loaded = load_model(tmp_path / "cast.pth").state_dict()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in cast.items())
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
 
 
 def test_a_small_file_never_takes_much_memory(good, refused):

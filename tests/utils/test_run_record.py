@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.stages import call, checkpoint, flags
+from tests.helpers.stages import call, checkpoint
 from utils.checkpoint import fingerprint, read_checkpoint, save_checkpoint
 from wav2vec2 import wav2vec2_model
 
@@ -19,35 +19,6 @@ def other_teacher(teacher, tmp_path_factory):
     path = tmp_path_factory.mktemp("other") / "other.pth"
     save_checkpoint(path, wav2vec2_model(**read_checkpoint(teacher)["config"]))
     return path
-
-
-@pytest.fixture(scope="module")
-def commands(manifests, teacher):
-    """The flags of all four stages in a folder."""
-
-    def commands(exp, **changes):
-        changes = {"num_workers": 0, "max_updates": 4, "save_interval": 2, **changes}
-        last, pruned = exp / "ckpts" / "last.ckpt", exp / "ckpts" / "pruned_hubert_base.pth"
-        final = {"student_ckpt": pruned, "sparsity_warmup_updates": None, **changes}
-        trained = exp / "final" / "ckpts" / "last.ckpt"
-        return {
-            "distill": flags(manifests, teacher, exp, **changes),
-            "prune": ["--distilled_ckpt", last, "--original_ckpt", teacher],
-            "final_distill": flags(manifests, teacher, exp / "final", **final),
-            "save_final_ckpt": ["--config_path", pruned, "--ckpt_after_final_distill", trained],
-        }
-
-    return commands
-
-
-@pytest.fixture(scope="module")
-def stages(commands, tmp_path_factory):
-    """The folder of all four stages, which no test changes."""
-    exp = tmp_path_factory.mktemp("exp")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for script, arguments in commands(exp).items():
-            call(monkeypatch, script, *arguments)
-    return exp
 
 
 @pytest.fixture

@@ -8,19 +8,18 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baseline import make_plain
-from tests.helpers.models import ALL_UNITS, FAMILIES, config_of, randomly_gated, ungated
-from training.layers import checkpoint_activations
+from tests.helpers.models import (
+    ALL_UNITS,
+    FAMILIES,
+    config_of,
+    randomly_gated,
+    states_and_gradients,
+    ungated,
+)
 from utils.checkpoint import build_model
-from wav2vec2 import HardConcrete, PruningError, wav2vec2_model
+from wav2vec2 import HardConcrete, wav2vec2_model
 from wav2vec2.cost import count_parameters
 from wav2vec2.gating import Layout, narrowed
-
-
-def states_and_gradients(model, waveforms, lengths):
-    states, _ = model.extract_features(waveforms, lengths)
-    loss = sum((state * torch.sin(torch.arange(state.numel()).view_as(state))).mean() for state in states)
-    loss.backward()
-    return states, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,11 +65,6 @@ def test_a_replica_leaves_the_model_as_it_was(family):
     assert type(layer) is type(own) and layer.layer_norm is own.layer_norm and layer is not own
 
 
-def test_a_model_without_gates_is_its_own_replica():
-    model = ungated("hubert_base")
-    assert narrowed(model) is model
-
-
 def test_hooks_fire_on_the_layers_of_a_replica():
     model, seen = randomly_gated("hubert_base", 1, ff_interm_features=256), []
     dense = model.encoder.transformer.layers[1].feed_forward.intermediate_dense
@@ -99,19 +93,6 @@ def test_a_closed_head_leaves_the_next_update_free_to_open_it():
     gate.log_alpha.data.fill_(-9.0)
     model.get_num_params().backward()
     assert (gate.log_alpha.grad > 0).all()
-
-
-def test_the_evaluation_mask_follows_the_gates():
-    model = wav2vec2_model(**config_of("hubert_base"))
-    gate = model.gates()[0]
-    model.eval()
-    before = gate()
-    optimizer = torch.optim.AdamW([gate.log_alpha], lr=1.0, fused=True)
-    gate.log_alpha.grad = torch.linspace(-1, 1, gate.n_in)
-    for _ in range(5):
-        optimizer.step()
-    assert not torch.equal(gate(), before)
-    assert (gate() == 0).sum() == round(gate.n_in - gate.l0_norm().item())
 
 
 def test_samples_follow_the_hard_concrete_distribution():
@@ -194,15 +175,6 @@ def test_wavlm_keeps_the_attention_that_makes_the_position_bias():
     assert model.get_num_params() == count_parameters(model) == count_parameters(again)
 
 
-def test_a_conv_layer_pruned_to_nothing_is_named():
-    model = wav2vec2_model(**config_of("hubert_base"))
-    model.feature_extractor.conv_layers[4].hard_concrete.log_alpha.data.fill_(-40.0)
-    before = count_parameters(model)
-    with pytest.raises(PruningError, match=r"conv layer 4 .* lower --target_sparsity"):
-        model.prune()
-    assert count_parameters(model) == before and model.gates()
-
-
 def test_round_to_rounds_widths_up():
     model = randomly_gated("hubert_base", 1).eval()
     for layer in model.encoder.transformer.layers:
@@ -226,31 +198,3 @@ def test_evaluation_under_inference_mode_leaves_training_free(family):
     states, _ = model.train().extract_features(waveforms)
     (states[-1].sum() + model.get_num_params()).backward()
     assert all(gate.log_alpha.grad is not None for gate in model.gates())
-
-
-def test_the_expected_size_survives_moves_and_casts():
-    model = wav2vec2_model(**config_of("hubert_base"))
-    expected = model.get_num_params().item()
-    assert model.half().get_num_params().item() == pytest.approx(expected, rel=1e-3)
-    assert model.double().get_num_params().dtype == torch.float64
-    model.to("meta")
-    assert model.get_num_params().is_meta
-
-
-def test_two_passes_may_wait_for_their_backward_pass():
-    """Each goes back through the units that it drew."""
-    first, second = torch.randn(1, 4000), torch.randn(1, 4000)
-    gradients = []
-    for together in (True, False):
-        model = randomly_gated("wavlm_base", 4)
-        checkpoint_activations(model)
-        torch.manual_seed(3)
-        losses = [model.extract_features(first)[0][-1].sum()]
-        if not together:
-            losses.pop().backward()
-        losses.append(model.extract_features(second)[0][-1].sum())
-        sum(losses).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-4, msg=name)

@@ -15,6 +15,7 @@ from tests.helpers.models import (
     config_of,
     pruned,
     randomly_gated,
+    states_and_gradients,
     ungated,
     without_dropout,
 )
@@ -69,8 +70,12 @@ def test_a_lora_adapter_changes_the_output_and_is_trained(model):
     assert lora and all(gradient is not None and gradient.abs().max() > 0 for gradient in lora.values())
 
 
-@pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "padded"])
-def test_torch_export_gives_the_same_at_other_sizes(model, with_lengths):
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow if "large" in f else ()) for f in FAMILIES]
+)
+@pytest.mark.parametrize("kind, with_lengths", [(ungated, False), (pruned, True)], ids=["whole", "padded"])
+def test_torch_export_gives_the_same_at_other_sizes(family, kind, with_lengths):
+    model = kind(family).eval()
     batch, time = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("time", min=720, max=1_000_000)
     shapes = {"waveforms": {0: batch, 1: time}, "lengths": {0: batch} if with_lengths else None}
     lengths = torch.tensor([6000, 5000, 4000]) if with_lengths else None
@@ -87,9 +92,7 @@ def test_torch_export_gives_the_same_at_other_sizes(model, with_lengths):
 def gradients(model, waveforms):
     model.zero_grad()
     torch.manual_seed(5)
-    states, _ = model.train().extract_features(waveforms)
-    sum((state * torch.sin(torch.arange(state.numel()).view_as(state))).mean() for state in states).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return states_and_gradients(model.train(), waveforms)[1]
 
 
 def checkpoint_by_forward(model):

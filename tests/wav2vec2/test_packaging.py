@@ -1,6 +1,5 @@
 """What ``pip install`` brings: the package ``wav2vec2``, which needs torch alone; extras for the scripts."""
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -54,16 +53,6 @@ def test_the_metadata_requires_torch_alone(wheel):
     assert metadata["Author"] == "The speech-distill-prune authors"
 
 
-def test_the_package_imports_torch_alone():
-    allowed = {*sys.stdlib_module_names, "torch", "wav2vec2"}
-    for path in (ROOT / "wav2vec2").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                assert node.module.split(".")[0] in allowed, path
-
-
 def test_the_installed_package_works_where_there_is_torch_alone(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     code = """
@@ -72,7 +61,7 @@ import torch, wav2vec2
 from wav2vec2 import wav2vec2_model
 for module in pkgutil.walk_packages(wav2vec2.__path__, "wav2vec2."):
     importlib.import_module(module.name)
-model = wav2vec2.hubert_base().eval()
+model = wav2vec2.hubert_base(num_layers=2).eval()
 torch.save({"config": model.config, "state_dict": model.state_dict()}, "model.pth")
 checkpoint = torch.load("model.pth", weights_only=True)
 loaded = wav2vec2_model(**checkpoint["config"]).eval()
@@ -87,6 +76,7 @@ print(torch.equal(*states), states[0].shape[-1], wav2vec2.__file__)
     assert done.stdout.split() == ["True", "768", str(tmp_path / "site" / "wav2vec2" / "__init__.py")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_without_its_extra_names_it_in_one_sentence(script, tmp_path):
     done = run_with_torch_alone(tmp_path, ROOT / script)

@@ -6,7 +6,6 @@ from torch.testing import assert_close
 
 from tests.helpers.models import ALL_UNITS, close, recorded
 from utils.checkpoint import load_model, save_checkpoint
-from utils.files import UserError
 from wav2vec2 import wav2vec2_model
 
 PRUNED = ["prune_hubert", "prune_hubert_large", "prune_wavlm"]
@@ -64,24 +63,18 @@ def test_a_published_student_can_be_pruned_further(name, tmp_path):
         )
 
 
-def without_attention(path, layers, empty, **extra):
-    """A pruned WavLM whose ``layers`` have no attention, ``empty``: nor heads in the config."""
+@pytest.mark.parametrize("empty", [False, True], ids=["heads in the config", "no heads in the config"])
+@pytest.mark.parametrize("layers", [(1,), (1, 2)])
+def test_layers_without_attention_load_and_run(layers, empty, tmp_path):
+    """A pruned WavLM whose ``layers`` have no attention."""
     golden = recorded("prune_wavlm")
-    config = dict(golden["pruned_config"])
+    config, heads = golden["pruned_config"], golden["pruned_config"]["encoder_remaining_heads"]
     config["encoder_use_attention"] = [i not in layers for i in range(3)]
     if empty:
-        heads = config["encoder_remaining_heads"]
         config["encoder_remaining_heads"] = [[] if i in layers else h for i, h in enumerate(heads)]
     dropped = tuple(f"encoder.transformer.layers.{i}.attention." for i in layers)
     state_dict = {k: v for k, v in golden["pruned_state_dict"].items() if not k.startswith(dropped)}
-    torch.save({"config": config | extra, "state_dict": state_dict}, path)
-    return golden, state_dict
-
-
-@pytest.mark.parametrize("empty", [False, True])
-@pytest.mark.parametrize("layers", [(1,), (1, 2)])
-def test_layers_without_attention_load_and_run(layers, empty, tmp_path):
-    golden, state_dict = without_attention(tmp_path / "student.pth", layers, empty)
+    torch.save({"config": config, "state_dict": state_dict}, tmp_path / "student.pth")
     model = load_model(tmp_path / "student.pth").eval()
     assert [layer.attention is None for layer in model.encoder.transformer.layers] == [
         i in layers for i in range(3)
@@ -99,29 +92,6 @@ def test_layers_without_attention_load_and_run(layers, empty, tmp_path):
     model.train().add_gates(ALL_UNITS)
     assert model.encoder.transformer.layers[1].attention is None
     model(golden["waveforms"])[0].sum().backward()
-
-
-def test_the_first_layer_of_a_wavlm_may_have_no_head_left(tmp_path):
-    golden = recorded("prune_wavlm")
-    config, state_dict = dict(golden["pruned_config"]), dict(golden["pruned_state_dict"])
-    config["encoder_remaining_heads"] = [[], *config["encoder_remaining_heads"][1:]]
-    prefix = "encoder.transformer.layers.0.attention."
-    for key in ("q_proj", "k_proj", "v_proj"):
-        state_dict[f"{prefix}{key}.weight"] = torch.zeros(0, config["encoder_embed_dim"])
-        state_dict[f"{prefix}{key}.bias"] = torch.zeros(0)
-    state_dict[f"{prefix}out_proj.weight"] = torch.zeros(config["encoder_embed_dim"], 0)
-    torch.save({"config": config, "state_dict": state_dict}, tmp_path / "student.pth")
-    model = load_model(tmp_path / "student.pth").eval()
-    with torch.no_grad():
-        states = torch.stack(model.extract_features(golden["waveforms"])[0])
-    assert states.isfinite().all() and states.shape[0] == 4
-
-
-def test_extra_keys_are_named_in_one_sentence(tmp_path):
-    extra = {"use_layerwise_prune": False, "diarizen_version": "0.1"}
-    published("prune_wavlm", tmp_path / "student.pth", **extra)
-    with pytest.raises(UserError, match="diarizen_version, use_layerwise_prune: drop it from the config"):
-        load_model(tmp_path / "student.pth")
 
 
 def test_none_in_place_of_the_other_familys_keys_loads(tmp_path):

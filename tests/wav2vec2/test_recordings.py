@@ -10,9 +10,10 @@ PRUNED = ["prune_hubert", "prune_hubert_large", "prune_wavlm"]
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_hidden_states_equal_the_recording(name):
+def test_size_and_hidden_states_equal_the_recording(name):
     golden = recorded(name)
     model = build(golden["config"], golden["state_dict"])
+    assert model.get_num_params() == golden["total_params"] == sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         states, lengths = model.extract_features(golden["waveforms"])
         assert lengths is None
@@ -36,15 +37,8 @@ def test_num_layers_gives_the_first_hidden_states(name):
         model.extract_features(golden["waveforms"], num_layers=4)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_size_without_gates_is_the_true_count(name):
-    golden = recorded(name)
-    model = build(golden["config"], golden["state_dict"])
-    assert model.get_num_params() == golden["total_params"] == sum(p.numel() for p in model.parameters())
-
-
 @pytest.mark.parametrize("name", PRUNED)
-def test_gates_equal_the_recording(name):
+def test_gates_and_gated_outputs_equal_the_recording(name):
     golden = recorded(name)
     model = build(golden["config"], golden["state_dict"])
     gates = dict(model.named_modules())
@@ -52,24 +46,16 @@ def test_gates_equal_the_recording(name):
         assert gates[gate].l0_norm().item() == pytest.approx(norm, rel=1e-5)
     for gate, mask in golden["eval_masks"].items():
         close(gates[gate](), mask)
+    with torch.no_grad():
+        close(model.extract_features(golden["waveforms"])[0], golden["hidden_states_gated"])
     expected = golden["expected_num_params"]
     if name == "prune_wavlm":
         per_layer = 8 * 8 + 8 + 4
         for i in (1, 2):
-            expected += (
-                golden["l0_norm"][f"encoder.transformer.layers.{i}.attention.hard_concrete_for_layer"]
-                * per_layer
-            )
+            gate = f"encoder.transformer.layers.{i}.attention.hard_concrete_for_layer"
+            expected += golden["l0_norm"][gate] * per_layer
         expected += per_layer + 32 * 4
     assert model.get_num_params().item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", PRUNED)
-def test_gated_outputs_equal_the_recording(name):
-    golden = recorded(name)
-    model = build(golden["config"], golden["state_dict"])
-    with torch.no_grad():
-        close(model.extract_features(golden["waveforms"])[0], golden["hidden_states_gated"])
 
 
 @pytest.mark.parametrize("name", PRUNED)
