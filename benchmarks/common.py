@@ -20,10 +20,10 @@ from utils.checkpoint import load_model
 from utils.cli import fraction, positive
 from utils.files import UserError
 from utils.processes import available_cpus
-from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base
+from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base, wavlm_large
 
 SAMPLE_RATE = 16_000
-MODELS = {"hubert_base": hubert_base, "hubert_large": hubert_large, "wavlm_base_plus": wavlm_base}
+MODELS = {f.__name__: f for f in (hubert_base, hubert_large, wavlm_base, wavlm_large)}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

@@ -29,11 +29,10 @@ from dataset import write_manifests
 from training.hardware import prepare_gpu
 from utils.checkpoint import save_checkpoint
 from utils.cli import run_script
-from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base, wavlm_large
+from wav2vec2 import Wav2Vec2Model, hubert_base
 from wav2vec2.config import NO_DROPOUT
 
 DISTILL = Path(__file__).parent.parent / "distill.py"
-FAMILIES = {f.__name__: f for f in (hubert_base, hubert_large, wavlm_base, wavlm_large)}
 SMALL = {
     "num_layers": 3,
     "num_heads": 4,
@@ -72,7 +71,7 @@ class Checks:
 
     def model(self, family: str = "hubert_base") -> Wav2Vec2Model:
         torch.manual_seed(0)
-        return FAMILIES[family](**NO_DROPOUT, **(SMALL if self.small else {}))
+        return common.MODELS[family](**NO_DROPOUT, **(SMALL if self.small else {}))
 
     def audio(self, utterances: int, seconds: float) -> Tensor:
         """Noise (utterances, time) on the device."""
@@ -110,7 +109,7 @@ def agreement(checks: Checks) -> None:
     given = [None, torch.tensor([batch.size(1), batch.size(1) * 3 // 4])]
     limits = LIMITS | (GPU_LIMITS if checks.on_gpu else {})
     stages = {"gated": common.gated_copy, "pruned": common.compressed}
-    for family, (stage, make) in itertools.product(FAMILIES, stages.items()):
+    for family, (stage, make) in itertools.product(common.MODELS, stages.items()):
         teacher = checks.model(family)
         student = make(teacher, 0.4)
         cpu = Step("product", teacher, student, torch.device("cpu"))

@@ -20,7 +20,7 @@ import torch
 from baseline import make_plain
 from torch import Tensor
 
-from lightning import DistillModule, LinearDecayLRScheduler
+from lightning import DistillModule
 from training import onednn
 from training.arguments import PRECISIONS, distillation, training_parser
 from training.hardware import keep_freed_memory, prepare_gpu, prepare_models
@@ -67,22 +67,11 @@ class Step:
             prepare_models(self.module, args, PRECISIONS[precision])
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
         self.scheduler = schedule["scheduler"]
-        if self.plain:
-            self.optimizer = torch.optim.AdamW([{**g, "fused": None} for g in self.optimizer.param_groups])
-            self.scheduler = LinearDecayLRScheduler(self.optimizer, args.warmup_updates, args.max_updates)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "16")
-        compute = self.module.teacher_model.extract_features
-
-        def timed(*args):
-            start = common.mark(device)
-            result = compute(*args)
-            self.teacher_marks = (start, common.mark(device))
-            return result
-
-        self.module.teacher_model.extract_features = timed
 
     def __call__(self, waveforms: Tensor) -> dict[str, tuple]:
-        """Makes an update with waveforms (batch, time); returns the marks around each part of it."""
+        """Makes an update with waveforms (batch, time); returns the marks around each part of it, of which
+        ``forward`` is the teacher's and the student's."""
         (onednn.disable if self.plain else onednn.enable)()
         start = common.mark(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -98,14 +87,11 @@ class Step:
         self.scheduler.step()
         end = common.mark(self.device)
         parts = {"forward": (start, computed), "backward": (computed, derived), "optimiser": (derived, end)}
-        return {"teacher": self.teacher_marks, **parts, "total": (start, end)}
+        return {**parts, "total": (start, end)}
 
 
 def milliseconds(marks: dict[str, tuple]) -> dict[str, float]:
-    """The time of each part of an update; ``forward`` is the student's."""
-    times = {part: common.milliseconds(*ends) for part, ends in marks.items()}
-    times["forward"] -= times["teacher"]
-    return times
+    return {part: common.milliseconds(*ends) for part, ends in marks.items()}
 
 
 def compare(
