@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.stages import run
+from tests.helpers.stages import ROOT
 from training.hardware import prepare_gpu
 
 FOLDER = Path(__file__).parent
@@ -31,15 +31,27 @@ def library(tmp_path_factory):
     return out / "libstub.so"
 
 
-@pytest.mark.slow
-def test_updates_wait_once_and_mix_no_devices_or_dtypes(library):
-    cases = ["hubert_base,1,bf16", "wavlm_large,1,16", "hubert_large,3,16", "wavlm_base,3,bf16"]
+def under_the_stand_in(library, tmp_path, script, *arguments):
+    """What a script of this folder prints."""
     environment = {
-        "LD_PRELOAD": library,
-        "LD_LIBRARY_PATH": library.parent,
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": str(library.parent),
+        "OMP_NUM_THREADS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",  # the stand-in has no virtual memory
     }
-    printed = run("tests/cuda_stub/updates.py", *cases, **environment).stdout.splitlines()
+    command = [sys.executable, FOLDER / script, *arguments]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=900)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+@pytest.mark.slow
+def test_updates_wait_once_and_mix_no_devices_or_dtypes(library, tmp_path):
+    cases = ["hubert_base,1,bf16", "wavlm_large,1,16", "hubert_large,3,16", "wavlm_base,3,bf16"]
+    printed = under_the_stand_in(library, tmp_path, "updates.py", *cases).splitlines()
     found = {case["case"]: case for case in map(json.loads, printed)}
     assert list(found) == cases
     for case, counted in found.items():
@@ -54,6 +66,17 @@ def test_updates_wait_once_and_mix_no_devices_or_dtypes(library):
         if gated:
             assert set(counted["conv widths"]) <= {64, 128}, "few shapes for cuDNN to prepare for"
     assert found["hubert_base,1,bf16"]["kernels"] <= 1500
+
+
+@pytest.mark.slow
+def test_the_code_of_gpu_check_runs(library, tmp_path):
+    pytest.importorskip("triton", reason="no Triton to compile with")
+    printed = under_the_stand_in(library, tmp_path, "gpu_check_dry.py")
+    kernels = [int(line.split(": ")[1]) for line in printed.splitlines() if "kernels of an update" in line]
+    assert kernels[1] < 0.9 * kernels[0], "compiled, an update launches fewer"
+    for variant in ("product+bf16", "product+bf16+compile"):
+        assert f"pass waits of an update, {variant}: 1" in printed
+    assert "peak GiB, bf16, 64 x 10 s" in printed and "\nstatus " in printed
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", None])
