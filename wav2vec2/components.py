@@ -49,8 +49,8 @@ class ChannelLayerNorm(nn.LayerNorm):
         super().__init__(num_channels)
         self.register_buffer("channels", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channel, frame) -> the same."""
+    def forward(self, x: Tensor, length: Tensor | None = None) -> Tensor:
+        """(batch, channel, frame) -> the same; ``length`` makes no difference."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         with without_autocast(x):
             x = F.layer_norm(x.transpose(1, 2), self.normalized_shape, weight, bias, self.eps)
@@ -63,10 +63,20 @@ class ChannelGroupNorm(nn.GroupNorm):
     def __init__(self, num_channels: int) -> None:
         super().__init__(num_channels, num_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channel, frame) -> the same."""
+    def forward(self, x: Tensor, length: Tensor | None = None) -> Tensor:
+        """(batch, channel, frame) -> the same, by the statistics of all frames, or of the (batch,) first
+        ``length``."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         with without_autocast(x):
-            return F.group_norm(x, x.size(1), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            if length is None:
+                return F.group_norm(x, x.size(1), weight, bias, self.eps)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))  # for the sums
+            valid = torch.arange(x.size(2), device=x.device) < length.view(-1, 1, 1)
+            count = length.clamp(min=1).view(-1, 1, 1)
+            centred = wide - wide.where(valid, 0).sum(2, keepdim=True) / count
+            variance = centred.where(valid, 0).square().sum(2, keepdim=True) / count
+            x = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
+            return x * weight.unsqueeze(1) + bias.unsqueeze(1)
 
 
 class ConvLayerBlock(nn.Module):
@@ -96,16 +106,19 @@ class ConvLayerBlock(nn.Module):
         self.hard_concrete: HardConcrete | None = None
         nn.init.kaiming_normal_(self.conv.weight)
 
-    def forward(self, x: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(batch, channel, frame) and (batch,) valid frames or None -> the same of the output."""
+    def forward(
+        self, x: Tensor, length: Tensor | None = None, masked: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, channel, frame) and (batch,) valid frames or None -> the same of the output; ``masked``
+        takes the statistics of a group norm over valid frames alone."""
         if length is not None:
             steps = torch.div(length - self.kernel_size, self.stride, rounding_mode="floor")
             length = (steps + 1).clamp(min=0)
-        return self.finish(self.conv(x)), length
+        return self.finish(self.conv(x), length if masked else None), length
 
-    def finish(self, x: Tensor) -> Tensor:
-        """Norm and GELU."""
-        return F.gelu(x if self.layer_norm is None else self.layer_norm(x))
+    def finish(self, x: Tensor, length: Tensor | None = None) -> Tensor:
+        """Norm and GELU; ``length`` as for the norm."""
+        return F.gelu(x if self.layer_norm is None else self.layer_norm(x, length))
 
 
 class FeatureExtractor(nn.Module):
@@ -128,11 +141,13 @@ class FeatureExtractor(nn.Module):
         # It carries the mask of the last conv layer, which no weight reads before the next layer norm.
         self.dummy_weight = nn.Parameter(torch.ones(in_channels), requires_grad=False)
 
-    def forward(self, waveforms: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, waveforms: Tensor, length: Tensor | None = None, masked_group_norm: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """(batch, time) and (batch,) valid samples or None -> (batch, frame, channel) and (batch,) frames."""
         x = waveforms.unsqueeze(1)
         for layer in self.conv_layers:
-            x, length = layer(x, length)
+            x, length = layer(x, length, masked_group_norm)
         return (x * self.dummy_weight.unsqueeze(-1)).transpose(1, 2), length
 
 
@@ -417,6 +432,14 @@ class EncoderLayer(nn.Module):
         self.layer_norm_first = layer_norm_first
         self.feed_forward = feed_forward
         self.final_layer_norm = LayerNorm(embed_dim)
+        self.freeze_unused_norms()
+
+    def freeze_unused_norms(self) -> None:
+        """Takes out of training the norms that nothing reads: those before a branch that is not there."""
+        if self.layer_norm_first and self.attention is None:
+            self.layer_norm.requires_grad_(False)
+        if self.layer_norm_first and self.feed_forward is None:
+            self.final_layer_norm.requires_grad_(False)
 
     def forward(
         self, x: Tensor, position_bias: Tensor | None = None, attention_mask: Tensor | None = None
@@ -481,7 +504,10 @@ class Transformer(nn.Module):
         position_bias = None if first is None else first.position_bias(x.size(1))
         outputs = []
         for layer in self.layers[:num_layers]:
-            if not (layer_drop and torch.rand(()).item() < layer_drop):
+            if layer_drop and torch.rand(()).item() < layer_drop:
+                # The parameters of a dropped layer get zeros as gradients, which DDP waits for.
+                x = x + 0.0 * sum(parameter.flatten()[:1].sum() for parameter in layer.parameters())
+            else:
                 x = layer(x, position_bias, attention_mask)
             outputs.append(x)
         return outputs

@@ -36,12 +36,16 @@ class Wav2Vec2Model(nn.Module):
     Attributes:
         config: the same as a dictionary, the keyword arguments of :func:`wav2vec2_model` that build this
             model; ``prune()`` keeps it true.
+        masked_group_norm: where lengths are given, the group norm of the first conv layer takes its
+            statistics over the valid frames alone, so that features do not depend on the padding. False, as
+            in fairseq, unless it is set; a checkpoint does not carry it.
     """
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
         self.config = config.to_dict()
         self.normalize_waveform = config.normalize_waveform
+        self.masked_group_norm = False
         self.feature_extractor = parts.FeatureExtractor(
             config.extractor_mode,
             config.extractor_conv_layer_config,
@@ -130,7 +134,7 @@ class Wav2Vec2Model(nn.Module):
             raise ValueError(f"waveforms are (batch, time), not {tuple(waveforms.shape)}")
         if self.normalize_waveform:
             waveforms = normalize(waveforms, lengths)
-        features, frames = self.feature_extractor(waveforms, lengths)
+        features, frames = self.feature_extractor(waveforms, lengths, self.masked_group_norm)
         return self.encoder(features, frames, num_layers, layer_drop), frames
 
     def get_num_params(self) -> Tensor:

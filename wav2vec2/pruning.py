@@ -55,6 +55,7 @@ def prune(model: nn.Module, round_to: int = 1) -> None:
             closed = _is_closed(feed_forward.hard_concrete_for_layer, masks)
             width = feed_forward.intermediate_dense.out_features
             layer.feed_forward = feed_forward if width and not closed else None
+        layer.freeze_unused_norms()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, HardConcrete):
