@@ -29,6 +29,7 @@ AUTO_MAP = {
     "AutoConfig": "modeling_pruned_speech.PrunedSpeechConfig",
     "AutoModel": "modeling_pruned_speech.PrunedSpeechModel",
     "AutoModelForCTC": "modeling_pruned_speech.PrunedSpeechForCTC",
+    "AutoModelForAudioClassification": "modeling_pruned_speech.PrunedSpeechForSequenceClassification",
 }
 """For each class of transformers, the one in the exported code that it loads."""
 

@@ -3,6 +3,7 @@
 export_to_hf.py copies this file beside the project's own modules, where its relative imports resolve.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -11,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    ModelOutput,
+    SequenceClassifierOutput,
+)
+from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from .components import EncoderLayer, WavLMSelfAttention
 from .config import NO_GATES, Wav2Vec2Config, base_config
@@ -23,12 +30,22 @@ from .pruning import PruningError  # noqa: F401
 
 # transformers 4.48 fetches only what this file itself imports.
 
-CTC = {
+OPTIONS = {
+    "masked_group_norm": False,  # whether a group norm leaves the padding out, so that nothing depends on it
+    "apply_spec_augment": True,  # whether training masks spans (SpecAugment), as the next six say
+    "mask_time_prob": 0.0,  # share of the frames that start a masked span, times the span's length
+    "mask_time_length": 10,  # frames of a span
+    "mask_time_min_masks": 2,  # the fewest spans of an utterance
+    "mask_feature_prob": 0.0,  # the same over features
+    "mask_feature_length": 10,
+    "mask_feature_min_masks": 0,
+    "use_weighted_layer_sum": False,  # whether a classifier reads a weighted sum of all layers, not the last
+    "classifier_proj_size": 256,  # features between the encoder and a classifier
     "vocab_size": 32,  # outputs of the CTC head
     "final_dropout": 0.0,  # dropout before the CTC head
     "ctc_loss_reduction": "sum",  # or "mean", over the batch's utterances
     "ctc_zero_infinity": False,  # whether an utterance too short for its labels has the loss 0, not infinity
-    "initializer_range": 0.02,  # standard deviation of the weights of a new CTC head
+    "initializer_range": 0.02,  # standard deviation of the weights of a new head
     "pad_token_id": 0,  # the blank of CTC
 }
 
@@ -37,9 +54,9 @@ class PrunedSpeechConfig(PretrainedConfig):
     """A pruned or whole wav2vec 2.0, HuBERT or WavLM.
 
     Args:
-        kwargs: the keys of ``CTC`` above, those of ``Wav2Vec2Config`` in config.py, by default HuBERT Base's
-            or WavLM Base's, and what every config of transformers takes. ``normalize_waveform`` is what the
-            feature extractor does; the model reads what it is given.
+        kwargs: the keys of ``OPTIONS`` above, those of ``Wav2Vec2Config`` in config.py, by default HuBERT
+            Base's or WavLM Base's, and what every config of transformers takes. ``normalize_waveform`` is
+            what the feature extractor does; the model reads what it is given.
     """
 
     model_type = "pruned_speech"
@@ -57,7 +74,21 @@ class PrunedSpeechConfig(PretrainedConfig):
         defaults = base_config(wavlm=kwargs.get("encoder_remaining_heads") is not None)
         for key in ("aux_num_out", *NO_GATES):  # a CTC head of its own stands for the first
             del defaults[key]
-        super().__init__(**{**CTC, **defaults, **kwargs})
+        super().__init__(**{**OPTIONS, **defaults, **kwargs})
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples from one frame to the next, by which transformers' pipelines cut and time their text."""
+        return math.prod(stride for _, _, stride in self.extractor_conv_layer_config)
+
+
+def frozen_to_buffers(model: nn.Module) -> None:
+    """Makes buffers of the parameters that are not trained: transformers would train all that it loads."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
 
 
 class CheckpointedLayer(EncoderLayer):
@@ -83,10 +114,14 @@ class PrunedSpeechPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises a module that the loaded file has no tensors for: a new CTC head."""
+        """Initialises what the loaded file has no tensors for: a new head, or the vector of masked frames."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             nn.init.zeros_(module.bias)
+        elif hasattr(module, "layer_weights"):
+            nn.init.zeros_(module.layer_weights)  # their softmax counts
+        elif getattr(module, "masked_spec_embed", None) is not None:
+            nn.init.zeros_(module.masked_spec_embed)
 
     def _get_feat_extract_output_lengths(self, input_lengths: Tensor | int) -> Tensor | int:
         """Samples -> frames."""
@@ -116,15 +151,15 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         model = Wav2Vec2Model(Wav2Vec2Config.from_dict({**given, "aux_num_out": None}))
         self.feature_extractor = model.feature_extractor
         self.encoder = model.encoder
+        masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
+        # What frames under a mask are replaced by, which is learnt; no checkpoint of this project has it.
+        self.masked_spec_embed = nn.Parameter(torch.zeros(config.encoder_embed_dim)) if masks_frames else None
         # transformers renames weight_g and weight_v to what torch's own parametrisation calls them.
         position = self.encoder.transformer.pos_conv_embed
         options = ("in_channels", "out_channels", "kernel_size", "padding", "groups")
         conv = nn.Conv1d(**{option: getattr(position.conv, option) for option in options})
         position.conv = weight_norm(conv, dim=2)
-        # transformers makes every parameter that it loads trainable, which this one is not.
-        weight = self.feature_extractor.dummy_weight.detach()
-        del self.feature_extractor.dummy_weight
-        self.feature_extractor.register_buffer("dummy_weight", weight)
+        frozen_to_buffers(self)
         for layer in self.encoder.transformer.layers:
             layer.__class__ = CheckpointedLayer  # which differs in its forward alone
             if isinstance(layer.attention, WavLMSelfAttention):
@@ -151,25 +186,66 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         Returns:
             ``last_hidden_state`` (batch, frame, feature), and ``hidden_states``.
         """
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions is not supported: the attention weights are not computed")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        transformer = self.encoder.transformer
-        lengths = None if attention_mask is None else attention_mask.sum(-1)
-        features, frames = self.feature_extractor(input_values.to(self.dtype), lengths)
-        layer_drop = transformer.layer_drop if self.training else 0.0
-        # The encoder does not return what its first layer reads, which comes out of the dropout.
-        # torch.compile cannot trace the hook that keeps it.
-        first: list[Tensor] = []
-        keep = transformer.dropout.register_forward_hook
-        with keep(lambda *call: first.append(call[-1])) if output_hidden_states else nullcontext():
-            _, *states = self.encoder(features, frames, layer_drop=layer_drop)
-        if transformer.layer_norm_first:
-            states[-1] = transformer.layer_norm(states[-1])
-        hidden_states = (*first, *states) if output_hidden_states else None
+        states = self.compute_states(input_values, attention_mask, output_attentions, output_hidden_states)
+        if self.encoder.transformer.layer_norm_first:
+            states[-1] = self.encoder.transformer.layer_norm(states[-1])
+        hidden_states = tuple(states) if output_hidden_states else None
         output = BaseModelOutput(last_hidden_state=states[-1], hidden_states=hidden_states)
         return self._output(output, return_dict)
+
+    def compute_states(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool | None,
+        with_first: bool = True,
+    ) -> list[Tensor]:
+        """The input of the first layer, unless ``with_first`` is False, and the output of every layer, each
+        (batch, frame, feature); the other arguments are those of :meth:`forward`."""
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions is not supported: the attention weights are not computed")
+        config, transformer = self.config, self.encoder.transformer
+        lengths = None if attention_mask is None else attention_mask.sum(-1)
+        features, frames = self.feature_extractor(
+            input_values.to(self.dtype), lengths, config.masked_group_norm
+        )
+        layer_drop = transformer.layer_drop if self.training else 0.0
+        probabilities = config.mask_time_prob, config.mask_feature_prob
+        masks = self.training and config.apply_spec_augment and max(probabilities) > 0
+        # The encoder does not return what its first layer reads, which comes out of the dropout.
+        # torch.compile cannot trace hooks, so they are there only where they are needed.
+        first: list[Tensor] = []
+        keep = transformer.dropout.register_forward_hook
+        mask = self.encoder.feature_projection.register_forward_hook
+        with (
+            keep(lambda *call: first.append(call[-1])) if with_first else nullcontext(),
+            mask(lambda *call: self._spec_augment(call[-1], frames)) if masks else nullcontext(),
+        ):
+            _, *states = self.encoder(features, frames, layer_drop=layer_drop)
+        return [*first, *states]
+
+    def _spec_augment(self, x: Tensor, frames: Tensor | None) -> Tensor:
+        """Masks spans of frames and of features of (batch, frame, feature) at random, as transformers' own
+        models do (SpecAugment, Park et al. 2019, section 2)."""
+        config, (batch, length, features) = self.config, x.shape
+        if config.mask_time_prob > 0:
+            valid = None if frames is None else torch.arange(length) < frames.cpu().unsqueeze(-1)
+            options = config.mask_time_prob, config.mask_time_length, valid, config.mask_time_min_masks
+            masked = torch.from_numpy(_compute_mask_indices((batch, length), *options)).to(x.device)
+            vector = torch.zeros_like(x[0, 0]) if self.masked_spec_embed is None else self.masked_spec_embed
+            x = torch.where(masked.unsqueeze(-1), vector.to(x.dtype), x)
+        if config.mask_feature_prob > 0:
+            options = (
+                config.mask_feature_prob,
+                config.mask_feature_length,
+                None,
+                config.mask_feature_min_masks,
+            )
+            masked = torch.from_numpy(_compute_mask_indices((batch, features), *options)).to(x.device)
+            x = x.masked_fill(masked.unsqueeze(1), 0.0)
+        return x
 
 
 class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
@@ -226,7 +302,63 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
             )
 
 
+class PrunedSpeechForSequenceClassification(PrunedSpeechPreTrainedModel):
+    """The encoder with a classifier of whole utterances; ``AutoModelForAudioClassification`` loads it."""
+
+    def __init__(self, config: PrunedSpeechConfig) -> None:
+        super().__init__(config)
+        self.pruned_speech = PrunedSpeechModel(config)
+        if config.use_weighted_layer_sum:
+            self.layer_weights = nn.Parameter(torch.zeros(config.encoder_num_layers + 1))
+            if config.encoder_layer_norm_first:  # The sum leaves the norm after the last layer out.
+                self.pruned_speech.encoder.transformer.layer_norm.requires_grad_(False)
+                frozen_to_buffers(self)
+        self.projector = nn.Linear(config.encoder_embed_dim, config.classifier_proj_size)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """
+        Args:
+            input_values to return_dict: as for :class:`PrunedSpeechModel`.
+            labels: (batch,) classes; with them there is a loss.
+        Returns:
+            ``loss``, ``logits`` (batch, class) and ``hidden_states``.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if self.config.use_weighted_layer_sum:
+            states = self.pruned_speech.compute_states(input_values, attention_mask, output_attentions)
+            weights = self.layer_weights.softmax(-1)
+            x = sum(weight * state for weight, state in zip(weights, states, strict=True))
+        else:
+            outputs = self.pruned_speech(
+                input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
+            )
+            x, states = outputs.last_hidden_state, outputs.hidden_states
+        x = self.projector(x)
+        if attention_mask is None:
+            x = x.mean(1)
+        else:
+            frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=1).unsqueeze(-1)
+            valid = torch.arange(x.size(1), device=x.device) < frames
+            x = x.masked_fill(~valid.unsqueeze(-1), 0.0).sum(1) / frames
+        logits = self.classifier(x)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels.view(-1))
+        hidden_states = tuple(states) if output_hidden_states else None
+        return self._output(SequenceClassifierOutput(loss, logits, hidden_states), return_dict)
+
+
 # save_pretrained writes the code of a registered class beside its config and weights.
 PrunedSpeechConfig.register_for_auto_class()
 PrunedSpeechModel.register_for_auto_class("AutoModel")
 PrunedSpeechForCTC.register_for_auto_class("AutoModelForCTC")
+PrunedSpeechForSequenceClassification.register_for_auto_class("AutoModelForAudioClassification")
