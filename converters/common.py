@@ -3,7 +3,7 @@
 import argparse
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ def check_family(found: str, wanted: str | None, source: str, origin: str) -> No
     """Refuses the family ``found`` unless it is ``wanted``, where None stands for any of ``FAMILIES``; names
     the script that takes the model, whose name ends in its ``origin``, "hf" say."""
     if found not in FAMILIES:
-        known = "only HuBERT, wav2vec 2.0 and WavLM models can be converted"
+        known = "only HuBERT, wav2vec 2.0, WavLM, UniSpeech and UniSpeech-SAT models can be converted"
         raise UserError(f"{source}: a model of the type {abbreviate(found)}; {known}")
     if wanted not in (None, found):
         raise UserError(
@@ -94,6 +94,12 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], sourc
             "converted"
         )
     return renamed
+
+
+def left_out(names: Iterable[str]) -> str:
+    """The end of a remark that says in which parts of a model are the tensors that were left out."""
+    parts = {name.removeprefix("module.").partition(".")[0]: None for name in names}
+    return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 def build(config: dict, tensors: Mapping[str, Tensor], source: str) -> Wav2Vec2Model:

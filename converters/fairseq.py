@@ -13,7 +13,7 @@ from utils.files import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 from . import safe_pickle
-from .common import FAMILIES, build, check_family, read_config, rename, run_converter
+from .common import FAMILIES, build, check_family, left_out, read_config, rename, run_converter
 from .safe_pickle import StandIn
 
 NAMES = {
@@ -90,20 +90,14 @@ def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
         path: the file; no code in it is run.
         family: "hubert", "wav2vec2" or "wavlm".
     Returns:
-        The model in evaluation mode, and a remark on how many tensors were used and how many left out.
+        The model in evaluation mode, and a remark on how many tensors were used and what was left out.
     Raises:
         UserError: the file cannot be read, is of another family, describes something that the model here
             cannot compute, or a tensor is missing or left over.
     """
-    content = safe_pickle.load(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(
-            f'{path}: has no weights under "model", so it is not a checkpoint of fairseq or WavLM'
-        )
-    tensors = safe_pickle.named_tensors(content["model"], path)
-    options = _read_options(content, path)
-    architecture = str(options.get("_name") or options.get("arch"))
-    found = "wavlm" if "relative_position_embedding" in options else architecture.split("_")[0]
+    tensors, options = read_fairseq(path)
+    tensors = safe_pickle.named_tensors(tensors, path)
+    found = family_of(options)
     check_family(found, family, path, "unilm" if found == "wavlm" else "fairseq")
     layer_norms = options.get("extractor_mode") == "layer_norm"
     config = read_config(
@@ -116,10 +110,33 @@ def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
         extractor_mode="layer_norm" if layer_norms else "group_norm",
         normalize_waveform=layer_norms if options["normalize"] is None else options["normalize"],
     )
-    tensors = {re.sub(r"^(w2v_encoder\.)?(w2v_model\.)?", "", name): t for name, t in tensors.items()}
+    tensors = {
+        re.sub(r"^(module\.)?(w2v_encoder\.)?(w2v_model\.)?", "", key): t for key, t in tensors.items()
+    }
     renamed = rename(tensors, TENSORS, path)
     model = build(config, renamed, path)
-    return model, f"{len(renamed)} tensors used, {len(tensors) - len(renamed)} of training alone left out"
+    unused = [name for name in tensors if not rename({name: tensors[name]}, TENSORS, path)]
+    return model, f"{len(renamed)} tensors used{left_out(unused)}"
+
+
+def read_fairseq(path: str) -> tuple[dict, dict]:
+    """The tensors of a checkpoint of fairseq or of Microsoft's release, and the options of its encoder.
+
+    Raises:
+        UserError: it cannot be read, or lacks one of the two.
+    """
+    content = safe_pickle.load(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(
+            f'{path}: has no weights under "model", so it is not a checkpoint of fairseq or WavLM'
+        )
+    return content["model"], _read_options(content, path)
+
+
+def family_of(options: dict) -> str:
+    """The family of the model that has such options, or its name where it is of no family here."""
+    architecture = str(options.get("_name") or options.get("arch"))
+    return "wavlm" if "relative_position_embedding" in options else architecture.split("_")[0]
 
 
 def parse_conv_layers(text: str, source: str) -> list[tuple[int, int, int]]:
@@ -150,7 +167,7 @@ def _read_options(content: dict, path: str) -> dict:
     options, task = _split(plain_values(content.get("cfg") or content.get("args")))
     normalize = task.get("normalize")
     # In a model that was fine-tuned with CTC, the encoder is a part that has a config of its own.
-    if any(name.startswith("w2v_encoder.w2v_model.") for name in content["model"]):
+    if any("w2v_encoder.w2v_model." in str(name) for name in content["model"]):
         options, task = _split(options.get("w2v_args"))
         normalize = task.get("normalize") if normalize is None else normalize
     if not options:

@@ -5,26 +5,40 @@ architecture, whose hidden states the converted model must reproduce before anyt
 """
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from utils.cli import needs_extra
+from utils.checkpoint import build_model, not_finite
+from utils.cli import needs_extra, some
 from utils.compare import relative_difference
 from utils.files import UserError
+from wav2vec2.config import NO_GATES, Wav2Vec2Config
 from wav2vec2.model import Wav2Vec2Model, normalize
 
 from . import safe_pickle
-from .common import FAMILIES, build, check_family, read_config, rename, run_converter
+from .common import FAMILIES, build, check_family, left_out, read_config, rename, run_converter
 
 TOLERANCE = 1e-4
 """The largest accepted difference of a hidden state, relative to its largest value."""
 
-CLASSES = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2", "wavlm": "WavLM"}
-"""The names of transformers' classes begin with these."""
+CLASSES = {
+    "hubert": "Hubert",
+    "wav2vec2": "Wav2Vec2",
+    "wavlm": "WavLM",
+    "unispeech": "UniSpeech",
+    "unispeech-sat": "UniSpeechSat",
+}
+"""The types of models that can be converted, and what the names of transformers' classes begin with.
+UniSpeech and UniSpeech-SAT have the encoder of wav2vec 2.0 and HuBERT, trained in other ways."""
+
+EXPORT = "pruned_speech"
+"""The type of what export_to_hf.py writes."""
 
 NAMES = {
     "num_layers": "num_hidden_layers",
@@ -63,6 +77,17 @@ TENSORS = {
     "masked_spec_embed": None,
 }
 
+EXPORT_TENSORS = {
+    r".*\.remaining_heads": None,  # They are in the config too.
+    r"((?:feature_extractor|encoder)\..*)": r"\1",
+}
+"""The same for what export_to_hf.py writes."""
+
+ENCODER = ("feature_extractor", "feature_projection", "encoder")
+"""Where the tensors of an encoder are, under a prefix like "hubert."; all others are of heads or training."""
+
+CTC_HEAD = r"(^|\.)lm_head\.(weight|bias)$"
+
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
 """The files of the weights: those of the first pattern that matches any are read."""
 
@@ -72,7 +97,7 @@ def main(family: str, model: str) -> None:
     run_converter(
         f"Converts a {FAMILIES[family]} model of Hugging Face's transformers.",
         "model",
-        f"a folder or a hub's name, with or without a CTC head; by default {model}",
+        f"a folder or a hub's name; heads are left out; by default {model}",
         ".hf.pth",
         lambda name: load_huggingface(name, family),
         default=model,
@@ -82,26 +107,30 @@ def main(family: str, model: str) -> None:
 def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Model, str]:
     """The encoder of a checkpoint in the format of ``transformers``, compared with that library's own model.
 
+    An export of this project is read from its config and weights, and there is nothing to compare it with.
+
     Args:
         name: a folder or a hub's name.
-        family: "hubert", "wav2vec2" or "wavlm"; None takes any of the three.
+        family: "hubert", "wav2vec2" or "wavlm"; None takes any.
     Returns:
-        The model in evaluation mode, and a remark on what the comparison found.
+        The model in evaluation mode, and a remark on what the comparison found and what was left out.
     Raises:
         UserError: it cannot be read, is of another family, describes something that the model here cannot
             compute, or differs from the source.
     """
-    transformers = _import_transformers()
     folder = _fetch(name, "*config.json")
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if not values:
         raise UserError(f"{name}: has no config.json; {GIVE}")
-    found = str(values.get("model_type"))
-    check_family(found, family, name, "hf")
-    original = _build_original(transformers, found, values, _read_weights(name, found), name)
-    extractor = _read_json(folder / "processor_config.json").get("feature_extractor")
-    extractor = extractor or _read_json(folder / "preprocessor_config.json")
-    normalized = extractor.get("do_normalize")
+    check_family(family_of(values, family), family, name, "hf")
+    if values["model_type"] == EXPORT:
+        model, heads = load_export(name)
+        note = "; masked_group_norm is not part of a checkpoint" if model.masked_group_norm else ""
+        return model, f"an export of this project{left_out(heads)}{note}"
+    transformers = _import_transformers()
+    weights, heads = _read_weights(name, "feature_projection.projection.weight")
+    original = _build_original(transformers, values, weights, name)
+    normalized = _normalizes(folder)
     if normalized is None:  # The architecture has a convention.
         normalized = original.config.feat_extract_norm == "layer"
     model = import_huggingface_model(original, normalized, name)
@@ -112,7 +141,55 @@ def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Mode
             f"{TOLERANCE:.0e}, so nothing was written; please report it with the versions of torch and "
             "transformers"
         )
-    return model, f"largest relative difference from transformers {error:.1e}"
+    return model, f"largest relative difference from transformers {error:.1e}{left_out(heads)}"
+
+
+def family_of(config: Mapping, wanted: str | None = None) -> str:
+    """The family of the model that a ``config.json`` describes, or its type where it is of no family here.
+
+    What several families share counts as the ``wanted`` one: HuBERT and wav2vec 2.0 are the same network,
+    which is UniSpeech's too, and an export says of itself only whether it is a WavLM.
+    """
+    found = str(config.get("model_type"))
+    if found in FAMILIES or found not in (EXPORT, *CLASSES):
+        return found
+    if config.get("encoder_remaining_heads") is not None:
+        return "wavlm"
+    return "wav2vec2" if wanted == "wav2vec2" else "hubert"
+
+
+def load_export(name: str | Path, keep_head: bool = False) -> tuple[Wav2Vec2Model, list[str]]:
+    """The model in a folder that export_to_hf.py wrote, or transformers after fine-tuning it.
+
+    Args:
+        name: the folder, or a hub's name; no code in it is run.
+        keep_head: keep a CTC head, as the model's ``aux`` layer.
+    Returns:
+        The model in evaluation mode, and the names of the tensors that were left out.
+    Raises:
+        UserError: it cannot be read, or its tensors do not belong to its config.
+    """
+    folder = _fetch(str(name), "*config.json")
+    values = read_json(folder / "config.json")
+    weights, heads = _read_weights(str(name), "encoder.feature_projection.projection.weight")
+    aux = {name: heads.pop(name) for name in list(heads) if keep_head and re.search(CTC_HEAD, name)}
+    tensors = rename(weights, EXPORT_TENSORS, str(name))
+    tensors |= {f"aux.{name.rpartition('.')[2]}": tensor for name, tensor in aux.items()}
+    if wrong := not_finite(tensors):
+        raise UserError(
+            f"{name}: its tensor {wrong} has a value that is not finite (NaN or infinity), so training had "
+            "gone wrong when it was saved; go back to an earlier one"
+        )
+    config = {key.name: values[key.name] for key in fields(Wav2Vec2Config) if key.name in values}
+    normalized = _normalizes(folder)
+    if normalized is not None:
+        config["normalize_waveform"] = normalized
+    config |= {"aux_num_out": len(tensors["aux.weight"]) if "aux.weight" in tensors else None, **NO_GATES}
+    model = build_model(config, tensors, name).eval()
+    layers = model.config["extractor_conv_layer_config"]  # JSON has no tuples
+    model.config["extractor_conv_layer_config"] = [tuple(layer) for layer in layers]
+    model.masked_group_norm = values.get("masked_group_norm") is True
+    return model, list(heads)
 
 
 def import_huggingface_model(
@@ -161,7 +238,13 @@ def _fetch(name: str, pattern: str) -> Path:
         raise UserError(f"{name}: no such folder, and no hub has it ({_shorten(error)}); {GIVE}") from error
 
 
-def _read_json(path: Path) -> dict:
+def _normalizes(folder: Path) -> object:
+    """Whether the feature extractor of a model normalises waveforms; None where it has none."""
+    extractor = read_json(folder / "processor_config.json").get("feature_extractor")
+    return (extractor or read_json(folder / "preprocessor_config.json")).get("do_normalize")
+
+
+def read_json(path: Path) -> dict:
     """The options in a file; none where there is no such file."""
     if not path.is_file():
         return {}
@@ -174,21 +257,26 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _read_weights(name: str, family: str) -> dict[str, Tensor]:
-    """The tensors of the encoder in float32, mapped from the files where their format allows it."""
+def _read_weights(name: str, known: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the encoder in float32, mapped from the files where their format allows it, and all
+    others. The encoder's are named without its prefix, which is what precedes the ``known`` name."""
     files: list[Path] = []
     for pattern in WEIGHTS:
         files = files or sorted(_fetch(name, pattern).glob(pattern))
     if not files:
         raise UserError(f"{name}: has no {WEIGHTS[0]} or {WEIGHTS[2]}; {GIVE}")
     weights = {key: tensor for path in files for key, tensor in _read_tensors(path).items()}
-    prefix = f"{family}."  # where there is a head
-    if any(key.startswith(prefix) for key in weights):
-        weights = {key: tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    prefixes = [key.removesuffix(known) for key in weights if re.search(rf"(^|\.){re.escape(known)}$", key)]
+    if len(prefixes) > 1:
+        raise UserError(f"{name}: holds several encoders ({some(prefixes)}); save the one to convert alone")
+    prefix = prefixes[0] if prefixes else ""
+    inside = tuple(f"{prefix}{part}." for part in ENCODER)
+    others = {key: tensor for key, tensor in weights.items() if not key.startswith(inside)}
     return {
         key.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in weights.items()
-    }
+        if key not in others
+    }, others
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -204,17 +292,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise safe_pickle.damaged(path) from error
 
 
-def _build_original(
-    transformers, family: str, values: Mapping, weights: Mapping[str, Tensor], source: str
-) -> nn.Module:
+def _build_original(transformers, values: Mapping, weights: Mapping[str, Tensor], source: str) -> nn.Module:
     """The model of ``transformers`` in evaluation mode, which shares the memory of the encoder's weights."""
     # A config can name code in its folder, and a repository whose code computes the attention.
     values = {key: value for key, value in values.items() if key != "auto_map" and not key.startswith("_")}
     try:
-        config_class = getattr(transformers, f"{CLASSES[family]}Config")
+        kind = CLASSES[values["model_type"]]
+        config_class = getattr(transformers, f"{kind}Config")
         config = config_class.from_dict(values, attn_implementation="eager")
         with torch.device("meta"):
-            original = getattr(transformers, f"{CLASSES[family]}Model")(config).eval()
+            original = getattr(transformers, f"{kind}Model")(config).eval()
         if (
             "masked_spec_embed" in original.state_dict()
         ):  # Training needs it, and not every checkpoint has it.
