@@ -18,13 +18,14 @@ from wav2vec2.model import Wav2Vec2Model, base_config
 
 FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0", "wavlm": "WavLM"}
 
+CONVERTED = "only HuBERT, wav2vec 2.0, WavLM, UniSpeech and UniSpeech-SAT models can be converted"
+
 
 def check_family(found: str, wanted: str | None, source: str, origin: str) -> None:
     """Refuses the family ``found`` unless it is ``wanted``, where None stands for any of ``FAMILIES``; names
     the script that takes the model, whose name ends in its ``origin``, "hf" say."""
     if found not in FAMILIES:
-        known = "only HuBERT, wav2vec 2.0, WavLM, UniSpeech and UniSpeech-SAT models can be converted"
-        raise UserError(f"{source}: a model of the type {abbreviate(found)}; {known}")
+        raise UserError(f"{source}: a model of the type {abbreviate(found)}; {CONVERTED}")
     if wanted not in (None, found):
         raise UserError(
             f"{source}: a {FAMILIES[found]} model, not a {FAMILIES[wanted]} model; convert it with "

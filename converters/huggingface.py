@@ -158,8 +158,13 @@ def family_of(config: Mapping, wanted: str | None = None) -> str:
     return "wav2vec2" if wanted == "wav2vec2" else "hubert"
 
 
+def is_export(folder: Path) -> bool:
+    """Whether export_to_hf.py wrote it, or transformers after fine-tuning what that wrote."""
+    return read_json(folder / "config.json").get("model_type") == EXPORT
+
+
 def load_export(name: str | Path, keep_head: bool = False) -> tuple[Wav2Vec2Model, list[str]]:
-    """The model in a folder that export_to_hf.py wrote, or transformers after fine-tuning it.
+    """The model in a folder as :func:`is_export` says.
 
     Args:
         name: the folder, or a hub's name; no code in it is run.
@@ -271,12 +276,13 @@ def _read_weights(name: str, known: str) -> tuple[dict[str, Tensor], dict[str, T
         raise UserError(f"{name}: holds several encoders ({some(prefixes)}); save the one to convert alone")
     prefix = prefixes[0] if prefixes else ""
     inside = tuple(f"{prefix}{part}." for part in ENCODER)
-    others = {key: tensor for key, tensor in weights.items() if not key.startswith(inside)}
-    return {
-        key.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
-        for key, tensor in weights.items()
-        if key not in others
-    }, others
+    encoder, others = {}, {}
+    for key, tensor in weights.items():
+        if key.startswith(inside):
+            encoder[key.removeprefix(prefix)] = tensor.float() if tensor.is_floating_point() else tensor
+        else:
+            others[key.removeprefix(prefix)] = tensor
+    return encoder, others
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

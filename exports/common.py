@@ -1,17 +1,25 @@
-"""What the two exporters share."""
+"""What the exporters share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from converters.huggingface import is_export, load_export
 from utils.checkpoint import load_model
+from utils.cli import some
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 
 
 def load_ungated(path: str | Path) -> Wav2Vec2Model:
-    """The model of a checkpoint file, in evaluation mode; raises a UserError where it has gates."""
-    model = load_model(path).eval()
+    """The model of a checkpoint file, or of a folder that export_to_hf.py or, after fine-tuning, transformers
+    wrote, in evaluation mode; prints what is left out of it. Raises a UserError where it has gates."""
+    if is_export(Path(path)):
+        model, heads = load_export(path, keep_head=True)
+        if heads:
+            print(f"{path}: without its tensors {some(heads)}")
+    else:
+        model = load_model(path).eval()
     if model.is_gated:
         raise UserError(
             f"--ckpt {path}: its model still has gates; run prune.py on it first, and export what that or "

@@ -36,10 +36,11 @@ def fingerprint(path: str | Path) -> str:
 def _checked(path: Path, keep: bool = False) -> tuple[str, BinaryIO]:
     """A file's fingerprint and the file itself, whose checksums have been compared in the same pass."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the file in it")
+        raise _refused(path, ": is a folder; give the file in it")
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; check the path, or make the file with the step before this one"
+            f"{path}: no such file; check the path, or make the file with the step before this one, which "
+            "for a model of a hub is convert_*_from_hf.py"
         )
     status = path.stat()
     key = os.path.realpath(path), status.st_size, status.st_mtime_ns
@@ -78,7 +79,15 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged, or is not a checkpoint: make it or copy it again")
+    return _refused(path, " is damaged, or is not a checkpoint: make it or copy it again")
+
+
+def _refused(path: Path, reason: str) -> UserError:
+    """The error for what is no checkpoint, which names the converter that takes it, or gives the reason."""
+    from converters.recognise import remedy  # which imports this module
+
+    found = remedy(path)
+    return UserError(f"{path}: {found}" if found else f"{path}{reason}")
 
 
 def read_file(path: str | Path) -> dict:
@@ -98,9 +107,8 @@ def read_file(path: str | Path) -> dict:
         name = not_finite(content)
     except pickle.UnpicklingError as error:
         # torch's own message goes on to advise loading the file in a way that would run what is in it.
-        raise UserError(
-            f"{path}: holds more than plain values and tensors, or is damaged; make or copy it again"
-        ) from error
+        reason = ": holds more than plain values and tensors, or is damaged; make or copy it again"
+        raise _refused(path, reason) from error
     except Exception as error:
         raise _damaged(path) from error
     if not isinstance(content, dict):
@@ -143,9 +151,8 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     content = read_file(path)
     if not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
-        hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
-        raise UserError(
-            f'{path}: has no "config" and "state_dict", so it is not a checkpoint of this project{hint}'
+        raise _refused(
+            Path(path), ': has no "config" and "state_dict", so it is not a checkpoint of this project'
         )
     return content
 
