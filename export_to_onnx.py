@@ -2,8 +2,9 @@
 """Writes a model as an ONNX file, for onnxruntime and every other program that reads the format.
 
 The file's input ``waveforms`` is (batch, time), 16 kHz, of any size; its output ``features`` is (batch,
-frame, feature), what the model itself returns. The file gets its name only after onnxruntime has computed
-from it what PyTorch computes from the checkpoint, at sizes that the export has not seen.
+frame, feature), what the model itself returns, or ``logits`` (batch, frame, token) of a CTC head. The file
+gets its name only after onnxruntime has computed from it what PyTorch computes from the checkpoint, at sizes
+that the export has not seen.
 """
 
 import argparse
@@ -25,13 +26,31 @@ with needs_extra("export"):
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--ckpt", type=path, required=True, help="a checkpoint without gates: a teacher's or a student's")
+    ckpt_help = (
+        "a checkpoint without gates, or a folder of export_to_hf.py, also one fine-tuned in transformers"
+    )
+    add("--ckpt", type=path, required=True, help=ckpt_help)
     add("--out", type=path, required=True, help="the file to write, model.onnx say")
-    add("--int8", action="store_true", help="quantise the linear layers, and print what that costs")
+    kind = parser.add_mutually_exclusive_group()
+    int8_help = "quantise the linear layers, and print what that costs"
+    kind.add_argument("--int8", action="store_true", help=int8_help)
+    half_help = (
+        "store and compute in float16, for GPUs, and print what that costs; inputs and outputs are float32"
+    )
+    kind.add_argument("--half", action="store_true", help=half_help)
     add("--all_hidden_states", action="store_true", help="add the outputs hidden_state_0 to hidden_state_L")
     add("--lengths", action="store_true", help="add an input lengths, in samples, and an output frames")
-    add("--audio", type=path, help="a 16 kHz recording to measure the error of --int8 on; noise without it")
-    return parser.parse_args()
+    masked_help = "with --lengths, make the features of a Base model independent of the padding"
+    add("--masked_group_norm", action="store_true", help=masked_help)
+    add(
+        "--audio",
+        type=path,
+        help="a 16 kHz recording to measure the error of fewer bits on; noise without it",
+    )
+    args = parser.parse_args()
+    if args.masked_group_norm and not args.lengths:
+        raise UserError("--masked_group_norm leaves out the padding, which --lengths tells: give both")
+    return args
 
 
 def read_audio(path: str) -> Tensor:
@@ -48,11 +67,12 @@ def main() -> None:
     inputs = {"ckpt": args.ckpt, "audio": args.audio}
     refuse_overwriting(out, {flag: file for flag, file in inputs.items() if file is not None})
     model = load_ungated(args.ckpt)
+    model.masked_group_norm |= args.masked_group_norm
     audio = None if args.audio is None else read_audio(args.audio)
-    errors = export(model, out, args.int8, args.all_hidden_states, args.lengths, audio)
-    kind = "int8 linear layers" if args.int8 else "float32"
+    errors = export(model, out, args.int8, args.all_hidden_states, args.lengths, audio, args.half)
+    kind = "int8 linear layers" if args.int8 else "float16" if args.half else "float32"
     print(f"{args.ckpt} -> {out}: {out.stat().st_size / 1e6:.1f} MB, {kind}, checked in onnxruntime")
-    if args.int8:
+    if args.int8 or args.half:
         recording = args.audio or "3 s of noise"
         print(f"Error against float32 PyTorch, norm of the difference over the norm, on {recording}:")
         for name, error in errors.items():

@@ -118,6 +118,7 @@ def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Mode
         UserError: it cannot be read, is of another family, describes something that the model here cannot
             compute, or differs from the source.
     """
+    transformers = _import_transformers()
     folder = _fetch(name, "*config.json")
     values = read_json(folder / "config.json")
     if not values:
@@ -127,7 +128,6 @@ def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Mode
         model, heads = load_export(name)
         note = "; masked_group_norm is not part of a checkpoint" if model.masked_group_norm else ""
         return model, f"an export of this project{left_out(heads)}{note}"
-    transformers = _import_transformers()
     weights, heads = _read_weights(name, "feature_projection.projection.weight")
     original = _build_original(transformers, values, weights, name)
     normalized = _normalizes(folder)

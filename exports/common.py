@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from converters.common import left_out
 from converters.huggingface import is_export, load_export
 from utils.checkpoint import load_model
-from utils.cli import some
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 
@@ -17,7 +17,7 @@ def load_ungated(path: str | Path) -> Wav2Vec2Model:
     if is_export(Path(path)):
         model, heads = load_export(path, keep_head=True)
         if heads:
-            print(f"{path}: without its tensors {some(heads)}")
+            print(f"{path}: the encoder{left_out(heads)}")
     else:
         model = load_model(path).eval()
     if model.is_gated:

@@ -1,5 +1,6 @@
 """A model as an ONNX file: tracing, quantising, and comparing what onnxruntime computes with PyTorch."""
 
+import copy
 import logging
 import math
 import warnings
@@ -12,6 +13,7 @@ from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.model import normalize
 
 with needs_extra("export"):
     import onnx
@@ -21,19 +23,27 @@ with needs_extra("export"):
 
 
 class Exported(nn.Module):
-    """What goes into the file: the model, returning its output, its frames and all its hidden states."""
+    """What goes into the file: the model, returning its output, its frames and all its hidden states. With
+    ``half``, it computes in float16, but inputs, their normalisation and outputs stay float32."""
 
-    def __init__(self, model: Wav2Vec2Model, with_lengths: bool) -> None:
+    def __init__(self, model: Wav2Vec2Model, with_lengths: bool, half: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model).half() if half else model
         self.with_lengths = with_lengths
+        self.dtype = torch.float16 if half else torch.float32
+        self.normalizes = half and model.normalize_waveform
+        if half:
+            self.model.normalize_waveform = False
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         """(batch, time) and (batch,) or None -> the outputs by name."""
-        states, frames = self.model.extract_features(waveforms, lengths)
+        if self.normalizes:
+            waveforms = normalize(waveforms, lengths)
+        states, frames = self.model.extract_features(waveforms.to(self.dtype), lengths)
+        output = "features" if self.model.aux is None else "logits"
         named = {} if frames is None else {"frames": frames}
-        hidden = {f"hidden_state_{i}": state for i, state in enumerate(states)}
-        return {"features": self.model.output(states[-1]), **named, **hidden}
+        hidden = {f"hidden_state_{i}": state.float() for i, state in enumerate(states)}
+        return {output: self.model.output(states[-1]).float(), **named, **hidden}
 
     def inputs(self, waveforms: Tensor) -> dict[str, Tensor]:
         """The inputs by name; lengths fall from that of the waveforms (batch, time) to half of it."""
@@ -51,6 +61,7 @@ def export(
     all_hidden_states: bool = False,
     with_lengths: bool = False,
     audio: Tensor | None = None,
+    half: bool = False,
 ) -> dict[str, float]:
     """Writes ``model`` to the file ``out``, whole and checked or not at all.
 
@@ -60,12 +71,13 @@ def export(
         all_hidden_states: the file returns the hidden states too.
         with_lengths: the file takes the lengths of padded waveforms.
         audio: (time,) of 16 kHz to measure the error on; noise without it.
+        half: weights and what is computed are float16, and inputs and outputs float32.
     Returns:
         For each output the norm of its difference from PyTorch's, over the norm of PyTorch's.
     Raises:
         UserError: onnxruntime does not compute what PyTorch does, or the model is too large.
     """
-    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    size = (2 if half else 4) * sum(parameter.numel() for parameter in model.parameters())
     if size >= 2**31:
         raise UserError(f"{out}: an ONNX file holds at most 2 GiB, this model has {size / 2**30:.1f}")
     # torch chooses attention's kernel, and with it the strides of its output, by whether gradients are
@@ -74,7 +86,7 @@ def export(
     if audio is None:
         audio = torch.randn(48_000, generator=torch.Generator().manual_seed(0)) * 0.1
     with atomic_write(out) as path:
-        _trace(exported).save(path)
+        _trace(Exported(model, with_lengths, half).eval()).save(path)
         if int8:
             # onnxruntime recommends steps before quantising that this graph has behind it.
             logging.getLogger().setLevel(logging.ERROR)
@@ -90,8 +102,8 @@ def export(
         outputs.pop("frames", None)
         errors = {name: ((x - right).norm() / right.norm()).item() for name, (x, right) in outputs.items()}
         _tidy(path, all_hidden_states)
-        # In float32, 1e-6 is usual. Eight bits may cost much, but no shape and no finite number.
-        _check(exported, path, out, tolerance=math.inf if int8 else 1e-4)
+        # In float32, 1e-6 is usual. Fewer bits may cost much, but no shape and no finite number.
+        _check(exported, path, out, tolerance=math.inf if int8 or half else 1e-4)
     return errors
 
 
