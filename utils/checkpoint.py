@@ -151,9 +151,9 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     content = read_file(path)
     if not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
-        raise _refused(
-            Path(path), ': has no "config" and "state_dict", so it is not a checkpoint of this project'
-        )
+        hint = "; convert it with one of the convert_*.py scripts first" if "model" in content else ""
+        reason = f': has no "config" and "state_dict", so it is not a checkpoint of this project{hint}'
+        raise _refused(Path(path), reason)
     return content
 
 
