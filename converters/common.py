@@ -99,7 +99,7 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], sourc
 
 def left_out(names: Iterable[str]) -> str:
     """The end of a remark that says in which parts of a model are the tensors that were left out."""
-    parts = {name.removeprefix("module.").partition(".")[0]: None for name in names}
+    parts = sorted({name.removeprefix("module.").partition(".")[0] for name in names})
     return f"; left out: {', '.join(parts)}" if parts else ""
 
 

@@ -8,11 +8,12 @@ import types
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
 from converters import huggingface
-from tests.helpers.convert import CLASSES, converted, hf_model, load, refused
+from tests.helpers.convert import BASE, CLASSES, converted, hf_model, load, refused
 from tests.helpers.stages import ENVIRONMENT, ROOT
 from utils.compare import relative_difference
 from utils.files import UserError
@@ -206,7 +207,7 @@ def lose_a_part(folder):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (set_option(model_type="whisper"), "a model of the type whisper"),
+        (set_option(model_type="data2vec-audio"), "a model of the type data2vec-audio; only HuBERT"),
         (set_option(model_type="wavlm"), "convert it with convert_wavlm_from_hf.py"),
         (set_option(intermediate_size=48), "size mismatch for encoder.layers.0.feed_forward"),
         (set_option(num_hidden_layers=2), 'Unexpected key(s) in state_dict: "encoder.layers.2.'),
@@ -243,6 +244,47 @@ def test_a_model_that_differs_from_its_source_is_not_written(folder, tmp_path, m
     }
     monkeypatch.setattr(huggingface, "TENSORS", swapped | huggingface.TENSORS)
     assert "differs from transformers'" in refused(SCRIPT, folder, tmp_path)
+
+
+def contentvec(config):
+    model = transformers.HubertModel(config)
+    model.final_proj = torch.nn.Linear(32, 8)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "family", "left_out"),
+    [
+        ("Hubert", contentvec, "hubert", "final_proj"),
+        ("WavLM", "ForXVector", "wavlm", "classifier, feature_extractor"),
+        ("WavLM", "ForAudioFrameClassification", "wavlm", "classifier"),
+        ("Hubert", "ForSequenceClassification", "hubert", "projector"),
+        ("Wav2Vec2", "ForPreTraining", "wav2vec2", "quantizer"),
+        ("UniSpeech", "ForPreTraining", "wav2vec2", "ctc_proj"),
+        ("UniSpeechSat", "ForXVector", "hubert", "tdnn"),
+    ],
+)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_an_encoder_is_taken_out_of_any_model(kind, make, family, left_out, parallel, tmp_path):
+    make = make if callable(make) else getattr(transformers, kind + make)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**BASE, tdnn_dim=[16, 16, 16, 16, 24])
+    original = make(config)
+    config.save_pretrained(tmp_path)
+    weights = (torch.nn.DataParallel(original) if parallel else original).state_dict()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model, remark = huggingface.load_huggingface(str(tmp_path), family)
+    assert torch.equal(
+        model.state_dict()[DENSE], original.base_model.encoder.layers[2].feed_forward.output_dense.weight
+    )
+    assert left_out in remark.partition("left out: ")[2] and "module" not in remark
+
+
+def test_a_file_with_two_encoders_is_refused(folder, tmp_path):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    twice = {f"{name}.{key}": tensor.clone() for key, tensor in weights.items() for name in ("ema", "model")}
+    safetensors.torch.save_file(twice, folder / "model.safetensors")
+    assert "holds several encoders (ema., model.)" in refused(SCRIPT, folder, tmp_path)
 
 
 def test_a_conversion_shares_the_memory_of_the_weights():

@@ -4,20 +4,23 @@ They test the release of transformers that is installed; docs/huggingface.md run
 """
 
 import argparse
+import json
 import platform
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 
-from converters.huggingface import import_huggingface_model
+from converters.huggingface import import_huggingface_model, load_huggingface
 from exports import huggingface
-from tests.helpers.convert import CLASSES, hf_model
+from tests.helpers.convert import CLASSES, converted, hf_model, refused
+from tests.helpers.convert import load as load_checkpoint
 from tests.helpers.models import FAMILIES, config_of, randomly_gated, ungated, with_absent_branches
 from tests.helpers.stages import ENVIRONMENT, call
 from utils.checkpoint import save_checkpoint
@@ -150,6 +153,160 @@ def test_an_output_layer_becomes_the_ctc_head(tmp_path):
     assert exported.config.vocab_size == 7
     logits = exported(*batch()).logits
     assert torch.equal(model.aux(load(folder)(*batch()).last_hidden_state), logits)
+
+
+def head_of(original, folder, auto, **options):
+    """The export in ``folder`` with the head of a model of transformers, and the vector of masked frames."""
+    model = load(folder, auto, **options)
+    prefix = f"{original.base_model_prefix}."
+    for name, tensor in original.state_dict().items():
+        if not name.startswith(prefix) or ("masked" in name and "mask_time_prob" in options):
+            model.state_dict()[name.replace(prefix, "pruned_speech.")].copy_(tensor)
+    return model
+
+
+@pytest.fixture(scope="module")
+def recognisers(tmp_path_factory):
+    """Two folders with the same CTC model and processor: of transformers, and of this project."""
+    theirs, ours = (tmp_path_factory.mktemp("ctc") / name for name in ("theirs", "ours"))
+    original = hf_model("hubert", head="ForCTC")
+    original.save_pretrained(theirs)
+    export(import_huggingface_model(original, False), ours)
+    head_of(original, ours, AutoModelForCTC, vocab_size=12).save_pretrained(ours)
+    letters = {letter: i for i, letter in enumerate(["<pad>", "|", *"ETAOINSHRD"])}
+    (theirs / "letters.json").write_text(json.dumps(letters))
+    special = {"pad_token": "<pad>", "unk_token": "<pad>", "bos_token": None, "eos_token": None}
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(theirs / "letters.json", **special)
+    processor = transformers.Wav2Vec2Processor(AutoFeatureExtractor.from_pretrained(ours), tokenizer)
+    for folder in (theirs, ours):
+        processor.save_pretrained(folder)
+    return theirs, ours
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"chunk_length_s": 2},
+        {"chunk_length_s": 3, "stride_length_s": (1, 0.5), "return_timestamps": "word", "batch_size": 2},
+        {"return_timestamps": "char"},
+    ],
+)
+def test_a_pipeline_reads_and_times_as_with_hubert(how, recognisers):
+    task, waveform = "automatic-speech-recognition", 0.1 * torch.randn(160_000).numpy()
+    theirs, ours = (transformers.pipeline(task, str(f), trust_remote_code=True) for f in recognisers)
+    expected = theirs(waveform.copy(), **how)
+    assert ours(waveform.copy(), **how) == expected and len(expected["text"]) > 50
+    if "return_timestamps" in how:
+        assert expected["chunks"][-1]["timestamp"][1] > 9
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", ["base", "large"])
+@torch.no_grad()
+def test_a_classifier_equals_that_of_transformers(size, weighted, tmp_path):
+    options = {"num_labels": 3, "use_weighted_layer_sum": weighted, "classifier_proj_size": 24}
+    original = hf_model("hubert", size, "ForSequenceClassification", **options)
+    folder = export(import_huggingface_model(original, size == "large"), tmp_path / "model")
+    auto = transformers.AutoModelForAudioClassification
+    model = head_of(original, folder, auto, **options, id2label={0: "a", 1: "b", 2: "c"})
+    waveforms, mask = batch()
+    for attention_mask in (None, mask):
+        inputs = {"attention_mask": attention_mask, "labels": torch.tensor([0, 2])}
+        expected, actual = original(waveforms, **inputs), model(waveforms, **inputs)
+        assert torch.allclose(actual.logits, expected.logits, atol=1e-5)
+        assert abs(actual.loss - expected.loss) < 1e-5
+    model.save_pretrained(folder)
+    classify = transformers.pipeline("audio-classification", str(folder), trust_remote_code=True)
+    waveform = waveforms[0].numpy()
+    values = AutoFeatureExtractor.from_pretrained(folder)(waveform, sampling_rate=16_000, return_tensors="pt")
+    scores = {entry["label"]: entry["score"] for entry in classify(waveform)}
+    expected = original(**values).logits.softmax(-1)[0]
+    assert torch.allclose(torch.tensor([scores[label] for label in "abc"]), expected, atol=1e-4)
+
+
+def test_spec_augment_masks_what_transformers_masks(tmp_path):
+    spec = {"mask_time_prob": 0.3, "mask_time_length": 4, "mask_feature_prob": 0.2, "mask_feature_length": 6}
+    still = dict.fromkeys([key for key in transformers.HubertConfig().to_dict() if "drop" in key], 0.0)
+    original = hf_model("wav2vec2", head="ForCTC", **spec, **still).train()
+    folder = export(import_huggingface_model(original.eval(), False), tmp_path / "model")
+    model = head_of(original.train(), folder, AutoModelForCTC, vocab_size=12, **spec).train()
+    waveforms, mask = batch()
+    for attention_mask in (None, mask):
+        logits = []
+        for each in (original, model):
+            np.random.seed(5)
+            logits.append(each(waveforms, attention_mask=attention_mask).logits)
+        assert torch.allclose(logits[1], logits[0], atol=1e-5)
+        unmasked = model.eval()(waveforms, attention_mask=attention_mask).logits
+        assert not torch.allclose(logits[1], unmasked, atol=0.1)
+        model.train()
+    logits[1].square().mean().backward()
+    assert model.pruned_speech.masked_spec_embed.grad.abs().max() > 0
+    for options in ({}, {**spec, "apply_spec_augment": False}):
+        plain = load(folder, AutoModelForCTC, **options).train()
+        assert plain.pruned_speech.masked_spec_embed is None
+        assert torch.equal(plain(waveforms).logits, plain(waveforms).logits)
+
+
+@torch.no_grad()
+def test_a_masked_group_norm_is_a_key_of_the_config(tmp_path):
+    model = load(export(ungated("hubert_base"), tmp_path / "model"), masked_group_norm=True)
+    waveforms, mask = batch()
+    together = model(waveforms, mask).last_hidden_state[1, :34]
+    assert relative_difference([together], [model(waveforms[1:, :11_200]).last_hidden_state[0]]) < 1e-5
+    model.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again").config.masked_group_norm is True
+
+
+# A rank of a user's own training, as accelerate starts it for Trainer with gradient checkpointing.
+RANK = """
+import sys, torch, transformers
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(torch.distributed.get_rank())
+options = {"layerdrop": 0.7, "mask_time_prob": 0.05, "mask_time_min_masks": 0, "trust_remote_code": True}
+if sys.argv[1] == "ctc":
+    model = transformers.AutoModelForCTC.from_pretrained("model", vocab_size=5, **options)
+else:
+    auto = transformers.AutoModelForAudioClassification
+    model = auto.from_pretrained("model", num_labels=5, use_weighted_layer_sum=True, **options)
+model.train().gradient_checkpointing_enable()
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+labels = torch.tensor([[1, 2], [3, 4]]) if sys.argv[1] == "ctc" else torch.tensor([1, 2])
+for _ in range(5):
+    parallel(0.1 * torch.randn(2, 8000), labels=labels).loss.backward()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["hubert_large", "wavlm_base"])
+@pytest.mark.parametrize("task", ["ctc", "classes"])
+def test_ddp_trains_with_layer_drop_and_checkpointing(task, family, tmp_path):
+    export(with_absent_branches(family), tmp_path / "model")
+    (tmp_path / "rank.py").write_text(RANK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.run(
+        [*launch, "rank.py", task], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_an_export_converts_back_and_no_code_runs(recognisers, tmp_path):
+    model, copy = with_absent_branches("wavlm_large"), tmp_path / "model"
+    export(model, copy)
+    for code in copy.glob("*.py"):
+        code.write_text("raise SystemExit('this code must not run')")
+    again = load_checkpoint(converted("convert_wavlm_from_hf.py", copy, tmp_path))
+    assert again.config == model.config
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    tuned, remark = load_huggingface(str(recognisers[1]), "wav2vec2")
+    assert tuned.aux is None and "left out: lm_head" in remark
+    assert "convert it with convert_wavlm_from_hf.py" in refused(
+        "convert_hubert_from_hf.py", copy, tmp_path / "x"
+    )
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"encoder_num_layers": 2}))
+    assert "encoder_use_attention has 3 entries" in refused("convert_wavlm_from_hf.py", copy, tmp_path / "x")
 
 
 def utterances():

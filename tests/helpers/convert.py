@@ -107,11 +107,13 @@ def load(path):
     return model.eval()
 
 
-def hf_model(family, norm="base", head="Model"):
+def hf_model(family, norm="base", head="Model", **options):
     """A tiny model of transformers with random weights, norms and biases too."""
     import transformers
 
-    config = getattr(transformers, f"{CLASSES[family]}Config")(**(LARGE if norm == "large" else BASE))
+    config = getattr(transformers, f"{CLASSES[family]}Config")(
+        **((LARGE if norm == "large" else BASE) | options)
+    )
     torch.manual_seed(0)
     model = getattr(transformers, CLASSES[family] + head)(config).eval()
     with torch.no_grad():
