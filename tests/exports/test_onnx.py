@@ -8,11 +8,14 @@ import soundfile
 import torch
 from torch.testing import assert_close
 
+from exports import huggingface as exports_huggingface
 from exports import onnx as exports_onnx
-from tests.helpers.models import pruned, randomly_gated, with_absent_branches
+from tests.helpers.models import config_of, pruned, randomly_gated, with_absent_branches
 from tests.helpers.stages import call
 from utils.checkpoint import save_checkpoint
 from utils.files import UserError
+from wav2vec2 import wav2vec2_model
+from wav2vec2.config import NO_GATES
 
 SLOW = pytest.mark.slow
 
@@ -73,6 +76,34 @@ def test_int8_is_near_in_every_layer_of_a_padded_batch(family, monkeypatch, caps
     assert len(products) == len([m for m in model.modules() if isinstance(m, torch.nn.Linear)])
 
 
+@SLOW
+@torch.no_grad()
+def test_half_precision_gives_the_ctc_logits_of_a_folder(monkeypatch, capsys, tmp_path):
+    model = wav2vec2_model(**config_of("hubert_large", **NO_GATES, aux_num_out=7)).eval()
+    exports_huggingface.export(model, tmp_path / "folder", {})
+    out = tmp_path / "model.onnx"
+    for flag, low, high in (("--half", 1e-5, 0.01), ("--int8", 1e-4, 0.1), (None, 0.0, 1e-5)):
+        flags = [] if flag is None else [flag]
+        call(monkeypatch, "export_to_onnx", "--ckpt", tmp_path / "folder", "--out", out, *flags)
+        waveforms = torch.randn(2, 8000)
+        actual, expected = outputs(out, waveforms=waveforms), model(waveforms)[0]
+        assert actual.keys() == {"logits"} and actual["logits"].dtype == torch.float32
+        assert low <= (actual["logits"] - expected).norm() / expected.norm() < high
+    assert "\n  logits " in capsys.readouterr().out
+    halves = onnx.load(export(monkeypatch, tmp_path, model, "--half")).graph.initializer
+    assert all(weight.data_type != onnx.TensorProto.FLOAT for weight in halves if len(weight.dims) > 1)
+
+
+@SLOW
+@torch.no_grad()
+def test_features_of_a_padded_file_are_those_of_one_alone(monkeypatch, tmp_path):
+    path = export(monkeypatch, tmp_path, pruned("hubert_base"), "--lengths", "--masked_group_norm")
+    waveforms, lengths = torch.randn(2, 9000), torch.tensor([9000, 5000])
+    together = outputs(path, waveforms=waveforms, lengths=lengths)["features"]
+    alone = outputs(path, waveforms=waveforms[1:, :5000], lengths=lengths[1:])["features"]
+    assert_close(together[1:, : alone.size(1)], alone, rtol=1e-5, atol=1e-5)
+
+
 def test_mistakes_are_one_sentence_and_nothing_is_written(fails, teacher, tmp_path):
     save_checkpoint(tmp_path / "gated.pth", randomly_gated("hubert_base", 0))
     (tmp_path / "text.wav").write_bytes(b"RIFF")
@@ -81,6 +112,8 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(fails, teacher, tmp_pa
         (("--ckpt", tmp_path / "gated.pth"), "gated.pth: its model still has gates; run prune.py"),
         (("--ckpt", teacher, "--int8", "--audio", tmp_path / "text.wav"), "text.wav: "),
         (("--ckpt", teacher, "--int8", "--audio", tmp_path / "8k.wav"), "has 8000 Hz"),
+        (("--ckpt", teacher, "--masked_group_norm"), "which --lengths tells: give both"),
+        (("--ckpt", tmp_path), "is a folder; give the file in it"),
     ):
         assert words in fails("export_to_onnx", "--out", tmp_path / "new", *flags)
     assert {path.name for path in tmp_path.iterdir()} == {"gated.pth", "text.wav", "8k.wav"}
