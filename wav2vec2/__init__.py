@@ -13,7 +13,7 @@ from .model import (
     wavlm_base,
     wavlm_large,
 )
-from .pruning import PruningError
+from .pruning import PruningError, prune_to
 
 __all__ = [
     "HardConcrete",
@@ -22,6 +22,7 @@ __all__ = [
     "hubert_base",
     "hubert_large",
     "hubert_xlarge",
+    "prune_to",
     "wav2vec2_base",
     "wav2vec2_large",
     "wav2vec2_large_lv60k",

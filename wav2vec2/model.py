@@ -6,6 +6,8 @@ The architecture follows wav2vec 2.0 (Baevski et al. 2020), HuBERT (Hsu et al. 2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from .config import (
     Wav2Vec2Config,
     base_config,
 )
-from .cost import count_parameters, parameter_count
+from .cost import COUNTS, Count, count_parameters
 from .gating import narrowed, put_gates
 from .hardconcrete import HardConcrete
 from .pruning import prune
@@ -141,14 +143,22 @@ class Wav2Vec2Model(nn.Module):
         """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
         if not self.is_gated:
             return torch.tensor(count_parameters(self), dtype=torch.float64)
-        return parameter_count(self).to(self.feature_extractor.dummy_weight.device)()
+        return self.count().to(self.feature_extractor.dummy_weight.device)()
 
-    def prune(self, round_to: int = 1) -> tuple:
-        """Cuts in place what the gates close in evaluation mode, folds their masks in and drops the gates.
+    def count(self, of: str = "params") -> Count:
+        """The count of what ``of`` names, "params" or "macs", that follows the gates: ``count()`` is the
+        expected cost, ``count.total()`` the cost with every gate open."""
+        if of not in COUNTS:
+            raise ValueError(f"of is one of {', '.join(COUNTS)}, not {of!r}")
+        return COUNTS[of](self)
+
+    def prune(self, round_to: int = 1, masks: Mapping[HardConcrete, Tensor] | None = None) -> tuple:
+        """Cuts in place what the gates close, folds their masks in and drops the gates.
 
         Args:
             round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all)
                 by keeping the units that come next; 1 keeps what the gates leave.
+            masks: the mask of each gate, (unit,), by default those of evaluation mode.
         Returns:
             ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads,
             ff_interm_features)``: lists with an entry a layer, the values of the config keys of these names.
@@ -158,7 +168,7 @@ class Wav2Vec2Model(nn.Module):
         """
         layers = self.encoder.transformer.layers
         branches = [(layer.attention, layer.feed_forward) for layer in layers]
-        prune(self, round_to)
+        prune(self, round_to, masks)
         is_wavlm = "encoder_remaining_heads" in self.config
         heads = "encoder_remaining_heads" if is_wavlm else "encoder_num_heads"
         # What a removed branch is said to have is what its own gates left of it, as in the original.
