@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.files import UserError
-from wav2vec2 import Wav2Vec2Model
-from wav2vec2.cost import COUNTS
+from wav2vec2 import SizeConstraint, Wav2Vec2Model
 from wav2vec2.gating import narrowed
 
 
@@ -187,8 +186,6 @@ class DistillModule(pl.LightningModule):
         super().__init__()
         if distill_mode not in ("layer2layer", "predlayer"):
             raise ValueError(f'distill_mode is "layer2layer" or "predlayer", not {distill_mode!r}')
-        if sparsity_of not in COUNTS:
-            raise ValueError(f"sparsity_of is one of {', '.join(COUNTS)}, not {sparsity_of!r}")
         distill_layers = list(distill_layers)  # a checkpoint holds plain lists
         self.save_hyperparameters(
             ignore=["teacher_model", "student_model", "distill_linear_projs", "distill_loss"], logger=False
@@ -198,12 +195,16 @@ class DistillModule(pl.LightningModule):
         self.distill_linear_projs = distill_linear_projs
         self.distill_loss = distill_loss
         if use_reg:
-            self.teacher_cost = COUNTS[sparsity_of](teacher_model).total()
-            self.student_cost = COUNTS[sparsity_of](student_model)
+            total = teacher_model.count(sparsity_of).total()
             # Pruning to a target of the teacher's cost needs it, and does not read the teacher.
-            self.hparams["teacher_cost"] = self.teacher_cost
-            self.lambda1 = nn.Parameter(torch.zeros(()))
-            self.lambda2 = nn.Parameter(torch.zeros(()))
+            self.hparams["teacher_cost"] = total
+            constraint = SizeConstraint(
+                student_model, target_sparsity, sparsity_warmup_updates, sparsity_of, total
+            )
+            # Its parts are registered one by one, under the names that the original's checkpoints have.
+            self.lambda1, self.lambda2 = constraint.lambda1, constraint.lambda2
+            self.student_cost = constraint.count
+            self.__dict__["constraint"] = constraint
         self.narrow: Callable[[Wav2Vec2Model], Wav2Vec2Model] = narrowed
         self.gradient_norm: Tensor | None = None
         self._random_state: list[dict] | None = None
@@ -253,28 +254,18 @@ class DistillModule(pl.LightningModule):
         projected = torch.cat(projected, dim=1)
         return projected, torch.stack([teacher[layer] for layer in self.hparams.distill_layers], dim=1)
 
-    @property
-    def current_target_sparsity(self) -> float:
-        """The target at this update: it grows linearly over ``sparsity_warmup_updates`` (section 3.2)."""
-        if self.global_step >= self.hparams.sparsity_warmup_updates:
-            return self.hparams.target_sparsity
-        return self.hparams.target_sparsity * self.global_step / self.hparams.sparsity_warmup_updates
-
     def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
         loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))
         losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         if not self.hparams.use_reg:
             return {"loss": loss_distill, **losses}
-        sparsity = (1 - self.student_cost() / self.teacher_cost).to(loss_distill.dtype)
-        target = self.current_target_sparsity
-        excess = sparsity - target
-        loss_reg = self.lambda1 * excess + self.lambda2 * excess**2
+        loss_reg, sparsity = self.constraint(self.global_step), self.constraint.sparsity
         return {
             "loss": loss_distill + loss_reg,
             **losses,
             "loss_reg": loss_reg,
             "sparsity_expected": sparsity,
-            "sparsity_target": sparsity.new_full((), target),
+            "sparsity_target": sparsity.new_full((), self.constraint.target(self.global_step)),
             "lambda1": self.lambda1,
             "lambda2": self.lambda2,
         }
@@ -309,17 +300,13 @@ class DistillModule(pl.LightningModule):
     def configure_optimizers(self):
         """AdamW in the groups ``main_params``, ``log_alpha`` and ``lambda`` (equation 8: the last by
         ascent)."""
-        gates = [p for name, p in self.student_model.named_parameters() if name.endswith("log_alpha")]
-        main = [p for name, p in self.student_model.named_parameters() if not name.endswith("log_alpha")]
-        main = [p for p in (*main, *self.distill_linear_projs.parameters()) if p.requires_grad]
-        decay = {"lr": self.hparams.learning_rate, "weight_decay": self.hparams.weight_decay}
-        groups = [{"params": main, "name": "main_params", **decay}]
+        rate, projections = self.hparams.learning_rate, self.distill_linear_projs.parameters()
         if self.hparams.use_reg:
-            rate = self.hparams.reg_learning_rate
-            groups.append({"params": gates, "name": "log_alpha", "lr": rate, "weight_decay": 0.0})
-            multipliers = [self.lambda1, self.lambda2]
-            groups.append({"params": multipliers, "name": "lambda", "lr": -rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, fused=True)
+            groups = self.constraint.parameter_groups(rate, self.hparams.reg_learning_rate, projections)
+        else:
+            main = [p for p in (*self.student_model.parameters(), *projections) if p.requires_grad]
+            groups = [{"params": main, "name": "main_params", "lr": rate}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.hparams.weight_decay, fused=True)
         scheduler = LinearDecayLRScheduler(optimizer, self.hparams.warmup_updates, self.hparams.max_updates)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 

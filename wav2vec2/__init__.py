@@ -1,5 +1,6 @@
 """A prunable wav2vec 2.0, HuBERT and WavLM, after DPHuBERT (Peng et al. 2023)."""
 
+from .constraint import SizeConstraint
 from .hardconcrete import HardConcrete
 from .model import (
     Wav2Vec2Model,
@@ -18,6 +19,7 @@ from .pruning import PruningError, prune_to
 __all__ = [
     "HardConcrete",
     "PruningError",
+    "SizeConstraint",
     "Wav2Vec2Model",
     "hubert_base",
     "hubert_large",
