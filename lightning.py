@@ -18,6 +18,14 @@ from utils.files import UserError
 from wav2vec2 import SizeConstraint, Wav2Vec2Model
 from wav2vec2.gating import narrowed
 
+DISTILL_MODES = {
+    "layer2layer": "compare layer with layer",
+    "predlayer": "predict all from the student's last layer",
+    "group_mean": "compare the means of the groups' layers",
+}
+"""What is matched. The third follows the abstract of SKILL (Zampierin et al. 2024, arXiv 2402.16830), which
+averages the layers of a cluster; no more of that paper was at hand."""
+
 
 class LinearDecayLRScheduler(LRScheduler):
     """Linear warm-up from 0, then linear decay to 0: with k = 1 at the first update, lr k / warmup, then
@@ -112,14 +120,14 @@ def distill_projections(
     """The heads that read the student: one entry a distilled layer, in the order of ``groups``.
 
     Args:
-        mode: "layer2layer": a Linear shared by the layers of a group, the identity at the start; "predlayer"
-            (DistilHuBERT, Chang et al. 2022): each layer's own Linear and GELU.
+        mode: "layer2layer" and "group_mean": a Linear shared by the layers of a group, the identity at the
+            start; "predlayer" (DistilHuBERT, Chang et al. 2022): each layer's own Linear and GELU.
         groups: the distilled layers.
         student_dim, teacher_dim: features of the models.
     """
     heads = nn.ModuleList()
     for group in groups:
-        if mode == "layer2layer":
+        if mode != "predlayer":
             linear = nn.Linear(student_dim, teacher_dim)
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -138,7 +146,7 @@ class DistillModule(pl.LightningModule):
     Args:
         teacher_model: the teacher, which is frozen here.
         student_model: the student, with gates where ``use_reg``.
-        distill_mode: "layer2layer" or "predlayer".
+        distill_mode: one of ``DISTILL_MODES``.
         distill_layers: layers to match, 0 to the number of layers, one for each of ``distill_linear_projs``.
         distill_linear_projs: heads on the student's layers.
         distill_loss: compares two tensors (batch, layer, time, feature).
@@ -184,8 +192,8 @@ class DistillModule(pl.LightningModule):
         seed: int = 2022,
     ) -> None:
         super().__init__()
-        if distill_mode not in ("layer2layer", "predlayer"):
-            raise ValueError(f'distill_mode is "layer2layer" or "predlayer", not {distill_mode!r}')
+        if distill_mode not in DISTILL_MODES:
+            raise ValueError(f"distill_mode is one of {', '.join(DISTILL_MODES)}, not {distill_mode!r}")
         distill_layers = list(distill_layers)  # a checkpoint holds plain lists
         self.save_hyperparameters(
             ignore=["teacher_model", "student_model", "distill_linear_projs", "distill_loss"], logger=False
@@ -231,28 +239,32 @@ class DistillModule(pl.LightningModule):
         return self
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What is compared: the student's projected layers and the teacher's, each (batch, layer, time,
-        feature).
+        """What is compared: the student's projected layers and the teacher's, or the means of the groups of
+        layers that share a projection, each (batch, layer or group, time, feature).
 
         Args:
             waveforms: (batch, time).
             lengths: (batch,) valid samples, or None where all are whole.
         """
         top = max(self.hparams.distill_layers)
-        layered = self.hparams.distill_mode == "layer2layer"
+        layered = self.hparams.distill_mode != "predlayer"
+        means = self.hparams.distill_mode == "group_mean"
         # A GPU is asked which gates are open before it is given the teacher's work.
         student_model = self.narrow(self.student_model)
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
         student, _ = student_model.extract_features(waveforms, lengths, top if layered else None)
-        sources = [student[layer if layered else -1] for layer in self.hparams.distill_layers]
         # Layers that share a projection go through it together.
-        together: dict[nn.Module, list[Tensor]] = {}
-        for projection, source in zip(self.distill_linear_projs, sources, strict=True):
-            together.setdefault(projection, []).append(source)
-        projected = [projection(torch.stack(layers, dim=1)) for projection, layers in together.items()]
-        projected = torch.cat(projected, dim=1)
-        return projected, torch.stack([teacher[layer] for layer in self.hparams.distill_layers], dim=1)
+        together: dict[nn.Module, list[int]] = {}
+        for projection, layer in zip(self.distill_linear_projs, self.hparams.distill_layers, strict=True):
+            together.setdefault(projection, []).append(layer)
+        learnt, taught = [], []
+        for projection, layers in together.items():
+            read = torch.stack([student[layer if layered else -1] for layer in layers], dim=1)
+            wanted = torch.stack([teacher[layer] for layer in layers], dim=1)
+            learnt.append(projection(read.mean(1, keepdim=True) if means else read))
+            taught.append(wanted.mean(1, keepdim=True) if means else wanted)
+        return torch.cat(learnt, dim=1), torch.cat(taught, dim=1)
 
     def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
         loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from transformers import AutoModelForCTC
 
 from exports import huggingface
 from lightning import DistillLoss, LinearDecayLRScheduler, distill_projections
@@ -200,7 +201,7 @@ def test_the_loops_of_the_page_reach_their_target(tmp_path, monkeypatch):
         "updates": 400,
         "task_loss": lambda output, labels: nn.functional.cross_entropy(output.transpose(1, 2), labels),
         "OUT": tmp_path / "OUT",
-        "loader": [(waveforms, labels)] * 400,
+        "loader": torch.utils.data.DataLoader([(waveforms, labels)] * 400, batch_size=None),
         "dataset": [0] * 8,
         "collate": lambda items: inputs,
     }
@@ -237,3 +238,36 @@ def test_two_ranks_stay_alike_under_ddp(tmp_path):
         assert mine.keys() == other.keys()
         for name, tensor in mine.items():
             assert torch.equal(tensor, other[name]), name
+
+
+def load(folder):
+    return AutoModelForCTC.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_gated_export_that_was_saved_loads_again(tmp_path):
+    torch.manual_seed(0)
+    huggingface.export(ungated("wavlm_large").eval(), tmp_path / "OUT", {})
+    model, waveforms = load(tmp_path / "OUT"), torch.randn(2, 4000)
+
+    @torch.no_grad()
+    def logits(model):
+        return model.eval()(waveforms).logits
+
+    whole, size = logits(model), model.pruned_speech.count().total()
+    model.pruned_speech.add_gates(UNITS)
+    constraint, gates = SizeConstraint(model.pruned_speech, 0.5), model.pruned_speech.gates()
+    for gate in gates:
+        nn.init.normal_(gate.log_alpha, 0.0, 3.0)
+    nn.init.ones_(constraint.lambda1)
+    (model.train()(waveforms).logits.square().mean() + constraint(0)).backward()
+    assert all(gate.log_alpha.grad.norm() > 0 for gate in gates)
+    assert not torch.allclose(logits(model), whole, rtol=0.1)
+    model.save_pretrained(tmp_path / "gated")
+    loaded = load(tmp_path / "gated")
+    assert loaded.pruned_speech.is_gated and torch.equal(logits(loaded), logits(model))
+    reached = prune_to(loaded.pruned_speech, 0.5)
+    assert 0.5 <= reached < 0.51
+    loaded.save_pretrained(tmp_path / "pruned")
+    small = load(tmp_path / "pruned")
+    assert not small.pruned_speech.is_gated and torch.equal(logits(small), logits(loaded))
+    assert small.pruned_speech.count().total() == pytest.approx((1 - reached) * size)
