@@ -150,7 +150,7 @@ def test_a_pruned_model_gets_gates_again_and_counts_by_the_first(of):
 
 
 def task():
-    return torch.randn(2, 2000), torch.randint(5, (2, 6))
+    return torch.randn(2, 2000), torch.randint(1, 5, (2, 6))
 
 
 def cross_entropy(head, model, waveforms, labels):
@@ -211,7 +211,7 @@ def test_the_loops_of_the_page_reach_their_target(tmp_path, monkeypatch):
         names |= {"model": ungated("hubert_base"), "head": nn.Linear(32, 5)}
         exec(block, names)
         constraint = names["module"].constraint if "pl.Trainer" in block else names["constraint"]
-        assert constraint.sparsity.item() == pytest.approx(0.5, abs=0.01)
+        assert constraint.sparsity.item() == pytest.approx(0.5, abs=0.02)
         pruned = getattr(names["model"], "pruned_speech", names["model"])
         assert not pruned.is_gated
         assert pruned.count().total() == pytest.approx(0.5 * constraint.total, rel=0.01)
