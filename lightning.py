@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.files import UserError
-from wav2vec2 import Wav2Vec2Model
-from wav2vec2.cost import COUNTS
+from wav2vec2 import SizeConstraint, Wav2Vec2Model
 from wav2vec2.gating import narrowed
+
+DISTILL_MODES = {
+    "layer2layer": "compare layer with layer",
+    "predlayer": "predict all from the student's last layer",
+    "group_mean": "compare the means of the groups' layers",
+}
+"""What is matched. The third follows the abstract of SKILL (Zampierin et al. 2024, arXiv 2402.16830), which
+averages the layers of a cluster; no more of that paper was at hand."""
 
 
 class LinearDecayLRScheduler(LRScheduler):
@@ -113,14 +120,14 @@ def distill_projections(
     """The heads that read the student: one entry a distilled layer, in the order of ``groups``.
 
     Args:
-        mode: "layer2layer": a Linear shared by the layers of a group, the identity at the start; "predlayer"
-            (DistilHuBERT, Chang et al. 2022): each layer's own Linear and GELU.
+        mode: "layer2layer" and "group_mean": a Linear shared by the layers of a group, the identity at the
+            start; "predlayer" (DistilHuBERT, Chang et al. 2022): each layer's own Linear and GELU.
         groups: the distilled layers.
         student_dim, teacher_dim: features of the models.
     """
     heads = nn.ModuleList()
     for group in groups:
-        if mode == "layer2layer":
+        if mode != "predlayer":
             linear = nn.Linear(student_dim, teacher_dim)
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -139,7 +146,7 @@ class DistillModule(pl.LightningModule):
     Args:
         teacher_model: the teacher, which is frozen here.
         student_model: the student, with gates where ``use_reg``.
-        distill_mode: "layer2layer" or "predlayer".
+        distill_mode: one of ``DISTILL_MODES``.
         distill_layers: layers to match, 0 to the number of layers, one for each of ``distill_linear_projs``.
         distill_linear_projs: heads on the student's layers.
         distill_loss: compares two tensors (batch, layer, time, feature).
@@ -185,10 +192,8 @@ class DistillModule(pl.LightningModule):
         seed: int = 2022,
     ) -> None:
         super().__init__()
-        if distill_mode not in ("layer2layer", "predlayer"):
-            raise ValueError(f'distill_mode is "layer2layer" or "predlayer", not {distill_mode!r}')
-        if sparsity_of not in COUNTS:
-            raise ValueError(f"sparsity_of is one of {', '.join(COUNTS)}, not {sparsity_of!r}")
+        if distill_mode not in DISTILL_MODES:
+            raise ValueError(f"distill_mode is one of {', '.join(DISTILL_MODES)}, not {distill_mode!r}")
         distill_layers = list(distill_layers)  # a checkpoint holds plain lists
         self.save_hyperparameters(
             ignore=["teacher_model", "student_model", "distill_linear_projs", "distill_loss"], logger=False
@@ -198,12 +203,16 @@ class DistillModule(pl.LightningModule):
         self.distill_linear_projs = distill_linear_projs
         self.distill_loss = distill_loss
         if use_reg:
-            self.teacher_cost = COUNTS[sparsity_of](teacher_model).total()
-            self.student_cost = COUNTS[sparsity_of](student_model)
+            total = teacher_model.count(sparsity_of).total()
             # Pruning to a target of the teacher's cost needs it, and does not read the teacher.
-            self.hparams["teacher_cost"] = self.teacher_cost
-            self.lambda1 = nn.Parameter(torch.zeros(()))
-            self.lambda2 = nn.Parameter(torch.zeros(()))
+            self.hparams["teacher_cost"] = total
+            constraint = SizeConstraint(
+                student_model, target_sparsity, sparsity_warmup_updates, sparsity_of, total
+            )
+            # Its parts are registered one by one, under the names that the original's checkpoints have.
+            self.lambda1, self.lambda2 = constraint.lambda1, constraint.lambda2
+            self.student_cost = constraint.count
+            self.__dict__["constraint"] = constraint
         self.narrow: Callable[[Wav2Vec2Model], Wav2Vec2Model] = narrowed
         self.gradient_norm: Tensor | None = None
         self._random_state: list[dict] | None = None
@@ -230,51 +239,45 @@ class DistillModule(pl.LightningModule):
         return self
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What is compared: the student's projected layers and the teacher's, each (batch, layer, time,
-        feature).
+        """What is compared: the student's projected layers and the teacher's, or the means of the groups of
+        layers that share a projection, each (batch, layer or group, time, feature).
 
         Args:
             waveforms: (batch, time).
             lengths: (batch,) valid samples, or None where all are whole.
         """
         top = max(self.hparams.distill_layers)
-        layered = self.hparams.distill_mode == "layer2layer"
+        layered = self.hparams.distill_mode != "predlayer"
+        means = self.hparams.distill_mode == "group_mean"
         # A GPU is asked which gates are open before it is given the teacher's work.
         student_model = self.narrow(self.student_model)
         with torch.no_grad():
             teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
         student, _ = student_model.extract_features(waveforms, lengths, top if layered else None)
-        sources = [student[layer if layered else -1] for layer in self.hparams.distill_layers]
         # Layers that share a projection go through it together.
-        together: dict[nn.Module, list[Tensor]] = {}
-        for projection, source in zip(self.distill_linear_projs, sources, strict=True):
-            together.setdefault(projection, []).append(source)
-        projected = [projection(torch.stack(layers, dim=1)) for projection, layers in together.items()]
-        projected = torch.cat(projected, dim=1)
-        return projected, torch.stack([teacher[layer] for layer in self.hparams.distill_layers], dim=1)
-
-    @property
-    def current_target_sparsity(self) -> float:
-        """The target at this update: it grows linearly over ``sparsity_warmup_updates`` (section 3.2)."""
-        if self.global_step >= self.hparams.sparsity_warmup_updates:
-            return self.hparams.target_sparsity
-        return self.hparams.target_sparsity * self.global_step / self.hparams.sparsity_warmup_updates
+        together: dict[nn.Module, list[int]] = {}
+        for projection, layer in zip(self.distill_linear_projs, self.hparams.distill_layers, strict=True):
+            together.setdefault(projection, []).append(layer)
+        learnt, taught = [], []
+        for projection, layers in together.items():
+            read = torch.stack([student[layer if layered else -1] for layer in layers], dim=1)
+            wanted = torch.stack([teacher[layer] for layer in layers], dim=1)
+            learnt.append(projection(read.mean(1, keepdim=True) if means else read))
+            taught.append(wanted.mean(1, keepdim=True) if means else wanted)
+        return torch.cat(learnt, dim=1), torch.cat(taught, dim=1)
 
     def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
         loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))
         losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         if not self.hparams.use_reg:
             return {"loss": loss_distill, **losses}
-        sparsity = (1 - self.student_cost() / self.teacher_cost).to(loss_distill.dtype)
-        target = self.current_target_sparsity
-        excess = sparsity - target
-        loss_reg = self.lambda1 * excess + self.lambda2 * excess**2
+        loss_reg, sparsity = self.constraint(self.global_step), self.constraint.sparsity
         return {
             "loss": loss_distill + loss_reg,
             **losses,
             "loss_reg": loss_reg,
             "sparsity_expected": sparsity,
-            "sparsity_target": sparsity.new_full((), target),
+            "sparsity_target": sparsity.new_full((), self.constraint.target(self.global_step)),
             "lambda1": self.lambda1,
             "lambda2": self.lambda2,
         }
@@ -309,17 +312,13 @@ class DistillModule(pl.LightningModule):
     def configure_optimizers(self):
         """AdamW in the groups ``main_params``, ``log_alpha`` and ``lambda`` (equation 8: the last by
         ascent)."""
-        gates = [p for name, p in self.student_model.named_parameters() if name.endswith("log_alpha")]
-        main = [p for name, p in self.student_model.named_parameters() if not name.endswith("log_alpha")]
-        main = [p for p in (*main, *self.distill_linear_projs.parameters()) if p.requires_grad]
-        decay = {"lr": self.hparams.learning_rate, "weight_decay": self.hparams.weight_decay}
-        groups = [{"params": main, "name": "main_params", **decay}]
+        rate, projections = self.hparams.learning_rate, self.distill_linear_projs.parameters()
         if self.hparams.use_reg:
-            rate = self.hparams.reg_learning_rate
-            groups.append({"params": gates, "name": "log_alpha", "lr": rate, "weight_decay": 0.0})
-            multipliers = [self.lambda1, self.lambda2]
-            groups.append({"params": multipliers, "name": "lambda", "lr": -rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, fused=True)
+            groups = self.constraint.parameter_groups(rate, self.hparams.reg_learning_rate, projections)
+        else:
+            main = [p for p in (*self.student_model.parameters(), *projections) if p.requires_grad]
+            groups = [{"params": main, "name": "main_params", "lr": rate}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.hparams.weight_decay, fused=True)
         scheduler = LinearDecayLRScheduler(optimizer, self.hparams.warmup_updates, self.hparams.max_updates)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 

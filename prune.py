@@ -9,9 +9,8 @@ from utils.checkpoint import save_checkpoint
 from utils.cli import fraction, path, positive_int, run_script
 from utils.files import UserError
 from utils.stage_checkpoint import begin, check_student, gated_student, part, read_trained
-from wav2vec2 import PruningError, Wav2Vec2Model
-from wav2vec2.cost import COUNTS, count_parameters, multiply_accumulates
-from wav2vec2.pruning import shift_gates
+from wav2vec2 import PruningError, Wav2Vec2Model, prune_to
+from wav2vec2.cost import count_parameters, multiply_accumulates
 
 TOLERANCE = 0.005
 """How far the sparsity may be from stage 1's target before a remark says so."""
@@ -32,8 +31,10 @@ def parse_args() -> argparse.Namespace:
     flag("--out", type=path, help="file to write, or else pruned_hubert_base.pth beside --distilled_ckpt")
     rounding = "round widths, but not heads, up to a multiple of this"
     flag("--round_to", type=positive_int, default=1, help=rounding)
-    target = "sparsity to reach exactly, counted as by stage 1's --sparsity_of: gates open or close in the "
-    target += "order that training found; without it, what the gates close is cut"
+    target = (
+        "sparsity to reach, counted as by stage 1's --sparsity_of: units stay in the order that training "
+    )
+    target += "found, as many as fit; without it, what the gates close is cut"
     flag("--target_sparsity", type=fraction, help=target)
     run_record.add_argument(parser)
     return parser.parse_args()
@@ -52,19 +53,18 @@ def prune(model: Wav2Vec2Model, settings: Mapping, args: argparse.Namespace) -> 
         UserError: nothing of a conv layer would be left, or the gates cannot reach the target.
     """
     sparsity_of, asked_for = settings.get("sparsity_of", "params"), settings.get("target_sparsity")
-    count = COUNTS[sparsity_of]
-    teacher_cost = settings.get("teacher_cost") or count(model).total()
+    teacher_cost = settings.get("teacher_cost") or model.count(sparsity_of).total()
     before, size, macs = model.widths(), count_parameters(model), multiply_accumulates(model)
-    expected = 1 - count(model)().item() / teacher_cost
+    expected = 1 - model.count(sparsity_of)().item() / teacher_cost
     try:
         if args.target_sparsity is not None:
-            budget = (1 - args.target_sparsity) * teacher_cost
-            shift_gates(model, count(model), budget, args.round_to)
-        model.prune(args.round_to)
+            prune_to(model, args.target_sparsity, sparsity_of, teacher_cost, args.round_to)
+        else:
+            model.prune(args.round_to)
     except PruningError as error:
         raise UserError(f"{args.distilled_ckpt}: {error}") from error
     after, pruned_size, pruned_macs = model.widths(), count_parameters(model), multiply_accumulates(model)
-    reached = 1 - count(model).total() / teacher_cost
+    reached = 1 - model.count(sparsity_of).total() / teacher_cost
     what = {"params": "parameters", "macs": "multiply-accumulates"}[sparsity_of]
     lines = [f"{'':24}{'before':>12}{'after':>12}"]
     for kind, name in ROWS.items():

@@ -27,9 +27,7 @@ from lightning import distill_projections, parse_distill_layers
 from utils.checkpoint import load_model, save_checkpoint
 from utils.cli import fraction, nonnegative_int, path, positive, positive_int, run_script
 from utils.files import UserError
-from wav2vec2 import Wav2Vec2Model, wav2vec2_model
-from wav2vec2.cost import parameter_count
-from wav2vec2.pruning import shift_gates
+from wav2vec2 import Wav2Vec2Model, prune_to, wav2vec2_model
 
 ROOT = Path(__file__).parent.parent
 STUDENT = Path("final", "ckpts", "pruned_hubert_base.pth")
@@ -92,9 +90,7 @@ def recipe(args: argparse.Namespace) -> None:
 def cut_at_random(teacher: Wav2Vec2Model, sparsity: float) -> Wav2Vec2Model:
     """The teacher cut at random to exactly the parameters that ``sparsity`` leaves."""
     student = common.gated_copy(teacher, sparsity).eval()
-    count = parameter_count(student)
-    shift_gates(student, count, (1 - sparsity) * count.total())
-    student.prune()
+    prune_to(student, sparsity)
     return student
 
 

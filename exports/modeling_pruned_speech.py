@@ -4,6 +4,7 @@ export_to_hf.py copies this file beside the project's own modules, where its rel
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -22,10 +23,11 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from .components import EncoderLayer, WavLMSelfAttention
 from .config import NO_GATES, Wav2Vec2Config, base_config
+from .constraint import SizeConstraint  # noqa: F401
 from .cost import count_parameters  # noqa: F401
-from .gating import Layout  # noqa: F401
-from .hardconcrete import HardConcrete  # noqa: F401
-from .model import Wav2Vec2Model
+from .gating import narrowed
+from .hardconcrete import HardConcrete
+from .model import Prunable, Wav2Vec2Model
 from .pruning import PruningError  # noqa: F401
 
 # transformers 4.48 fetches only what this file itself imports.
@@ -122,6 +124,8 @@ class PrunedSpeechPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.layer_weights)  # their softmax counts
         elif getattr(module, "masked_spec_embed", None) is not None:
             nn.init.zeros_(module.masked_spec_embed)
+        elif isinstance(module, HardConcrete):
+            module.reset_parameters()
 
     def _get_feat_extract_output_lengths(self, input_lengths: Tensor | int) -> Tensor | int:
         """Samples -> frames."""
@@ -142,8 +146,8 @@ class PrunedSpeechPreTrainedModel(PreTrainedModel):
         return output if as_dict else output.to_tuple()
 
 
-class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
-    """The encoder; ``AutoModel`` loads it."""
+class PrunedSpeechModel(PrunedSpeechPreTrainedModel, Prunable):
+    """The encoder; ``AutoModel`` loads it. ``add_gates()`` and ``prune()`` are those of Wav2Vec2Model."""
 
     def __init__(self, config: PrunedSpeechConfig) -> None:
         super().__init__(config)
@@ -151,6 +155,7 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         model = Wav2Vec2Model(Wav2Vec2Config.from_dict({**given, "aux_num_out": None}))
         self.feature_extractor = model.feature_extractor
         self.encoder = model.encoder
+        self.is_gated = model.is_gated
         masks_frames = config.apply_spec_augment and config.mask_time_prob > 0
         # What frames under a mask are replaced by, which is learnt; no checkpoint of this project has it.
         self.masked_spec_embed = nn.Parameter(torch.zeros(config.encoder_embed_dim)) if masks_frames else None
@@ -166,6 +171,12 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
                 # transformers does not keep the values of buffers that are not in the file.
                 layer.attention.register_buffer("remaining_heads", layer.attention.remaining_heads)
         self.post_init()
+
+    def config_dict(self) -> dict:
+        return self.config.to_dict()
+
+    def change_config(self, changes: Mapping) -> None:
+        self.config.update(changes)
 
     def forward(
         self,
@@ -206,9 +217,10 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         (batch, frame, feature); the other arguments are those of :meth:`forward`."""
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions is not supported: the attention weights are not computed")
-        config, transformer = self.config, self.encoder.transformer
+        config, model = self.config, narrowed(self)
+        transformer = model.encoder.transformer
         lengths = None if attention_mask is None else attention_mask.sum(-1)
-        features, frames = self.feature_extractor(
+        features, frames = model.feature_extractor(
             input_values.to(self.dtype), lengths, config.masked_group_norm
         )
         layer_drop = transformer.layer_drop if self.training else 0.0
@@ -218,12 +230,12 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel):
         # torch.compile cannot trace hooks, so they are there only where they are needed.
         first: list[Tensor] = []
         keep = transformer.dropout.register_forward_hook
-        mask = self.encoder.feature_projection.register_forward_hook
+        mask = model.encoder.feature_projection.register_forward_hook
         with (
             keep(lambda *call: first.append(call[-1])) if with_first else nullcontext(),
             mask(lambda *call: self._spec_augment(call[-1], frames)) if masks else nullcontext(),
         ):
-            _, *states = self.encoder(features, frames, layer_drop=layer_drop)
+            _, *states = model.encoder(features, frames, layer_drop=layer_drop)
         return [*first, *states]
 
     def _spec_augment(self, x: Tensor, frames: Tensor | None) -> Tensor:

@@ -78,3 +78,24 @@ def test_thirty_updates_equal_the_recording(name, monkeypatch, tmp_path):
         assert (projections[key] - expected).abs().max() < 1e-10, key
     gate = "feature_extractor.conv_layers.0.hard_concrete.log_alpha"
     assert (final[gate] - golden["student_state_dict"][gate]).abs().min() > 0.2
+
+
+def test_group_mean_compares_the_means_of_groups(tmp_path):
+    golden = recorded("trajectory_hubert")
+    golden["hyper_parameters"]["distill_mode"] = "group_mean"
+    module = module_of(golden)
+    groups, waveforms = golden["distill_layer_groups"], golden["batches"][0].double()
+    module.student_model.eval().prune()
+    with torch.no_grad():
+        for projection in module.distill_linear_projs:
+            projection.weight.normal_()
+        learnt, taught = module(waveforms)
+        states = [
+            model.extract_features(waveforms)[0] for model in (module.student_model, module.teacher_model)
+        ]
+    firsts = [sum(len(group) for group in groups[:i]) for i in range(len(groups))]
+    for i, (group, first) in enumerate(zip(groups, firsts, strict=True)):
+        student, teacher = (sum(layers[layer] for layer in group) / len(group) for layers in states)
+        torch.testing.assert_close(learnt[:, i], module.distill_linear_projs[first](student))
+        torch.testing.assert_close(taught[:, i], teacher)
+    assert learnt.size(1) == len(groups)

@@ -43,8 +43,8 @@ def test_the_target_is_met_to_the_last_unit(round_to, stage_1, teacher, monkeypa
         call(monkeypatch, "prune", *arguments, "--target_sparsity", sparsity, "--out", out)
         budget = (1 - sparsity) * cost(teacher, what)
         sizes.append(cost(out, what))
-        # After three updates the gates are so alike that all seven conv layers gain a channel at once.
-        assert 0 <= budget - sizes[-1] < (0.06 if round_to == 1 else 0.2) * cost(teacher, what)
+        feature = 2 * 32 + 1 if what == "params" else 2 * 32 * 499
+        assert 0 <= budget - sizes[-1] < round_to * feature
     assert sizes[1] < sizes[0]
     printed = capsys.readouterr().out
     assert f"sparsity {1 - sizes[1] / cost(teacher, what):.4f} of the teacher's" in printed

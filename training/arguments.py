@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dataset.datamodule import SpeechDataModule
-from lightning import DistillLoss, distill_projections, parse_distill_layers
+from lightning import DISTILL_MODES, DistillLoss, distill_projections, parse_distill_layers
 from utils import run_record
 from utils.cli import nonnegative, nonnegative_int, path, positive, positive_int
 from utils.files import UserError
@@ -58,8 +58,8 @@ def training_parser(
     distillation("--teacher_ckpt", type=path, default=HUBERT_BASE, help="the teacher's file")
     layers = "layers to match: commas separate those of a group, which share a projection, periods the groups"
     distillation("--distill_layers", default="0.4,8,12", help=layers)
-    modes = "compare layer with layer, or predict all from the student's last layer"
-    distillation("--distill_mode", choices=["layer2layer", "predlayer"], default="layer2layer", help=modes)
+    modes = "; ".join(f"{mode}: {what}" for mode, what in DISTILL_MODES.items())
+    distillation("--distill_mode", choices=DISTILL_MODES, default="layer2layer", help=modes)
     distillation("--l2_weight", type=nonnegative, default=0.0, help="weight of the squared error")
     distillation("--l1_weight", type=nonnegative, default=1.0, help="weight of the L1 distance")
     distillation("--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance")
@@ -74,7 +74,7 @@ def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2
     if not (args.l2_weight or args.l1_weight or args.cos_weight):
         raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: give one of them a weight")
     # In predlayer mode the student's last layer predicts them all, so it may have fewer layers.
-    compared = (teacher, student) if args.distill_mode == "layer2layer" else (teacher,)
+    compared = (teacher,) if args.distill_mode == "predlayer" else (teacher, student)
     num_layers = min(len(model.encoder.transformer.layers) for model in compared)
     groups = parse_distill_layers(args.distill_layers, num_layers)
     dimensions = [model.config["encoder_embed_dim"] for model in (student, teacher)]

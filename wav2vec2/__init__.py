@@ -1,5 +1,6 @@
 """A prunable wav2vec 2.0, HuBERT and WavLM, after DPHuBERT (Peng et al. 2023)."""
 
+from .constraint import SizeConstraint
 from .hardconcrete import HardConcrete
 from .model import (
     Wav2Vec2Model,
@@ -13,15 +14,17 @@ from .model import (
     wavlm_base,
     wavlm_large,
 )
-from .pruning import PruningError
+from .pruning import PruningError, prune_to
 
 __all__ = [
     "HardConcrete",
     "PruningError",
+    "SizeConstraint",
     "Wav2Vec2Model",
     "hubert_base",
     "hubert_large",
     "hubert_xlarge",
+    "prune_to",
     "wav2vec2_base",
     "wav2vec2_large",
     "wav2vec2_large_lv60k",

@@ -50,7 +50,7 @@ class Count(nn.Module):
 
     def __init__(self, layout: Layout, terms: Sequence[Term]) -> None:
         super().__init__()
-        self._layout, self._terms = layout, terms
+        self.layout, self._terms = layout, terms
         gates = layout.gates
         number = {gate: i for i, gate in enumerate(gates)}
         one = len(gates)  # the row and column of what no gate changes
@@ -67,7 +67,7 @@ class Count(nn.Module):
     def forward(self) -> Tensor:
         """The expected count under the gates, a float64 scalar that is differentiable in every ``log_alpha``:
         the sum of c_ij w_i w_j over the gates' expected widths w, and 1."""
-        gates = self._layout.gates
+        gates = self.layout.gates
         if not gates:
             return self.coefficients.sum().double()
         # A model builds all its gates with the same temperature and stretch.
@@ -80,18 +80,17 @@ class Count(nn.Module):
         """The count with every gate open."""
         return sum(term.coefficient * math.prod(axis.n for axis in term.axes) for term in self._terms)
 
-    def after_pruning(self, masks: Mapping[HardConcrete, Tensor]) -> int:
-        """The count of the model that pruning makes by ``masks``, each (unit,)."""
-        is_open = {gate: mask > 0 for gate, mask in masks.items()}
+    def after_pruning(self, n_open: Mapping[HardConcrete, int]) -> int:
+        """The count of the model that pruning makes when that many units of each gate stay open."""
         kept, removed = {}, set()
-        for axis in self._layout.axes:
-            closed = axis.branch is not None and not is_open[axis.branch].item()
-            left = axis.n if axis.gate is None else int(is_open[axis.gate].sum())
+        for axis in self.layout.axes:
+            closed = axis.branch is not None and not n_open[axis.branch]
+            left = axis.n if axis.gate is None else n_open[axis.gate]
             kept[axis] = 0 if closed and axis.emptied else left
             if closed or not kept[axis]:
                 removed.add(axis)
         # The attention that computes WavLM's position bias stays, without a head.
-        removed -= {axis for a, axis in self._layout.heads.items() if computes_position_bias(a)}
+        removed -= {axis for a, axis in self.layout.heads.items() if computes_position_bias(a)}
         return sum(
             term.coefficient * math.prod(kept[axis] for axis in term.axes)
             for term in self._terms

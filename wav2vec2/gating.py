@@ -24,7 +24,6 @@ from .components import (
     SelfAttention,
     WavLMSelfAttention,
 )
-from .config import NO_GATES
 from .hardconcrete import HardConcrete
 
 WIDTH_MULTIPLE = 8
@@ -243,10 +242,10 @@ def computes_position_bias(attention: SelfAttention) -> bool:
 def put_gates(model: nn.Module, units: Collection[str]) -> None:
     """Puts new gates on the ``units`` of ``model``, in place, named as in ``PRUNING_UNITS``; a branch that is
     not there, or has nothing in it, gets none."""
-    device = next(model.parameters()).device
+    like = next(model.parameters())
 
     def gate(unit: str, n: int, closed: float = FEW_CLOSED) -> HardConcrete | None:
-        return HardConcrete(n, closed).to(device) if unit in units else None
+        return HardConcrete(n, closed).to(like) if unit in units else None
 
     for module in model.modules():
         if isinstance(module, ConvLayerBlock):
@@ -365,7 +364,7 @@ def replica(model: nn.Module, tensors: Mapping[Place, Tensor | None]) -> nn.Modu
                 f"a gated model cannot run a forward that was put on an instance of {type(module).__name__}, "
                 "which would compute with all units: put it on a subclass, or wrap the module in another one"
             )
-    result.config = {**model.config, **NO_GATES}
+    result.is_gated = False
     return result
 
 

@@ -62,21 +62,32 @@ class HardConcrete(nn.Module):
         return (s * (self.high - self.low) + self.low).clamp(0, 1)
 
     @torch.no_grad()
-    def evaluation_mask(self, round_to: int = 1) -> Tensor:
-        """The deterministic mask: soft values, of which the round(n_in - l0_norm) smallest become 0.
+    def n_open(self, round_to: int = 1, offset: float = 0.0) -> int:
+        """The number of gates that are open in evaluation: n_in - round(n_in - l0_norm).
+
+        Args:
+            round_to: the number is rounded up to a multiple of this, at most to all gates.
+            offset: is added to every ``log_alpha``.
+        """
+        expected = torch.sigmoid(self.log_alpha + offset - self.shift).sum().item()
+        n_open = self.n_in - round(self.n_in - expected)
+        return min(self.n_in, math.ceil(n_open / round_to) * round_to)
+
+    @torch.no_grad()
+    def evaluation_mask(self, n_open: int | None = None, offset: float = 0.0) -> Tensor:
+        """The deterministic mask: soft values, of which all but the largest become 0.
 
         The factor 0.8 is that of FLOP, whose masks the published students were pruned with: it keeps the soft
         values of open units nearer to the middle than the mean of the samples would be.
 
         Args:
-            round_to: the number of open gates is rounded up to a multiple of this (at most to all of them) by
-                keeping the units that come next.
+            n_open: the number of values to keep, by default what :meth:`n_open` says.
+            offset: is added to every ``log_alpha``.
         Returns:
             Tensor (n_in,).
         """
-        soft = torch.sigmoid(0.8 * self.log_alpha / self.temperature)
-        n_open = self.n_in - round(self.n_in - self.l0_norm().item())
-        n_open = min(self.n_in, math.ceil(n_open / round_to) * round_to)
+        n_open = self.n_open(offset=offset) if n_open is None else n_open
+        soft = torch.sigmoid(0.8 * (self.log_alpha + offset) / self.temperature)
         closed = torch.topk(soft, self.n_in - n_open, largest=False).indices
         return soft.index_fill(0, closed, 0.0)
 

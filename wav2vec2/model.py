@@ -6,6 +6,8 @@ The architecture follows wav2vec 2.0 (Baevski et al. 2020), HuBERT (Hsu et al. 2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,13 +23,129 @@ from .config import (
     Wav2Vec2Config,
     base_config,
 )
-from .cost import count_parameters, parameter_count
+from .cost import COUNTS, Count
 from .gating import narrowed, put_gates
 from .hardconcrete import HardConcrete
 from .pruning import prune
 
 
-class Wav2Vec2Model(nn.Module):
+class Prunable:
+    """The gates, the size and the pruning of a model with a ``feature_extractor`` and an ``encoder``, whose
+    config follows.
+
+    Attributes:
+        is_gated: whether units of the model have gates.
+    """
+
+    is_gated = False
+
+    def config_dict(self) -> dict:
+        """The config as a dictionary, to read."""
+        return self.config
+
+    def change_config(self, changes: Mapping) -> None:
+        """Gives keys of the config their new values."""
+        self.config = {**self.config, **changes}
+
+    def gates(self) -> list[HardConcrete]:
+        """All gates, in the order of the modules."""
+        return [module for module in self.modules() if isinstance(module, HardConcrete)]
+
+    def add_gates(self, units: str) -> None:
+        """Puts fresh gates on an ungated or pruned model, in place; ``prune()`` takes them away again.
+
+        Args:
+            units: what gets gates, a comma list of conv, head, interm (feed-forward features), attlayer and
+                ffnlayer (whole branches), as for --pruning_units.
+        Raises:
+            ValueError: a unit is unknown, none is named, or the model has gates already.
+        """
+        names = [unit.strip() for unit in units.split(",") if unit.strip()]
+        unknown = [name for name in names if name not in PRUNING_UNITS]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is none of {', '.join(PRUNING_UNITS)}")
+        if not names:
+            raise ValueError(f"no unit is named: name some of {', '.join(PRUNING_UNITS)}")
+        if self.is_gated:
+            raise ValueError("the model has gates already: prune() takes them away")
+        put_gates(self, names)
+        self.is_gated = True
+        self.change_config({PRUNING_UNITS[name]: True for name in names})
+
+    def get_num_params(self) -> Tensor:
+        """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
+        return self.count().to(self.feature_extractor.dummy_weight.device)()
+
+    def count(self, of: str = "params") -> Count:
+        """The count of what ``of`` names, "params" or "macs", that follows the gates: ``count()`` is the
+        expected cost, ``count.total()`` the cost with every gate open."""
+        if of not in COUNTS:
+            raise ValueError(f"of is one of {', '.join(COUNTS)}, not {of!r}")
+        return COUNTS[of](self)
+
+    def prune(self, round_to: int = 1, masks: Mapping[HardConcrete, Tensor] | None = None) -> tuple:
+        """Cuts in place what the gates close, folds their masks in and drops the gates.
+
+        Args:
+            round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all)
+                by keeping the units that come next; 1 keeps what the gates leave.
+            masks: the mask of each gate, (unit,), by default those of evaluation mode.
+        Returns:
+            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads,
+            ff_interm_features)``: lists with an entry a layer, the values of the config keys of these names.
+            ``remaining_heads`` counts the first model's heads, and is empty but for WavLM.
+        Raises:
+            PruningError: a conv layer would be left without channels; nothing has been cut then.
+        """
+        layers = self.encoder.transformer.layers
+        branches = [(layer.attention, layer.feed_forward) for layer in layers]
+        prune(self, round_to, masks)
+        self.is_gated, config = False, self.config_dict()
+        is_wavlm = "encoder_remaining_heads" in config
+        heads = "encoder_remaining_heads" if is_wavlm else "encoder_num_heads"
+        # What a removed branch is said to have is what its own gates left of it, as in the original.
+        kept_heads, widths = list(config[heads]), list(config["encoder_ff_interm_features"])
+        for i, (attention, feed_forward) in enumerate(branches):
+            if attention is not None:
+                kept_heads[i] = attention.remaining_heads.tolist() if is_wavlm else attention.num_heads
+            if feed_forward is not None:
+                widths[i] = feed_forward.intermediate_dense.out_features
+        conv_layers = self.feature_extractor.conv_layers
+        changes = {
+            **NO_GATES,
+            "extractor_conv_layer_config": [
+                (layer.conv.out_channels, layer.kernel_size, layer.stride) for layer in conv_layers
+            ],
+            "encoder_use_attention": [layer.attention is not None for layer in layers],
+            "encoder_use_feed_forward": [layer.feed_forward is not None for layer in layers],
+            "encoder_ff_interm_features": widths,
+            heads: kept_heads,
+        }
+        self.change_config(changes)
+        return (
+            changes["extractor_conv_layer_config"],
+            changes["encoder_use_attention"],
+            changes["encoder_use_feed_forward"],
+            [len(remaining) for remaining in kept_heads] if is_wavlm else kept_heads,
+            kept_heads if is_wavlm else [],
+            widths,
+        )
+
+    def widths(self) -> dict[str, list[int]]:
+        """``conv_channels``, ``heads`` and ``feed_forward`` features: lists with an entry a layer, 0 for an
+        absent branch."""
+        layers = self.encoder.transformer.layers
+        return {
+            "conv_channels": [block.conv.out_channels for block in self.feature_extractor.conv_layers],
+            "heads": [0 if layer.attention is None else layer.attention.num_heads for layer in layers],
+            "feed_forward": [
+                0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
+                for layer in layers
+            ],
+        }
+
+
+class Wav2Vec2Model(Prunable, nn.Module):
     """Waveform -> features of a transformer over convolutional features.
 
     Args:
@@ -54,36 +172,9 @@ class Wav2Vec2Model(nn.Module):
         self.encoder = _build_encoder(config)
         aux = config.aux_num_out
         self.aux = None if aux is None else nn.Linear(config.encoder_embed_dim, aux)
-        put_gates(self, [unit for unit, key in PRUNING_UNITS.items() if self.config[key]])
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether units of this model have gates."""
-        return any(self.config[key] for key in NO_GATES)
-
-    def gates(self) -> list[HardConcrete]:
-        """All gates, in the order of the modules."""
-        return [module for module in self.modules() if isinstance(module, HardConcrete)]
-
-    def add_gates(self, units: str) -> None:
-        """Puts fresh gates on an ungated or pruned model, in place; ``prune()`` takes them away again.
-
-        Args:
-            units: what gets gates, a comma list of conv, head, interm (feed-forward features), attlayer and
-                ffnlayer (whole branches), as for --pruning_units.
-        Raises:
-            ValueError: a unit is unknown, none is named, or the model has gates already.
-        """
-        names = [unit.strip() for unit in units.split(",") if unit.strip()]
-        unknown = [name for name in names if name not in PRUNING_UNITS]
-        if unknown:
-            raise ValueError(f"{unknown[0]} is none of {', '.join(PRUNING_UNITS)}")
-        if not names:
-            raise ValueError(f"no unit is named: name some of {', '.join(PRUNING_UNITS)}")
-        if self.is_gated:
-            raise ValueError("the model has gates already: prune() takes them away")
-        put_gates(self, names)
-        self.config = {**self.config, **{PRUNING_UNITS[name]: True for name in names}}
+        units = [unit for unit, key in PRUNING_UNITS.items() if self.config[key]]
+        put_gates(self, units)
+        self.is_gated = bool(units)
 
     def extract_features(
         self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
@@ -136,71 +227,6 @@ class Wav2Vec2Model(nn.Module):
             waveforms = normalize(waveforms, lengths)
         features, frames = self.feature_extractor(waveforms, lengths, self.masked_group_norm)
         return self.encoder(features, frames, num_layers, layer_drop), frames
-
-    def get_num_params(self) -> Tensor:
-        """The expected number of parameters under the gates, a float64 scalar; the true one without gates."""
-        if not self.is_gated:
-            return torch.tensor(count_parameters(self), dtype=torch.float64)
-        return parameter_count(self).to(self.feature_extractor.dummy_weight.device)()
-
-    def prune(self, round_to: int = 1) -> tuple:
-        """Cuts in place what the gates close in evaluation mode, folds their masks in and drops the gates.
-
-        Args:
-            round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all)
-                by keeping the units that come next; 1 keeps what the gates leave.
-        Returns:
-            ``(conv_config, use_attention, use_feed_forward, num_heads, remaining_heads,
-            ff_interm_features)``: lists with an entry a layer, the values of the config keys of these names.
-            ``remaining_heads`` counts the first model's heads, and is empty but for WavLM.
-        Raises:
-            PruningError: a conv layer would be left without channels; nothing has been cut then.
-        """
-        layers = self.encoder.transformer.layers
-        branches = [(layer.attention, layer.feed_forward) for layer in layers]
-        prune(self, round_to)
-        is_wavlm = "encoder_remaining_heads" in self.config
-        heads = "encoder_remaining_heads" if is_wavlm else "encoder_num_heads"
-        # What a removed branch is said to have is what its own gates left of it, as in the original.
-        kept_heads, widths = list(self.config[heads]), list(self.config["encoder_ff_interm_features"])
-        for i, (attention, feed_forward) in enumerate(branches):
-            if attention is not None:
-                kept_heads[i] = attention.remaining_heads.tolist() if is_wavlm else attention.num_heads
-            if feed_forward is not None:
-                widths[i] = feed_forward.intermediate_dense.out_features
-        conv_layers = self.feature_extractor.conv_layers
-        self.config = {
-            **self.config,
-            **NO_GATES,
-            "extractor_conv_layer_config": [
-                (layer.conv.out_channels, layer.kernel_size, layer.stride) for layer in conv_layers
-            ],
-            "encoder_use_attention": [layer.attention is not None for layer in layers],
-            "encoder_use_feed_forward": [layer.feed_forward is not None for layer in layers],
-            "encoder_ff_interm_features": widths,
-            heads: kept_heads,
-        }
-        return (
-            self.config["extractor_conv_layer_config"],
-            self.config["encoder_use_attention"],
-            self.config["encoder_use_feed_forward"],
-            [len(remaining) for remaining in kept_heads] if is_wavlm else kept_heads,
-            kept_heads if is_wavlm else [],
-            widths,
-        )
-
-    def widths(self) -> dict[str, list[int]]:
-        """``conv_channels``, ``heads`` and ``feed_forward`` features: lists with an entry a layer, 0 for an
-        absent branch."""
-        layers = self.encoder.transformer.layers
-        return {
-            "conv_channels": [block.conv.out_channels for block in self.feature_extractor.conv_layers],
-            "heads": [0 if layer.attention is None else layer.attention.num_heads for layer in layers],
-            "feed_forward": [
-                0 if layer.feed_forward is None else layer.feed_forward.intermediate_dense.out_features
-                for layer in layers
-            ],
-        }
 
     def fold_weight_norm(self) -> Wav2Vec2Model:
         """Computes the positional convolution's normalised weight once, for inference; returns the model.

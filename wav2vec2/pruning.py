@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .components import ConvLayerBlock, EncoderLayer
-from .cost import Count
 from .gating import Layout, computes_position_bias, open_units
 from .hardconcrete import HardConcrete
 
-SHIFT_LIMIT = 64.0
+OFFSET_LIMIT = 64.0
 """A gate is certainly open or closed when its ``log_alpha`` is that far from where training leaves it."""
 
 
@@ -20,24 +19,27 @@ class PruningError(ValueError):
     """A model that its gates leave unable to compute anything."""
 
 
-def evaluation_masks(layout: Layout, round_to: int = 1) -> dict[HardConcrete, Tensor]:
-    """The deterministic masks that a model is pruned by; heads are not rounded."""
-    of_heads = {axis.gate for axis in layout.axes if axis.unit_features > 1}
-    return {gate: gate.evaluation_mask(1 if gate in of_heads else round_to) for gate in layout.gates}
+def rounding(layout: Layout, round_to: int) -> dict[HardConcrete, int]:
+    """The multiple that the number of open units of each gate is rounded up to: 1 for heads and branches."""
+    rounded = {axis.gate for axis in layout.axes if axis.unit_features == 1}
+    return {gate: round_to if gate in rounded else 1 for gate in layout.gates}
 
 
 @torch.no_grad()
-def prune(model: nn.Module, round_to: int = 1) -> None:
-    """Cuts in place what the gates of ``model`` close in evaluation mode, and drops the gates.
+def prune(model: nn.Module, round_to: int = 1, masks: Mapping[HardConcrete, Tensor] | None = None) -> None:
+    """Cuts in place what the gates of ``model`` close, and drops the gates.
 
     Args:
         model: the model; its config is not touched.
         round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all).
+        masks: the mask of each gate, (unit,), by default those of evaluation mode.
     Raises:
         PruningError: a conv layer would be left without channels; nothing has been cut then.
     """
     layout = Layout(model, pruning=True)
-    masks = evaluation_masks(layout, round_to)
+    if masks is None:
+        steps = rounding(layout, round_to)
+        masks = {gate: gate.evaluation_mask(gate.n_open(step)) for gate, step in steps.items()}
     _check_conv_channels(model, masks)
     narrowed = layout.narrow(open_units(layout.axes, masks), masks)
     for (module, name), tensor in narrowed.items():
@@ -88,42 +90,72 @@ def _describe_shape(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
-@torch.no_grad()
-def shift_gates(model: nn.Module, count: Count, budget: float, round_to: int = 1) -> float:
-    """Adds one number to every gate's ``log_alpha`` so that pruning leaves as much as ``budget`` allows.
+def prune_to(
+    model: nn.Module,
+    target_sparsity: float,
+    of: str = "params",
+    total: float | None = None,
+    round_to: int = 1,
+) -> float:
+    """Prunes a gated ``model`` in place to just within a size, whatever its gates expect.
 
-    The order of the units, which training found, stays. What pruning leaves never shrinks as the gates open,
-    so the number is found by bisection.
+    The units are kept in the order that training found: one number is added to every ``log_alpha`` so that
+    pruning leaves as much as fits, and what is left of the size is filled with the units that would open next
+    and do fit. What remains is less than the cheapest unit that is closed.
 
     Args:
-        model: a gated model.
-        count: the count of the model that the budget limits.
-        budget: the most that may be left.
-        round_to: the same as for :func:`prune`.
+        model: a ``Wav2Vec2Model``.
+        target_sparsity: 1 - wanted cost / ``total``.
+        of: the cost, "params" or "macs".
+        total: the cost that counts as whole, by default the model's own with every gate open.
+        round_to: channels and feed-forward widths are rounded up to a multiple of this (at most to all).
     Returns:
-        The number that was added.
+        The sparsity that was reached, at least ``target_sparsity``.
     Raises:
-        PruningError: the budget is smaller than what pruning must leave.
+        PruningError: the size is smaller than what pruning must leave, or a conv layer would be left without
+            channels; nothing has been cut then.
     """
-    layout = Layout(model, pruning=True)
-    original = {gate: gate.log_alpha.clone() for gate in layout.gates}
+    count = model.count(of)
+    total = count.total() if total is None else total
+    budget = (1 - target_sparsity) * total
+    steps = rounding(count.layout, round_to)
 
-    def left(shift: float) -> int:
-        for gate, log_alpha in original.items():
-            gate.log_alpha.copy_(log_alpha + shift)
-        return count.after_pruning(evaluation_masks(layout, round_to))
+    def fits(n_open: Mapping[HardConcrete, int]) -> bool:
+        return count.after_pruning(n_open) <= budget
 
-    low, high = -SHIFT_LIMIT, SHIFT_LIMIT
-    if left(low) > budget:
-        smallest = left(low)
-        left(0.0)
+    def one_more(gate: HardConcrete) -> dict[HardConcrete, int]:
+        return kept | {gate: min(gate.n_in, kept[gate] + steps[gate])}
+
+    def opened(offset: float) -> dict[HardConcrete, int]:
+        return kept | {gate: max(kept[gate], gate.n_open(steps[gate], offset)) for gate in growing}
+
+    kept = {gate: gate.n_open(step, -OFFSET_LIMIT) for gate, step in steps.items()}
+    if not fits(kept):
         raise PruningError(
-            f"the gates must leave {smallest:,}, which is above the budget of {budget:,.0f}: ask for less "
-            "sparsity, or train with more of --pruning_units"
+            f"pruning must leave {count.after_pruning(kept):,}, which is above the budget of {budget:,.0f}: "
+            "ask for less sparsity, or train with more of --pruning_units"
         )
-    if left(high) <= budget:
-        return high
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if left(middle) <= budget else (low, middle)
-    left(low)
-    return low
+    growing, offsets = list(steps), []
+    while growing:
+        low, high = _bisect(lambda offset: fits(opened(offset)))
+        offsets.append(low)
+        kept, beyond = opened(low), opened(high)
+        for gate in growing:  # of units that open together some may fit
+            if beyond[gate] > kept[gate] and fits(one_more(gate)):
+                kept = one_more(gate)
+        # Where the next unit of a gate does not fit, the others do not either, as they cost no less.
+        growing = [gate for gate in growing if kept[gate] < gate.n_in and fits(one_more(gate))]
+    masks = {gate: gate.evaluation_mask(n, offsets[0]) for gate, n in kept.items()}
+    model.prune(masks=masks)
+    return 1 - model.count(of).total() / total
+
+
+def _bisect(fits: Callable[[float], bool]) -> tuple[float, float]:
+    """The largest offset at which ``fits`` holds, and the next one; they are equal where it always does."""
+    low, high = -OFFSET_LIMIT, OFFSET_LIMIT
+    if fits(high):
+        return high, high
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high

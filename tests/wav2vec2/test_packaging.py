@@ -18,6 +18,7 @@ SCRIPTS = {
     "convert_hubert_from_hf.py": "convert",
     "report.py": "eval",
     "evaluate.py": "eval",
+    "group_layers.py": "eval",
     "export_to_hf.py": "export",
     "export_to_onnx.py": "export",
 }
