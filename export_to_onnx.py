@@ -10,16 +10,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from exports.common import load_ungated
 from exports.onnx import export
 from utils.cli import needs_extra, path, run_script
-from utils.files import UserError
 from utils.run_record import refuse_overwriting
 
 with needs_extra("export"):
-    from dataset import SAMPLE_RATE, open_audio
+    from dataset import read_recording
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,16 +28,8 @@ def parse_args() -> argparse.Namespace:
     add("--int8", action="store_true", help="quantise the linear layers, and print what that costs")
     add("--all_hidden_states", action="store_true", help="add the outputs hidden_state_0 to hidden_state_L")
     add("--lengths", action="store_true", help="add an input lengths, in samples, and an output frames")
-    add("--audio", type=path, help="a 16 kHz recording to measure the error of --int8 on; noise without it")
+    add("--audio", type=path, help="a recording to measure the error of --int8 on; noise without it")
     return parser.parse_args()
-
-
-def read_audio(path: str) -> Tensor:
-    """The first channel of a recording, (time,)."""
-    with open_audio(path) as audio:
-        if audio.samplerate != SAMPLE_RATE:
-            raise UserError(f"--audio {path} has {audio.samplerate} Hz: resample it to 16,000 Hz first")
-        return torch.from_numpy(audio.read(dtype="float32", always_2d=True)[:, 0].copy())
 
 
 def main() -> None:
@@ -48,7 +38,7 @@ def main() -> None:
     inputs = {"ckpt": args.ckpt, "audio": args.audio}
     refuse_overwriting(out, {flag: file for flag, file in inputs.items() if file is not None})
     model = load_ungated(args.ckpt)
-    audio = None if args.audio is None else read_audio(args.audio)
+    audio = None if args.audio is None else torch.from_numpy(read_recording(args.audio))
     errors = export(model, out, args.int8, args.all_hidden_states, args.lengths, audio)
     kind = "int8 linear layers" if args.int8 else "float32"
     print(f"{args.ckpt} -> {out}: {out.stat().st_size / 1e6:.1f} MB, {kind}, checked in onnxruntime")

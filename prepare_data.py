@@ -29,14 +29,18 @@ with cli.needs_extra("train"):
     import soundfile
     from tqdm import tqdm
 
-    from dataset.audio import SAMPLE_RATE, SUFFIXES, AudioError, format_complaint, open_audio, read_recording
+    from dataset.audio import (
+        SAMPLE_RATE,
+        SUFFIXES,
+        AudioError,
+        format_complaint,
+        open_audio,
+        recording_blocks,
+    )
     from dataset.manifest import unused_complaint, write_manifests
 
 UNLISTABLE = re.compile("[\t\r\n\ud800-\udfff]")
 """What no path in a manifest may hold; Python reads bytes that are not UTF-8 as \\ud800 to \\udfff."""
-
-UNREADABLE = {".aac", ".amr", ".m4a", ".mp4", ".webm", ".wma"}
-"""Ends of the names of audio files that soundfile does not read: --convert_to names them."""
 
 MADE_FROM = "prepare_data.py --convert_to: "
 """How the comment of a converted file begins, before the path, size and time of what it was made from."""
@@ -133,7 +137,7 @@ def convert(root: str, folder: str, names: tuple[str, str]) -> int | str:
                 soundfile.SoundFile(temporary, "w", **form) as file,
             ):
                 file.comment = made_from
-                for block in read_recording(source):
+                for block in recording_blocks(source):
                     file.write(np.rint(block * 32768).clip(-32768, 32767).astype(np.int16))
                     samples += len(block)
             if not samples:
@@ -217,7 +221,7 @@ def prepare(
     """Writes the manifests of the folder ``data`` to the folder ``out``; the arguments are the flags'."""
     root = os.path.abspath(data)
     if extension is None and convert_to is not None:
-        suffixes, kind = tuple(SUFFIXES | UNREADABLE), "audio"
+        suffixes, kind = tuple(SUFFIXES), "audio"
     else:
         suffixes = tuple(
             f".{name.strip().removeprefix('.').lower()}" for name in (extension or "flac").split(",")

@@ -18,7 +18,8 @@ SAMPLE_RATE = 16_000
 
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw", ".mat4", ".mat5"}
 SUFFIXES |= {".aif", ".aifc", ".oga", ".opus", ".snd", ".sph"}
-"""Ends of the names of files that soundfile reads."""
+SUFFIXES |= {".aac", ".amr", ".m4a", ".mp4", ".webm", ".wma"}
+"""Ends of the names of audio files; soundfile does not read the last six, which are to be named then."""
 
 BLOCK = 2**18
 """Numbers that are decoded at once, of all channels together."""
@@ -204,7 +205,19 @@ def open_audio(path: str | Path, whole: bool = False) -> Iterator[Audio]:
         raise AudioError(f"cannot read {path}: {reason.rstrip('.')}") from error
 
 
-def read_recording(path: str | Path) -> Iterator[np.ndarray]:
+def read_recording(path: str | Path) -> np.ndarray:
+    """Reads a file of any format, rate and number of channels as (time,), 16 kHz mono.
+
+    Raises:
+        AudioError: it cannot be decoded to its end, or has less than a frame of the models, 25 ms.
+    """
+    samples = np.concatenate([np.zeros(0, dtype=np.float32), *recording_blocks(path)])
+    if len(samples) < 0.025 * SAMPLE_RATE:
+        raise AudioError(f"{path}: shorter than 25 ms")
+    return samples
+
+
+def recording_blocks(path: str | Path) -> Iterator[np.ndarray]:
     """Decodes a file of any format, rate and number of channels into blocks (time,), 16 kHz mono.
 
     Raises:
