@@ -132,16 +132,16 @@ def convert(root: str, folder: str, names: tuple[str, str]) -> int | str:
             return f"the file to write is there, and --convert_to has not made it ({target})"
         with atomic_write(target) as temporary:
             form = {"samplerate": SAMPLE_RATE, "channels": 1, "subtype": "PCM_16", "format": "FLAC"}
-            with (
-                suppress(soundfile.SoundFileError, AssertionError),  # The file is looked at below.
-                soundfile.SoundFile(temporary, "w", **form) as file,
-            ):
-                file.comment = made_from
-                for block in recording_blocks(source):
-                    file.write(np.rint(block * 32768).clip(-32768, 32767).astype(np.int16))
-                    samples += len(block)
-            if not samples:
-                raise AudioError(f"{source}: empty")
+            try:
+                with soundfile.SoundFile(temporary, "w", **form) as file:
+                    file.comment = made_from
+                    for block in recording_blocks(source):
+                        file.write(np.rint(block * 32768).clip(-32768, 32767).astype(np.int16))
+                        samples += len(block)
+                if not samples:
+                    raise AudioError(f"{source}: empty")
+            except (soundfile.SoundFileError, AssertionError):
+                samples = -1
             if whole_flac(temporary) != (samples, made_from):
                 raise UserError(f"cannot write {target}: is the disk full?")
         return samples
