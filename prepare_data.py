@@ -297,7 +297,6 @@ def prepare(
 
 
 def main() -> None:
-    quit_on_signals()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=cli.path, required=True, help="folder of the corpus, searched whole")
     parser.add_argument("--out", type=cli.path, default="data/librispeech", help="folder for the manifests")
@@ -327,4 +326,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    quit_on_signals()
     cli.run_script(main)

@@ -193,6 +193,12 @@ class AudioDataset(Dataset[Tensor]):
         Raises:
             AudioError: the file is missing, broken, not as the manifest says, or not audio.
         """
+        try:
+            return self._read(crop)
+        except AudioError as error:
+            raise AudioError(f"{error}: mend it, or leave it out ({self._line(crop)})") from error
+
+    def _read(self, crop: Crop) -> Tensor:
         index, start, length = crop
         path, whole = self.path(index), self.recordings[self._recording[index]]
         start = int(self._start[index]) + start
@@ -210,6 +216,9 @@ class AudioDataset(Dataset[Tensor]):
             raise AudioError(f"{path}: {complaint}")
         return torch.from_numpy(samples)
 
+    def _line(self, crop: Crop) -> str:
+        return f"line {self._recording[crop[0]] + 2} of {self.tsv}"
+
     def __getitems__(self, crops: list[Crop]) -> list[tuple[Tensor, Fault | None]]:
         """Reads the crops of a batch. For one that cannot be read another utterance is, which follows from
         the crop.
@@ -221,9 +230,9 @@ class AudioDataset(Dataset[Tensor]):
 
     def _read_or_substitute(self, crop: Crop) -> tuple[Tensor, Fault | None]:
         try:
-            return self[crop], None
+            return self._read(crop), None
         except AudioError as error:
-            fault = Fault(str(error), f"line {self._recording[crop[0]] + 2} of {self.tsv}")
+            fault = Fault(str(error), self._line(crop))
         length = crop[2]
         others = np.flatnonzero((self.lengths >= length) & (self.lengths <= MAX_SAMPLES))
         for attempt in range(SUBSTITUTES):
@@ -231,8 +240,11 @@ class AudioDataset(Dataset[Tensor]):
             index = int(others[utterance % np.uint64(len(others))])
             with suppress(AudioError):
                 start = int(start % np.uint64(self.lengths[index] - length + 1))
-                return self[index, start, length], fault
-        raise AudioError(f"{fault.complaint}, nor can {SUBSTITUTES} other utterances of {self.tsv} be read")
+                return self._read((index, start, length)), fault
+        raise AudioError(
+            f"{fault.complaint}, nor can {SUBSTITUTES} other utterances of {self.tsv} be read: see whether "
+            f"{self.root} is as it was"
+        )
 
 
 def collate(items: list[tuple[Tensor, Fault | None]]) -> tuple:
