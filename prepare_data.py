@@ -9,9 +9,11 @@ Usage:
 import argparse
 import hashlib
 import heapq
+import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -172,7 +174,7 @@ def in_parallel(work: Callable, given: list, num_workers: int, name: str) -> lis
     size = max(1, min(64, len(given) // (4 * num_workers)))
     try:
         # Most of the time for a header is spent in Python, where threads would wait for each other.
-        with ProcessPoolExecutor(min(num_workers, len(given) // size + 1), initializer=silence) as pool:
+        with ProcessPoolExecutor(min(num_workers, len(given) // size + 1), initializer=become_reader) as pool:
             return list(
                 tqdm(pool.map(work, given, chunksize=size), total=len(given), unit=" files", desc=name)
             )
@@ -183,9 +185,16 @@ def in_parallel(work: Callable, given: list, num_workers: int, name: str) -> lis
         ) from error
 
 
-def silence() -> None:
-    """Keeps a process that reads audio from writing what libmpg123 thinks of a file into the user's bar."""
+def become_reader() -> None:
+    """Keeps a process that reads audio from writing what libmpg123 thinks of a file into the user's bar, and
+    from waiting for work when the first process has been killed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def librispeech_sets(path: str) -> list[str]:
