@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from exports.common import load_ungated
 from exports.onnx import export
@@ -20,7 +19,7 @@ from utils.files import UserError
 from utils.run_record import refuse_overwriting
 
 with needs_extra("export"):
-    from dataset import SAMPLE_RATE, open_audio
+    from dataset import read_recording
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,23 +41,12 @@ def parse_args() -> argparse.Namespace:
     add("--lengths", action="store_true", help="add an input lengths, in samples, and an output frames")
     masked_help = "with --lengths, make the features of a Base model independent of the padding"
     add("--masked_group_norm", action="store_true", help=masked_help)
-    add(
-        "--audio",
-        type=path,
-        help="a 16 kHz recording to measure the error of fewer bits on; noise without it",
-    )
+    audio_help = "a recording to measure the error of fewer bits on; noise without it"
+    add("--audio", type=path, help=audio_help)
     args = parser.parse_args()
     if args.masked_group_norm and not args.lengths:
         raise UserError("--masked_group_norm leaves out the padding, which --lengths tells: give both")
     return args
-
-
-def read_audio(path: str) -> Tensor:
-    """The first channel of a recording, (time,)."""
-    with open_audio(path) as audio:
-        if audio.samplerate != SAMPLE_RATE:
-            raise UserError(f"--audio {path} has {audio.samplerate} Hz: resample it to 16,000 Hz first")
-        return torch.from_numpy(audio.read(dtype="float32", always_2d=True)[:, 0].copy())
 
 
 def main() -> None:
@@ -68,7 +56,7 @@ def main() -> None:
     refuse_overwriting(out, {flag: file for flag, file in inputs.items() if file is not None})
     model = load_ungated(args.ckpt)
     model.masked_group_norm |= args.masked_group_norm
-    audio = None if args.audio is None else read_audio(args.audio)
+    audio = None if args.audio is None else torch.from_numpy(read_recording(args.audio))
     errors = export(model, out, args.int8, args.all_hidden_states, args.lengths, audio, args.half)
     kind = "int8 linear layers" if args.int8 else "float16" if args.half else "float32"
     print(f"{args.ckpt} -> {out}: {out.stat().st_size / 1e6:.1f} MB, {kind}, checked in onnxruntime")

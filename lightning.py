@@ -165,6 +165,7 @@ class DistillModule(pl.LightningModule):
     Attributes:
         narrow: the function that turns the student into the plain model of one pass, by default
             :func:`wav2vec2.gating.narrowed`; on a GPU training/hardware.py sets another one.
+        faults: what was wrong with files that other utterances were read for (dataset.batches.Fault).
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class DistillModule(pl.LightningModule):
             self.__dict__["constraint"] = constraint
         self.narrow: Callable[[Wav2Vec2Model], Wav2Vec2Model] = narrowed
         self.gradient_norm: Tensor | None = None
+        self.faults: list = []
         self._random_state: list[dict] | None = None
         self._freeze_idle_parameters()
 
@@ -302,9 +304,10 @@ class DistillModule(pl.LightningModule):
         self.log_dict(logged, batch_size=waveforms.numel(), sync_dist=True, on_epoch=True)
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int):
-        """Drops lengths that say nothing, so that no mask is built."""
+        """Notes faults of the batch's files, and drops lengths that say nothing, so that no mask is built."""
         if isinstance(batch, (tuple, list)):
-            waveforms, lengths = batch
+            waveforms, lengths, *more = batch
+            self.faults += [fault for faults in more for fault in faults]
             whole = lengths is None or bool((lengths == waveforms.size(1)).all())
             return waveforms, None if whole else lengths
         return batch

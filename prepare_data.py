@@ -3,34 +3,53 @@
 Usage:
     python prepare_data.py --data /corpora/LibriSpeech --out data/librispeech
     python prepare_data.py --data /corpora/any --layout flat --extension wav --out data/any
+    python prepare_data.py --data /corpora/mp3 --layout flat --convert_to /corpora/mp3-16k --out data/mp3
 """
 
 import argparse
 import hashlib
 import heapq
+import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from utils import cli
-from utils.files import UserError
-from utils.processes import available_cpus
+from utils.files import UserError, atomic_write
+from utils.processes import available_cpus, quit_on_signals
 
 with cli.needs_extra("train"):
+    import numpy as np
+    import soundfile
     from tqdm import tqdm
 
-    from dataset.audio import AudioError, open_audio
-    from dataset.manifest import SAMPLE_RATE, format_complaint, samples_complaint, write_manifests
+    from dataset.audio import (
+        SAMPLE_RATE,
+        SUFFIXES,
+        AudioError,
+        format_complaint,
+        open_audio,
+        recording_blocks,
+    )
+    from dataset.manifest import unused_complaint, write_manifests
 
 UNLISTABLE = re.compile("[\t\r\n\ud800-\udfff]")
 """What no path in a manifest may hold; Python reads bytes that are not UTF-8 as \\ud800 to \\udfff."""
 
+MADE_FROM = "prepare_data.py --convert_to: "
+"""How the comment of a converted file begins, before the path, size and time of what it was made from."""
 
-def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Finds the files under ``root`` whose names end in ``suffix`` in any case, through links too.
+
+def find_audio(root: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Finds the files under ``root`` whose names end in one of ``suffixes`` in any case, through links too.
 
     A folder or file that has several paths is listed under one of them, without links where there is one.
 
@@ -66,24 +85,116 @@ def find_audio(root: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]
             target = os.path.realpath(entry.path) if linked else entry.path
             if os.path.isdir(target) if linked else entry.is_dir():
                 heapq.heappush(waiting, (linked, False, f"{path}{entry.name}/", target))
-            elif entry.name.lower().endswith(suffix):
+            elif entry.name.lower().endswith(suffixes):
                 heapq.heappush(waiting, (linked, True, path + entry.name, target))
     return sorted(found), left_out
 
 
-def inspect(root: str, path: str) -> int | str:
-    """Reads a file's header, and float samples too: its number of samples, or the reason to leave it out."""
+def inspect(root: str, verify: bool, path: str) -> int | str:
+    """A file's number of samples, or the reason to leave it out: by its header alone, where that can be
+    believed, unless ``verify``."""
     full = os.path.join(root, path)
     try:
         with open_audio(full) as audio:
-            complaint = format_complaint(audio)
-            if complaint is None and audio.subtype in ("FLOAT", "DOUBLE"):
-                # Only float formats can hold samples that are not audio, so only these are read whole.
-                blocks = (samples_complaint(block) for block in audio.blocks(2**20, dtype="float32"))
-                complaint = next(filter(None, blocks), None)
-            return complaint or audio.frames or "empty"
+            if complaint := format_complaint(audio):
+                return complaint
+            # Only float formats can hold samples that are not audio.
+            if not verify and audio.claimed is not None and audio.subtype not in ("FLOAT", "DOUBLE"):
+                return audio.claimed or "empty"
+            return sum(map(len, audio.decode())) or "empty"
     except AudioError as error:
-        return f"cannot be read ({str(error).removeprefix(f'cannot read {full}: ')})"
+        return reason(error, full)
+
+
+def reason(error: AudioError, path: str) -> str:
+    said = str(error)
+    unreadable = said.removeprefix(f"cannot read {path}: ")
+    return said.removeprefix(f"{path}: ") if unreadable == said else f"cannot be read ({unreadable})"
+
+
+def convert(root: str, folder: str, names: tuple[str, str]) -> int | str:
+    """Writes a file as 16 kHz mono FLAC, unless that has been done: its number of samples, or the reason to
+    leave it out.
+
+    Args:
+        root, folder: what the names are relative to.
+        names: of the file to read and of the one to write.
+    Raises:
+        UserError: it cannot be written.
+    """
+    source, target = (os.path.join(*pair) for pair in zip((root, folder), names, strict=True))
+    samples = 0
+    try:
+        status = os.stat(source)
+        made_from = f"{MADE_FROM}{names[0]}, {status.st_size} bytes, {status.st_mtime_ns}"
+        length, comment = whole_flac(target)
+        if length and comment == made_from:
+            return length
+        if length and not comment.startswith(MADE_FROM):
+            return f"the file to write is there, and --convert_to has not made it ({target})"
+        with atomic_write(target) as temporary:
+            form = {"samplerate": SAMPLE_RATE, "channels": 1, "subtype": "PCM_16", "format": "FLAC"}
+            try:
+                with soundfile.SoundFile(temporary, "w", **form) as file:
+                    file.comment = made_from
+                    for block in recording_blocks(source):
+                        file.write(np.rint(block * 32768).clip(-32768, 32767).astype(np.int16))
+                        samples += len(block)
+                if not samples:
+                    raise AudioError(f"{source}: empty")
+            except (soundfile.SoundFileError, AssertionError):
+                samples = -1
+            if whole_flac(temporary) != (samples, made_from):
+                raise UserError(f"cannot write {target}: is the disk full?")
+        return samples
+    except AudioError as error:
+        return reason(error, source)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def whole_flac(path: str | Path) -> tuple[int, str]:
+    """The number of samples and the comment of a FLAC file, 0 where it is not there or not whole."""
+    with suppress(AudioError), open_audio(path) as audio:
+        if len(audio.read_from(audio.frames - 1, 1)):
+            return audio.frames, audio.comment
+    return 0, ""
+
+
+def converted_names(paths: list[str]) -> dict[str, str]:
+    """By the path of each file, that of the FLAC file to make of it: a.flac of a.mp3, or a.mp3.flac where
+    a.wav is there too."""
+    stem_of = {path: os.path.splitext(path)[0] for path in paths}
+    files = Counter([*paths, *stem_of.values()])
+    return {path: f"{stem if files[stem] == 1 else path}.flac" for path, stem in stem_of.items()}
+
+
+def in_parallel(work: Callable, given: list, num_workers: int, name: str) -> list[int | str]:
+    """Applies ``work`` to all that is given, in processes and with a bar of this name."""
+    size = max(1, min(64, len(given) // (4 * num_workers)))
+    try:
+        # Most of the time for a header is spent in Python, where threads would wait for each other.
+        with ProcessPoolExecutor(min(num_workers, len(given) // size + 1), initializer=become_reader) as pool:
+            return list(
+                tqdm(pool.map(work, given, chunksize=size), total=len(given), unit=" files", desc=name)
+            )
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that reads audio was killed, often for want of memory: run the same command again, "
+            "with a lower --num_workers"
+        ) from error
+
+
+def become_reader() -> None:
+    """Keeps a process that reads audio from writing what libmpg123 thinks of a file into the user's bar, and
+    from waiting for work when the first process has been killed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def librispeech_sets(path: str) -> list[str]:
@@ -106,43 +217,72 @@ def split_off(paths: list[str], share: float, seed: int) -> set[str]:
 
 
 def prepare(
-    data: str, out: str, extension: str, layout: str, valid_share: float, seed: int, num_workers: int
+    data: str,
+    out: str,
+    extension: str | None,
+    layout: str,
+    valid_share: float,
+    seed: int,
+    num_workers: int,
+    convert_to: str | None = None,
+    verify: bool = False,
 ) -> None:
     """Writes the manifests of the folder ``data`` to the folder ``out``; the arguments are the flags'."""
     root = os.path.abspath(data)
-    suffix = f".{extension.removeprefix('.').lower()}"
+    if extension is None and convert_to is not None:
+        suffixes, kind = tuple(SUFFIXES), "audio"
+    else:
+        suffixes = tuple(
+            f".{name.strip().removeprefix('.').lower()}" for name in (extension or "flac").split(",")
+        )
+        kind = " or ".join(suffixes)
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {data}: give the corpus's with --data")
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{out} is a file: give a folder with --out")
+    for flag, folder in (("out", out), ("convert_to", convert_to)):
+        if folder is not None and os.path.exists(folder) and not os.path.isdir(folder):
+            raise UserError(f"{folder} is a file: give a folder with --{flag}")
+    if convert_to is not None:
+        convert_to = os.path.abspath(convert_to)
+        if Path(os.path.realpath(convert_to)).is_relative_to(os.path.realpath(root)):
+            raise UserError(f"--convert_to {convert_to} lies in --data {data}: name a folder outside of it")
 
-    paths, left_out = find_audio(root, suffix)
+    paths, left_out = find_audio(root, suffixes)
     if layout == "librispeech":
         if paths and not any(map(librispeech_sets, paths)):
             raise UserError(
-                f"none of the {len(paths)} {suffix} files under {data} has train or dev in its path: "
+                f"none of the {len(paths)} {kind} files under {data} has train or dev in its path: "
                 "give the folder above with --data, or --layout flat for another corpus"
             )
         paths = [path for path in paths if librispeech_sets(path)]
-        left_out = [(path, reason) for path, reason in left_out if librispeech_sets(path)]
+        left_out = [(path, why) for path, why in left_out if librispeech_sets(path)]
     if not paths and not left_out:
-        raise UserError(f"no {suffix} file under {data}: change --data, or --extension for other audio")
+        raise UserError(f"no {kind} file under {data}: change --data, or --extension for other audio")
 
-    # Most of the time for a header is spent in Python, where threads would wait for each other.
-    with ProcessPoolExecutor(min(num_workers, len(paths) // 64 + 1)) as pool:
-        inspected = pool.map(partial(inspect, root), paths, chunksize=64)
-        progress = tqdm(inspected, total=len(paths), unit=" files", desc="headers")
-        results = dict(zip(paths, progress, strict=True))
-    lengths = {path: result for path, result in results.items() if isinstance(result, int)}
-    left_out += [(path, result) for path, result in results.items() if isinstance(result, str)]
-    for path, reason in left_out:
-        print(f"left out {path!r}: {reason}", file=sys.stderr)
-    counts = Counter(reason.partition(" (")[0] for _, reason in left_out)
-    summary = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    if convert_to is None:
+        listed = paths
+        results = in_parallel(partial(inspect, root, verify), paths, num_workers, "reading")
+    else:
+        for left_by_a_killed_run in Path(convert_to).rglob(".*.flac.*.tmp"):
+            left_by_a_killed_run.unlink(missing_ok=True)
+        names = converted_names(paths)
+        listed = list(names.values())
+        work = partial(convert, root, convert_to)
+        results = in_parallel(work, list(names.items()), num_workers, "converting")
+        root = convert_to
+    left_out += [
+        (path, result) for path, result in zip(paths, results, strict=True) if isinstance(result, str)
+    ]
+    lengths = {
+        path: result for path, result in sorted(zip(listed, results, strict=True)) if isinstance(result, int)
+    }
+    for path, why in left_out:
+        print(f"left out {path!r}: {why}", file=sys.stderr)
+    counts = Counter(why.partition(" (")[0] for _, why in left_out)
+    summary = ", ".join(f"{count} {why}" for why, count in counts.most_common())
     if not lengths:
         raise UserError(
-            f"no usable {suffix} file under {data} ({summary}): the models take 16 kHz mono, which "
-            "`ffmpeg -i IN -ar 16000 -ac 1 OUT` makes"
+            f"no usable {kind} file under {data} ({summary}): the models take 16 kHz mono, which "
+            "--convert_to FOLDER makes of what soundfile can read, and ffmpeg of the rest"
         )
 
     if layout == "librispeech":
@@ -159,6 +299,8 @@ def prepare(
         hours = sum(length for _, length in chosen) / SAMPLE_RATE / 3600
         what = f"{len(chosen)} files, {hours:.2f} hours" if chosen else "empty, this corpus has none for it"
         print(f"{os.path.join(out, name)}.tsv: {what}")
+        if complaint := unused_complaint(np.array([length for _, length in chosen], dtype=np.int64)):
+            print(f"{os.path.join(out, name)}.tsv: {complaint}")
     if left_out:
         print(f"left out {len(left_out)}: {summary}")
 
@@ -167,7 +309,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=cli.path, required=True, help="folder of the corpus, searched whole")
     parser.add_argument("--out", type=cli.path, default="data/librispeech", help="folder for the manifests")
-    parser.add_argument("--extension", default="flac", help="end of the audio files' names")
+    extensions = (
+        "ends of the audio files' names, a comma list; default: flac, or with --convert_to all formats"
+    )
+    parser.add_argument("--extension", help=extensions)
+    conversion = (
+        "decode every file, and write it to this folder as 16 kHz mono FLAC, which the manifests list"
+    )
+    parser.add_argument("--convert_to", type=cli.path, metavar="FOLDER", help=conversion)
+    verification = "decode every file to its end, in place of believing its header"
+    parser.add_argument("--verify", action="store_true", help=verification)
     parser.add_argument(
         "--layout",
         choices=("librispeech", "flat"),
@@ -178,10 +329,11 @@ def main() -> None:
     flat.add_argument("--valid_share", type=cli.fraction, default=0.01, help="share of files in valid.tsv")
     flat.add_argument("--seed", type=cli.nonnegative_int, default=2022, help="chooses the files of valid.tsv")
     parser.add_argument(
-        "--num_workers", type=cli.positive_int, default=available_cpus(), help="processes that read headers"
+        "--num_workers", type=cli.positive_int, default=available_cpus(), help="processes that read audio"
     )
     prepare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
+    quit_on_signals()
     cli.run_script(main)

@@ -17,6 +17,7 @@ set -euo pipefail
 
 # data
 : "${tsv_dir:=data/librispeech}" "${train_subset:=train960}"
+: "${long_utterances:=drop}" # recordings above 15.6 s: drop, or split into equal pieces
 
 # shared by both distillations
 : "${teacher_ckpt:=pretrained/hubert-base-ls960.hf.pth}" "${student_ckpt:=$teacher_ckpt}"
@@ -83,6 +84,7 @@ switches=()
 
 train() {
     run "$1" ${launch[@]+"${launch[@]}"} "$python" "$here/$1" "${@:2}" --allow_changed "$allow_changed" \
+        --long_utterances "$long_utterances" \
         --tsv_dir "$tsv_dir" --train_subset "$train_subset" --teacher_ckpt "$teacher_ckpt" \
         --distill_layers "$distill_layers" --distill_mode "$distill_mode" --l2_weight "$l2_weight" \
         --l1_weight "$l1_weight" --cos_weight "$cos_weight" --cos_type "$cos_type" --clip_norm "$clip_norm" \

@@ -1,8 +1,8 @@
 """Manifests of audio files, and the batches of crops that training reads from them."""
 
-from .audio import AudioError, open_audio
+from .audio import SAMPLE_RATE, AudioError, open_audio, read_recording
 from .batches import AudioDataset, BucketBatchSampler, make_loader
-from .manifest import SAMPLE_RATE, read_manifest, write_manifests
+from .manifest import read_manifest, write_manifests
 
 __all__ = [
     "SAMPLE_RATE",
@@ -12,5 +12,6 @@ __all__ = [
     "make_loader",
     "open_audio",
     "read_manifest",
+    "read_recording",
     "write_manifests",
 ]

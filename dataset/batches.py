@@ -1,7 +1,9 @@
 """Bucketed batches of crops: which samples of which utterances make a batch, and how they are read."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,19 +12,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from utils.files import UserError
 
-from .audio import AudioError, LoaderError, open_audio
-from .manifest import SAMPLE_RATE, format_complaint, read_manifest, samples_complaint
+from .audio import SAMPLE_RATE, AudioError, LoaderError, format_complaint, open_audio, samples_complaint
+from .manifest import MAX_SAMPLES, MIN_SAMPLES, read_manifest, unused_complaint
 from .workers import leave_signals_to_training, start_method
-
-# 2 to 15.6 s, as in the original DPHuBERT. A batch is cropped to its shortest member, so a shorter utterance
-# would leave next to nothing of the others; a longer one would set the memory that a batch needs.
-MIN_SAMPLES = 32_000
-MAX_SAMPLES = 250_000
 
 NUM_BUCKETS = 1_000  # ranges of length that utterances are sorted into
 
 # 0.2 s. Libraries for GPUs prepare for each new shape of a batch, so there must be few shapes.
 GPU_CROP_MULTIPLE = 3_200
+
+SUBSTITUTES = 20
+"""How many other utterances are tried in place of one that cannot be read."""
 
 Crop = tuple[int, int, int]
 
@@ -39,7 +39,7 @@ def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
 
 
 # One key of every hash says what the number is for, so that batch 7's place and utterance 7's crop differ.
-_FOR_ORDER, _FOR_CROPS = 0, 1
+_FOR_ORDER, _FOR_CROPS, _FOR_SUBSTITUTES = 0, 1, 2
 
 
 class BucketBatchSampler(Sampler[list[Crop]]):
@@ -145,8 +145,20 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         return list(zip(utterances.tolist(), starts.tolist(), [int(length)] * len(starts), strict=True))
 
 
+class Fault(NamedTuple):
+    """What was wrong with a file for which another utterance was read, and the line that lists it."""
+
+    complaint: str
+    line: str
+
+
 class AudioDataset(Dataset[Tensor]):
     """The utterances of the manifest ``tsv_dir/name.tsv``, read crop by crop.
+
+    Args:
+        tsv_dir, name: the manifest.
+        long_utterances: "split" makes utterances of every recording above ``MAX_SAMPLES``: as few pieces of
+            equal length as there can be. "drop" leaves it as it is.
 
     Attributes:
         lengths: (utterance,) int64, in samples.
@@ -154,14 +166,24 @@ class AudioDataset(Dataset[Tensor]):
         UserError: the manifest is missing or malformed.
     """
 
-    def __init__(self, tsv_dir: str | Path, name: str):
-        self.root, self.paths, self.lengths = read_manifest(tsv_dir, name)
+    def __init__(self, tsv_dir: str | Path, name: str, long_utterances: str = "drop"):
+        self.tsv = Path(tsv_dir) / f"{name}.tsv"
+        self.root, self.paths, self.recordings = read_manifest(tsv_dir, name)
+        self.complaint = unused_complaint(self.recordings, long_utterances)
+        pieces = np.ones(len(self.paths), dtype=np.int64)
+        if long_utterances == "split":
+            pieces = np.maximum(1, -(-self.recordings // MAX_SAMPLES))
+        self._recording = np.repeat(np.arange(len(pieces)), pieces)
+        piece = np.arange(len(self._recording)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        whole, pieces = self.recordings[self._recording], pieces[self._recording]
+        self._start = whole * piece // pieces
+        self.lengths = whole * (piece + 1) // pieces - self._start
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.lengths)
 
     def path(self, index: int) -> str:
-        return f"{self.root}/{self.paths[index]}"
+        return f"{self.root}/{self.paths[self._recording[index]]}"
 
     def __getitem__(self, crop: Crop) -> Tensor:
         """Reads one crop ``(utterance, first sample, number of samples)``, and no more of the file than that.
@@ -171,37 +193,76 @@ class AudioDataset(Dataset[Tensor]):
         Raises:
             AudioError: the file is missing, broken, not as the manifest says, or not audio.
         """
+        try:
+            return self._read(crop)
+        except AudioError as error:
+            raise AudioError(f"{error}: mend it, or leave it out ({self._line(crop)})") from error
+
+    def _read(self, crop: Crop) -> Tensor:
         index, start, length = crop
-        path = self.path(index)
+        path, whole = self.path(index), self.recordings[self._recording[index]]
+        start = int(self._start[index]) + start
         with open_audio(path) as audio:
             change = format_complaint(audio)
-            if change is None and audio.frames != self.lengths[index]:
-                change = f"{audio.frames} samples where its manifest says {self.lengths[index]}"
+            if change is None and audio.claimed not in (None, whole):
+                change = f"{audio.claimed} samples where its manifest says {whole}"
             if change is not None:
-                raise AudioError(f"{path} has changed: {change}: run prepare_data.py again")
-            audio.seek(start)
-            samples = audio.read(length, dtype="float32")
+                raise AudioError(f"{path} has changed: {change}")
+            samples = audio.read_from(start, length)
         complaint = samples_complaint(samples)
         if len(samples) != length:
-            complaint = f"breaks off at sample {start + len(samples)} of {self.lengths[index]}"
+            complaint = f"breaks off at sample {start + len(samples)} of {whole}"
         if complaint is not None:
-            raise AudioError(f"{path}: {complaint}: mend it, or leave it out of the manifest")
+            raise AudioError(f"{path}: {complaint}")
         return torch.from_numpy(samples)
 
+    def _line(self, crop: Crop) -> str:
+        return f"line {self._recording[crop[0]] + 2} of {self.tsv}"
 
-def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stacks crops (time,) of one length: (batch, time) float32, and their lengths (batch,) int64.
+    def __getitems__(self, crops: list[Crop]) -> list[tuple[Tensor, Fault | None]]:
+        """Reads the crops of a batch. For one that cannot be read another utterance is, which follows from
+        the crop.
+
+        Raises:
+            AudioError: none of some others can be read either.
+        """
+        return [self._read_or_substitute(crop) for crop in crops]
+
+    def _read_or_substitute(self, crop: Crop) -> tuple[Tensor, Fault | None]:
+        try:
+            return self._read(crop), None
+        except AudioError as error:
+            fault = Fault(str(error), self._line(crop))
+        length = crop[2]
+        others = np.flatnonzero((self.lengths >= length) & (self.lengths <= MAX_SAMPLES))
+        for attempt in range(SUBSTITUTES):
+            utterance, start = (_random_bits(*crop, _FOR_SUBSTITUTES, attempt, key)[0] for key in (0, 1))
+            index = int(others[utterance % np.uint64(len(others))])
+            with suppress(AudioError):
+                start = int(start % np.uint64(self.lengths[index] - length + 1))
+                return self._read((index, start, length)), fault
+        raise AudioError(
+            f"{fault.complaint}, nor can {SUBSTITUTES} other utterances of {self.tsv} be read: see whether "
+            f"{self.root} is as it was"
+        )
+
+
+def collate(items: list[tuple[Tensor, Fault | None]]) -> tuple:
+    """Stacks crops (time,) of one length: (batch, time) float32, and their lengths (batch,) int64; then a
+    list of the faults, where there are any.
 
     Raises:
         LoaderError: in a reading process, where no shared memory is left to hand the batch over.
     """
-    stacked = torch.stack(waveforms)
+    stacked = torch.stack([waveform for waveform, _ in items])
+    faults = [fault for _, fault in items if fault is not None]
     batch = stacked, torch.full((len(stacked),), stacked.shape[1], dtype=torch.long)
+    more = (faults,) if faults else ()
     if get_worker_info() is None:
-        return batch
+        return *batch, *more
     try:
         # The queue would do the same, but where it fails it drops the batch, and training waits for ever.
-        return tuple(tensor.share_memory_() for tensor in batch)
+        return *(tensor.share_memory_() for tensor in batch), *more
     except (RuntimeError, OSError) as error:
         raise LoaderError(
             "there is no shared memory left for a batch: give /dev/shm more room (docker run --shm-size), or "
@@ -215,15 +276,18 @@ def make_loader(
     seconds_per_batch: float,
     num_workers: int,
     *,
+    long_utterances: str = "drop",
     for_gpu: bool = False,
     **sampling,
 ) -> DataLoader:
     """The loader of one rank's batches ``(waveforms, lengths)``, which leaves global random states alone.
+    A third entry lists the faults of files for which other utterances were read, where there are any.
 
     Args:
         tsv_dir, name: the manifest is ``tsv_dir/name.tsv``.
         seconds_per_batch: the most seconds of audio in a batch, before cropping.
         num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
+        long_utterances: "split" or "drop", as for :class:`AudioDataset`.
         for_gpu: whether to pin batches in memory and crop them to multiples of ``GPU_CROP_MULTIPLE``.
         sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
     Returns:
@@ -231,14 +295,15 @@ def make_loader(
     Raises:
         UserError: the manifest is missing or malformed, or no utterance in it can be used for training.
     """
-    dataset = AudioDataset(tsv_dir, name)
+    dataset = AudioDataset(tsv_dir, name, long_utterances)
     crop_multiple = GPU_CROP_MULTIPLE if for_gpu else 1
     batches = BucketBatchSampler(dataset.lengths, seconds_per_batch, crop_multiple=crop_multiple, **sampling)
     if batches.shuffle and batches.batches_an_epoch == 0:
         seconds = f"{MIN_SAMPLES / SAMPLE_RATE:g} to {MAX_SAMPLES / SAMPLE_RATE:g} s"
+        split = ", or --long_utterances split" if (dataset.lengths > MAX_SAMPLES).any() else ""
         raise UserError(
-            f"{Path(tsv_dir) / name}.tsv has {len(dataset)} utterances, but none of {MIN_SAMPLES} to "
-            f"{MAX_SAMPLES} samples ({seconds}): give it some of that length"
+            f"{dataset.tsv} has {len(dataset)} utterances, but none of {MIN_SAMPLES} to {MAX_SAMPLES} "
+            f"samples ({seconds}): give it some of that length{split}"
         )
     return DataLoader(
         dataset,

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from utils.processes import say
+
 from .batches import make_loader
 
 
@@ -17,13 +19,20 @@ class SpeechDataModule(pl.LightningDataModule):
         seconds_per_batch: seconds of audio in a batch on one device, before cropping.
         num_workers: processes per device that read audio.
         seed: the order of batches and the crops follow from it.
+        long_utterances: what is done with recordings longer than training takes: "drop" or "split".
 
     Attributes:
         first_update: where training starts: 0, or the update of the checkpoint that is resumed.
     """
 
     def __init__(
-        self, tsv_dir: str, train_subset: str, seconds_per_batch: float, num_workers: int, seed: int = 2022
+        self,
+        tsv_dir: str,
+        train_subset: str,
+        seconds_per_batch: float,
+        num_workers: int,
+        seed: int = 2022,
+        long_utterances: str = "drop",
     ) -> None:
         super().__init__()
         self.tsv_dir = tsv_dir
@@ -31,21 +40,29 @@ class SpeechDataModule(pl.LightningDataModule):
         self.seconds_per_batch = seconds_per_batch
         self.num_workers = num_workers
         self.seed = seed
+        self.long_utterances = long_utterances
         self.first_update = 0
         self._training: DataLoader | None = None
 
     def batches_an_epoch(self, world_size: int) -> int:
         """How many batches each of ``world_size`` processes gets in an epoch of the training data."""
-        loader = make_loader(
-            self.tsv_dir, self.train_subset, self.seconds_per_batch, 0, shuffle=True, world_size=world_size
-        )
-        return loader.batch_sampler.batches_an_epoch
+        return len(self._batches(self.train_subset, shuffle=True, world_size=world_size))
 
     def has_validation(self) -> bool:
         """Whether ``valid.tsv`` is there and has an utterance to use."""
         if not (Path(self.tsv_dir) / "valid.tsv").exists():
             return False
-        return len(make_loader(self.tsv_dir, "valid", self.seconds_per_batch, 0, shuffle=False)) > 0
+        return len(self._batches("valid", shuffle=False)) > 0
+
+    def say_what_is_left_out(self) -> None:
+        """Tells the user which utterances training and validation do not use."""
+        for subset in (self.train_subset, "valid") if self.has_validation() else (self.train_subset,):
+            if complaint := self._batches(subset, shuffle=False).dataset.complaint:
+                say(f"{self.tsv_dir}/{subset}.tsv: {complaint}")
+
+    def _batches(self, subset: str, num_workers: int = 0, **arguments) -> DataLoader:
+        arguments["long_utterances"] = self.long_utterances
+        return make_loader(self.tsv_dir, subset, self.seconds_per_batch, num_workers, **arguments)
 
     def train_dataloader(self) -> DataLoader:
         """The batches of the updates from ``first_update`` to the trainer's last one.
@@ -69,10 +86,8 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader("valid", shuffle=False) if self.has_validation() else []
 
     def _loader(self, subset: str, **arguments) -> DataLoader:
-        return make_loader(
-            self.tsv_dir,
+        return self._batches(
             subset,
-            self.seconds_per_batch,
             self.num_workers,
             seed=self.seed,
             rank=self.trainer.global_rank,

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
 from utils.files import UserError, atomic_write
 
-SAMPLE_RATE = 16_000
+from .audio import SAMPLE_RATE
+
+# 2 to 15.6 s, as in the original DPHuBERT. A batch is cropped to its shortest member, so a shorter utterance
+# would leave next to nothing of the others; a longer one would set the memory that a batch needs.
+MIN_SAMPLES = 32_000
+MAX_SAMPLES = 250_000
 
 
 class Manifest(NamedTuple):
@@ -19,25 +23,6 @@ class Manifest(NamedTuple):
     root: str
     paths: list[str]
     lengths: np.ndarray
-
-
-def format_complaint(audio: soundfile.SoundFile) -> str | None:
-    """Says why the models cannot take an open audio file, or returns None where they can."""
-    if audio.samplerate != SAMPLE_RATE:
-        return f"not 16 kHz ({audio.samplerate} Hz)"
-    if audio.channels != 1:
-        return f"not mono ({audio.channels} channels)"
-    return None
-
-
-def samples_complaint(samples: np.ndarray) -> str | None:
-    """Says why samples cannot be audio in [-1, 1], or returns None."""
-    largest = np.abs(samples).max(initial=0)
-    if not np.isfinite(largest):
-        return "holds samples that are not finite"
-    if largest > 100:  # Values a little above 1 are common and do no harm.
-        return f"holds samples of {largest:.3g}, where audio lies between -1 and 1"
-    return None
 
 
 def leaves_root(path: str) -> bool:
@@ -81,6 +66,32 @@ def read_manifest(tsv_dir: str | Path, name: str) -> Manifest:
     if (root or lengths) and not os.path.isdir(root):
         raise UserError(f"{tsv}, line 1: there is no folder {root!r:.300}: {remedy}")
     return Manifest(root, list(lengths), np.array(list(lengths.values()), dtype=np.int64))
+
+
+def unused_complaint(lengths: np.ndarray, long_utterances: str = "drop") -> str | None:
+    """Says how many utterances training leaves out, how much audio that is, and what to do about it; None
+    where it uses all.
+
+    Args:
+        lengths: (utterance,), in samples.
+        long_utterances: what is done with those above ``MAX_SAMPLES``: "drop" or "split".
+    """
+    above, below = lengths > MAX_SAMPLES, lengths < MIN_SAMPLES
+    if long_utterances == "split":
+        above[:] = False
+    remedy = " (--long_utterances split uses them in pieces)" if above.any() else ""
+    total = max(1, lengths.sum())
+    parts = [
+        f"{chosen.sum()} {words}, {100 * lengths[chosen].sum() / total:.3g}% of the audio"
+        for chosen, words in (
+            (above, f"above {MAX_SAMPLES / SAMPLE_RATE:.1f} s"),
+            (below, f"below {MIN_SAMPLES / SAMPLE_RATE:g} s"),
+        )
+        if chosen.any()
+    ]
+    return (
+        f"training leaves out, of {len(lengths)} utterances, {' and '.join(parts)}{remedy}" if parts else None
+    )
 
 
 def write_manifests(tsv_dir: str | Path, root: str, sets: dict[str, list[tuple[str, int]]]) -> None:

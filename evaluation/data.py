@@ -7,22 +7,19 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import SAMPLE_RATE, AudioError, open_audio
-from dataset.manifest import leaves_root, samples_complaint
+from dataset import AudioError, read_recording
+from dataset.audio import SUFFIXES
+from dataset.manifest import leaves_root
 from utils.cli import some
 from utils.files import UserError
 
 WINDOW, HOP = 400, 320
 """Samples that a frame of the models reads, and from one frame to the next: 25 and 20 ms."""
-
-AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
 
 
 def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray, np.ndarray | None]:
@@ -50,7 +47,7 @@ def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray,
             for folder in sorted(data.iterdir())
             if folder.is_dir() and not folder.name.startswith(".")
             for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+            if path.suffix.lower() in SUFFIXES and not path.is_dir()
         ]
     labels = {row[1] for row in rows}
     if len(labels) < 2:
@@ -138,17 +135,10 @@ def load_audio(paths: list[Path]) -> list[Tensor]:
     waveforms, problems = [], []
     for path in tqdm(paths, desc="audio", unit=" files"):
         try:
-            with open_audio(path) as audio:
-                samples, rate = audio.read(dtype="float32", always_2d=True), audio.samplerate
+            samples = read_recording(path)
+            waveforms.append(torch.from_numpy(samples[: len(samples) - (len(samples) - WINDOW) % HOP]))
         except AudioError as error:
             problems.append(str(error))
-            continue
-        samples = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
-        if len(samples) < WINDOW:
-            problems.append(f"{path} (shorter than 25 ms)")
-        elif complaint := samples_complaint(samples):
-            problems.append(f"{path} ({complaint})")
-        waveforms.append(torch.from_numpy(samples[: len(samples) - (len(samples) - WINDOW) % HOP]))
     if problems:
         raise UserError(f"these recordings cannot be used: {some(problems)}; mend them, or leave them out")
     return waveforms

@@ -3,8 +3,10 @@
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ import soundfile
 
 import prepare_data
 from dataset import read_manifest
-from tests.helpers.stages import sentence_of
+from tests.helpers.audio import BROKEN, FLAC, MP3, OPUS, SAMPLES, VOICE, WAV, changed, encoded, flac_length
+from tests.helpers.stages import ended, sentence_of, start
 
 SCRIPT = Path(prepare_data.__file__)
 
@@ -226,3 +229,149 @@ def test_many_workers_list_each_file_once_in_one_of_the_sets(tmp_path):
     for manifest in (train, valid):
         assert manifest.paths == sorted(manifest.paths)
         assert all(length == 400 + int(Path(path).stem) for path, length in zip(*manifest[1:], strict=True))
+
+
+def converted(folder: Path) -> dict[str, np.ndarray]:
+    """The files in a folder that --convert_to has written, by their paths."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    for path in paths:
+        info = soundfile.info(path)
+        assert (info.format, info.samplerate, info.channels) == ("FLAC", 16_000, 1)
+    return {str(path.relative_to(folder)): soundfile.read(path, dtype="int16")[0] for path in paths}
+
+
+def test_conversion_takes_any_format_rate_and_channels(tmp_path, capsys):
+    data, folder, out = (tmp_path / name for name in ("data", "16k", "out"))
+    for name, write in {
+        "a/x.mp3": MP3,
+        "a/x.wav": encoded(44_100, 2, format="WAV"),
+        "b/ü 1.opus": OPUS,
+        "b/six.FLAC": encoded(48_000, 6, format="FLAC"),
+        "same.wav": WAV,
+        "unknown.flac": changed(FLAC, flac_length(0)),
+        "broken.flac": BROKEN["cut flac"][0],
+        "c/text.wav": BROKEN["text"][0],
+        "video.m4a": BROKEN["noise"][0],
+    }.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        write(data / name)
+    before = {path: path.read_bytes() for path in data.rglob("*.*")}
+    for _ in range(2):
+        prepare(data, out, share=0, extension=None, convert_to=str(folder), num_workers=2)
+        manifest = read_manifest(out, "train")
+        files = converted(folder)
+        assert manifest.root == str(folder) and manifest.paths == sorted(files)
+        assert manifest.lengths.tolist() == [len(files[path]) for path in manifest.paths]
+        said = capsys.readouterr().err
+        assert "left out 'broken.flac': cannot be read (Error : flac decoder lost sync)" in said
+        assert "left out 'c/text.wav': cannot" in said and "left out 'video.m4a': cannot" in said
+    assert {name: len(samples) for name, samples in files.items()} == {
+        "a/x.mp3.flac": SAMPLES,
+        "a/x.wav.flac": round(SAMPLES * 16 / 44.1),
+        "b/six.flac": SAMPLES // 3,
+        "b/ü 1.flac": SAMPLES,
+        "same.flac": SAMPLES,
+        "unknown.flac": SAMPLES,
+    }
+    # What is 16 kHz mono already stays as it is, to the bit.
+    assert np.array_equal(files["same.flac"], soundfile.read(data / "same.wav", dtype="int16")[0])
+    assert before == {path: path.read_bytes() for path in data.rglob("*.*")}
+
+
+def test_conversion_does_again_what_is_missing_alone(tmp_path, capsys):
+    data, folder, out = (tmp_path / name for name in ("data", "16k", "out"))
+    for name in "abcde":
+        write_audio(data / f"{name}.wav", 40_000 + ord(name))
+
+    def convert():
+        prepare(data, out, share=0, extension=None, convert_to=str(folder))
+        return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    first = convert()
+    (folder / "a.flac").unlink()
+    (folder / "b.flac").write_bytes((folder / "b.flac").read_bytes()[:-300])
+    (folder / ".c.flac.1234.tmp").write_bytes(b"left by a kill")
+    write_audio(data / "c.wav", 50_000)
+    write_audio(folder / "d.flac")
+    mine = (folder / "d.flac").read_bytes()
+    capsys.readouterr()
+    again = convert()
+    assert {name for name in first if first[name] != again[name]} == {"a.flac", "b.flac", "c.flac", "d.flac"}
+    assert read_manifest(out, "train").lengths.tolist() == [40_097, 40_098, 50_000, 40_101]
+    assert set(again) == set(first)
+    # Another program's file is left alone.
+    assert (folder / "d.flac").read_bytes() == mine
+    assert "left out 'd.wav': the file to write is there, and" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_conversion_goes_on_where_it_was(tmp_path, number):
+    data, folder = tmp_path / "data", tmp_path / "16k"
+    for index in range(60):
+        (data / f"{index % 3}").mkdir(parents=True, exist_ok=True)
+        soundfile.write(data / f"{index % 3}/{index}.wav", np.tile(VOICE, 20), 44_100)
+    flags = ["--data", data, "--out", tmp_path / "out", "--layout", "flat", "--convert_to", folder]
+    process = start("prepare_data.py", *flags, "--num_workers", 2)
+    while len(list(folder.rglob("[0-9]*.flac"))) < 4:
+        time.sleep(0.05)
+    # SIGKILL comes to the first process alone, and the others have to end with it.
+    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
+    status, output = ended(process)
+    assert status == (-number if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in output and not (tmp_path / "out").exists()
+    done = {path: path.stat().st_mtime_ns for path in folder.rglob("[0-9]*.flac")}
+    assert 4 <= len(done) < 60
+    assert run(*flags).returncode == 0
+    lengths = {len(samples) for samples in converted(folder).values()}
+    assert lengths == {round(20 * SAMPLES * 16 / 44.1)} and len(converted(folder)) == 60
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+
+def test_conversion_into_the_corpus_itself_is_refused(fails, tmp_path):
+    write_audio(tmp_path / "1.wav")
+    for folder in (tmp_path, tmp_path / "new"):
+        flags = ("--data", tmp_path, "--out", tmp_path / "out", "--convert_to", folder)
+        assert "name a folder outside of it" in fails("prepare_data", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["1.wav"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_conversion_in_one_sentence(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in "abc":
+        FLAC(tmp_path / f"data/{name}.flac")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))}
+    flags = ("--data", tmp_path / "data", "--layout", "flat", "--out", tmp_path / "out")
+    done = run(*flags, "--convert_to", tmp_path / "16k", **limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"prepare_data.py: error: cannot write {tmp_path}/16k/a.flac" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "16k").iterdir())
+
+
+def test_headers_are_verified_and_lengths_counted(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, write in {
+        "cut": BROKEN["cut flac"][0],
+        "few": BROKEN["flac of too few"][0],
+        "good": FLAC,
+        "unknown": changed(FLAC, flac_length(0)),
+    }.items():
+        write(data / f"{name}.flac")
+    prepare(data, tmp_path / "out", share=0)
+    # A header that can be believed is believed.
+    lengths = [SAMPLES, SAMPLES // 2, SAMPLES, SAMPLES]
+    assert read_manifest(tmp_path / "out", "train").lengths.tolist() == lengths
+    prepare(data, tmp_path / "out", share=0, verify=True)
+    assert listed(tmp_path / "out", "train") == ["good.flac", "unknown.flac"]
+    said = capsys.readouterr().err
+    assert "'cut.flac': cannot be read (" in said and "'few.flac': does not end where its" in said
+
+
+def test_audio_that_training_leaves_out_is_counted(tmp_path, capsys):
+    for name, samples in {"a": 20_000, "b": 100_000, "c": 250_000, "d": 250_001, "e": 280_000}.items():
+        write_audio(tmp_path / f"data/{name}.flac", samples)
+    prepare(tmp_path / "data", tmp_path / "out", share=0)
+    sentence = "of 5 utterances, 2 above 15.6 s, 58.9% of the audio and 1 below 2 s, 2.22% of the audio"
+    assert f"{sentence} (--long_utterances split uses" in capsys.readouterr().out

@@ -28,6 +28,10 @@ def training_parser(
     data("--tsv_dir", type=path, default="data/librispeech", help="folder of the manifests (prepare_data.py)")
     data("--train_subset", default="train100", help="NAME of the training manifest NAME.tsv")
     data("--seconds_per_batch", type=positive, default=87.5, help="seconds of audio per batch and device")
+    long = "recordings above 15.6 s: leave them out, or train on them in equal pieces"
+    data("--long_utterances", choices=["drop", "split"], default="drop", help=long)
+    skip = "train on another utterance where a file cannot be read, in place of saving and ending the run"
+    data("--skip_unreadable", action="store_true", help=skip)
     data("--num_workers", type=nonnegative_int, default=1, help="processes per device that read audio")
 
     group = parser.add_argument_group("run")
@@ -93,5 +97,10 @@ def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2
 def data_module(args: argparse.Namespace) -> SpeechDataModule:
     """The batches that the flags ask for."""
     return SpeechDataModule(
-        args.tsv_dir, args.train_subset, args.seconds_per_batch, args.num_workers, args.seed
+        args.tsv_dir,
+        args.train_subset,
+        args.seconds_per_batch,
+        args.num_workers,
+        args.seed,
+        args.long_utterances,
     )

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset import AudioError
+from dataset.batches import Fault
 from utils.cli import some
 from utils.files import UserError
 from utils.processes import SIGNALS, end_children, is_first, say
@@ -94,6 +97,63 @@ class StopOnSignal(AfterUpdates):
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
+
+
+class StopOnUnreadable(AfterUpdates):
+    """Names each file that could not be read and that another utterance was read for, and then ends the run,
+    saved, after that update; with --skip_unreadable it goes on."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._known: set[Fault] = set()
+        self._new: list[Fault] = []
+        self._sentence = ""
+
+    def _note(self, module: LightningModule, goes_on: bool) -> None:
+        faults, module.faults = module.faults, []
+        self._new += [fault for fault in dict.fromkeys(faults) if fault not in self._known]
+        self._known.update(faults)
+        if self.run.args.skip_unreadable or goes_on:
+            for complaint, line in self._new:
+                # Every process reads files of its own.
+                with suppress(OSError):
+                    print(f"{complaint} ({line}): another utterance takes its place", file=sys.stderr)
+            self._new = []
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._note(module, goes_on=trainer.global_step >= trainer.max_steps)
+
+    def on_update(self, trainer: Trainer, module: LightningModule) -> None:
+        self._note(module, goes_on=self.step >= trainer.max_steps)
+        everyones = [self._new]
+        if trainer.world_size > 1:
+            if module.device.type == "cuda" and self.step % GPU_INTERVAL:
+                return
+            found = torch.tensor(len(self._new), device=trainer.strategy.root_device)
+            if not trainer.strategy.reduce(found, reduce_op="max"):
+                return
+            everyones = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyones, self._new)
+        faults = [fault for new in everyones for fault in new]
+        if faults:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0
+            others = f" and {len(faults) - 1} other files" if len(faults) > 1 else ""
+            self._sentence = (
+                f"{faults[0].complaint}{others}; the run is saved at update {self.step}, for which other "
+                f"utterances were read: remove {some(fault.line for fault in faults)} and go on with "
+                "--allow_changed train_subset, or run the same command with --skip_unreadable"
+            )
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._sentence:
+            raise UserError(self._sentence) if is_first() else SystemExit(2)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        # Of several processes the others cannot be asked to save with this one.
+        if isinstance(exception, AudioError) and trainer.world_size == 1 and trainer.training:
+            trainer.save_checkpoint(self.run.last)
+            say(f"saved at update {trainer.global_step}")
 
 
 class StopOnNonFinite(AfterUpdates):

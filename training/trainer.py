@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from dataset.datamodule import SpeechDataModule
 from lightning import DistillModule
 from training.arguments import PRECISIONS
-from training.callbacks import LastCheckpoint, Progress, StopOnNonFinite
+from training.callbacks import LastCheckpoint, Progress, StopOnNonFinite, StopOnUnreadable
 from training.hardware import cluster, prepare_models, trainer_devices, world_size
 from training.resume import Run, RunCheckpointIO, resume_state
 from utils.processes import say
@@ -26,6 +26,7 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
     checkpoints = RunCheckpointIO(None if run.resumed is None else resume_state(run, module))
     if not data.has_validation():
         say(f"{args.tsv_dir}/valid.tsv is missing or has no utterance to use: no validation")
+    data.say_what_is_left_out()
     trainer = pl.Trainer(
         **trainer_devices(args),
         plugins=[checkpoints, *cluster(args)],
@@ -36,7 +37,13 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
         gradient_clip_val=args.clip_norm,
         log_every_n_steps=args.log_interval,
         logger=TensorBoardLogger(args.exp_dir, name="", version="logs"),
-        callbacks=[run.stopper, StopOnNonFinite(run.last), LastCheckpoint(run), Progress(run)],
+        callbacks=[
+            run.stopper,
+            StopOnUnreadable(run),
+            StopOnNonFinite(run.last),
+            LastCheckpoint(run),
+            Progress(run),
+        ],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -192,7 +192,7 @@ class Wav2Vec2Model(Prunable, nn.Module):
             convolution, padding set to zero, h_l the output of layer l; ``lengths`` (batch,) counts valid
             frames, None if none were given.
         Raises:
-            ValueError: ``num_layers`` is negative or larger than the model.
+            ValueError: ``num_layers`` is negative or larger than the model, or the lengths cannot be right.
         """
         total = len(self.encoder.transformer.layers)
         if num_layers is not None and not 0 <= num_layers <= total:
@@ -223,6 +223,8 @@ class Wav2Vec2Model(Prunable, nn.Module):
     ) -> tuple[list[Tensor], Tensor | None]:
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms are (batch, time), not {tuple(waveforms.shape)}")
+        if lengths is not None:
+            check_lengths(lengths, waveforms)
         if self.normalize_waveform:
             waveforms = normalize(waveforms, lengths)
         features, frames = self.feature_extractor(waveforms, lengths, self.masked_group_norm)
@@ -236,6 +238,20 @@ class Wav2Vec2Model(Prunable, nn.Module):
         """
         self.encoder.transformer.pos_conv_embed.conv.fold()
         return self
+
+
+def check_lengths(lengths: Tensor, waveforms: Tensor) -> None:
+    """Raises a ValueError where lengths are not (batch,) whole numbers of samples that the waveforms have."""
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths are whole numbers of samples, not {lengths.dtype}: multiply relative ones")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or lengths.is_meta:
+        return  # there are no numbers yet
+    batch, time = waveforms.shape
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths are (batch,), of {batch} waveforms, not {tuple(lengths.shape)}")
+    least, most = (int(length) for length in lengths.aminmax()) if batch else (0, 0)
+    if least < 0 or most > time:
+        raise ValueError(f"lengths are 0 to {time} samples for waveforms of {time}, not {least} to {most}")
 
 
 def normalize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Bucketed batches, and the loader of crops, on real files."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from dataset import AudioError, BucketBatchSampler, make_loader, write_manifests
+from dataset import AudioDataset, AudioError, BucketBatchSampler, make_loader, write_manifests
 from tests.helpers.stages import ENVIRONMENT, ROOT
 from utils.files import UserError
 
@@ -254,6 +255,59 @@ def test_a_file_that_changed_is_an_error_that_names_it(tmp_path, how, num_worker
     if num_workers:
         # The garbage collection would do it in an order in which it takes five seconds.
         batches._shutdown_workers()
+
+
+def test_long_recordings_become_equal_pieces_read_in_place(tmp_path):
+    lengths = {"a": 32_000, "b": 250_000, "c": 250_001, "d": 600_001, "e": 20_000}
+    for name, length in lengths.items():
+        samples = (np.arange(length) % 30_000).astype(np.int16)
+        soundfile.write(tmp_path / f"{name}.flac", samples, 16_000)
+    write_manifests(tmp_path, str(tmp_path), {"train": [(f"{n}.flac", k) for n, k in lengths.items()]})
+    pieces = [("a", 0, 32_000), ("b", 0, 250_000), ("c", 0, 125_000), ("c", 125_000, 125_001)]
+    pieces += [("d", 0, 200_000), ("d", 200_000, 200_000), ("d", 400_000, 200_001), ("e", 0, 20_000)]
+    dataset = AudioDataset(tmp_path, "train", "split")
+    assert dataset.lengths.tolist() == [length for _, _, length in pieces]
+    for index, (name, first, length) in enumerate(pieces):
+        assert dataset.path(index) == f"{tmp_path}/{name}.flac"
+        crop = dataset[index, 7, length - 7] * 32_768
+        assert torch.equal(crop, (torch.arange(first + 7, first + length) % 30_000).float())
+    loader = make_loader(tmp_path, "train", 87.5, 0, shuffle=True, long_utterances="split")
+    assert sorted(utterances_of(loader.batch_sampler)) == list(range(7))
+    assert sorted(utterances_of(make_loader(tmp_path, "train", 87.5, 0, shuffle=True).batch_sampler)) == [
+        0,
+        1,
+    ]
+    assert AudioDataset(tmp_path, "train", "drop").lengths.tolist() == list(lengths.values())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_utterance_is_read_for_one_that_is_broken(corpus, tmp_path, num_workers):
+    folder = shutil.copytree(corpus, tmp_path / "copy")
+    manifest = (folder / "train.tsv").read_text()
+    (folder / "train.tsv").write_text(manifest.replace(str(corpus), str(folder)))
+    for number in (3, 9):
+        (folder / f"u {number:02}.flac").write_bytes(b"broken")
+
+    def batches(of):
+        return list(make_loader(of, "train", 12.5, num_workers, shuffle=True, run=range(12)))
+
+    first, again, whole = batches(folder), batches(folder), batches(corpus)
+    seen = []
+    for (waveforms, lengths, *faults), (same, _, *_), (expected, expected_lengths) in zip(
+        first, again, whole, strict=True
+    ):
+        assert torch.equal(waveforms, same) and torch.equal(lengths, expected_lengths)
+        changed = [not torch.equal(a, b) for a, b in zip(waveforms, expected, strict=True)]
+        assert sum(changed) == sum(map(len, faults))
+        seen += [fault for some in faults for fault in some]
+        # The substitutes are audio of this corpus too.
+        assert all(((row[1:] - row[:-1]) * 32_768 == 1).sum() >= len(row) - 3 for row in waveforms)
+    assert {fault.line for fault in seen} == {f"line {line} of {folder}/train.tsv" for line in (5, 11)}
+    assert {fault.complaint for fault in seen} == {
+        f"cannot read {folder}/u {number:02}.flac: Format not recognised" for number in (3, 9)
+    }
+    # What takes its place changes from epoch to epoch.
+    assert len(seen) > 3
 
 
 @pytest.mark.slow

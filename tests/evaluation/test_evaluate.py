@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from transformers import HubertConfig, HubertModel
 
 from evaluation.classifier import interval, judge
-from evaluation.data import make_folds, read_examples
+from evaluation.data import load_audio, make_folds, read_examples
 from evaluation.features import make_batches, model_features
+from tests.helpers.audio import WHOLE
 from tests.helpers.stages import call, run
 from utils.checkpoint import load_model
 from utils.files import UserError
@@ -203,9 +205,23 @@ def test_unusable_recordings_are_named_together(fails, recordings, tmp_path):
     soundfile.write(tmp_path / "hiss" / "loud.wav", np.full(1_000, np.inf), 16_000, subtype="FLOAT")
     message = fails("evaluate", "--data", tmp_path, "--json", tmp_path / "out.json")
     assert "these recordings cannot be used: " in message
-    for words in ("text.wav: Format not", "short.wav (shorter than", "loud.wav (holds samples that"):
+    for words in ("text.wav: Format not", "short.wav: shorter than", "loud.wav: holds samples that"):
         assert words in message
     assert not (tmp_path / "out.json").exists()
+
+
+def test_odd_recordings_are_read_and_no_pipe_is_waited_for(fails, tmp_path):
+    for label, kinds in {
+        "hum": ("flac of 256 GiB", "gsm"),
+        "hiss": ("wav of 0 bytes", "six channels"),
+    }.items():
+        (tmp_path / label).mkdir()
+        for number, kind in enumerate(kinds):
+            WHOLE[kind](tmp_path / label / f"{number}.wav")
+    paths, *_ = read_examples(tmp_path, None)
+    assert [len(waveform) for waveform in load_audio(paths)] == [47_760] * 4
+    os.mkfifo(tmp_path / "hum" / "pipe.wav")
+    assert "pipe.wav: not a file" in fails("evaluate", "--data", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,21 @@ def test_padding_has_no_influence_on_what_is_valid(family, norm):
     assert frames == alone[0].size(1)
     for expected, actual in zip(alone, together, strict=True):
         assert_close(actual[:1, :frames], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([0.5, 1.0], "whole numbers of samples, not torch.float32: multiply relative ones"),
+        ([5_000.0, 8_000.0], "whole numbers of samples"),
+        ([[True] * 8_000] * 2, "whole numbers of samples, not torch.bool"),
+        ([5_000, 8_001], "0 to 8000 samples for waveforms of 8000, not 5000 to 8001"),
+        ([-1, 8_000], "not -1 to 8000"),
+        ([5_000], r"of 2 waveforms, not \(1,\)"),
+    ],
+)
+def test_lengths_that_cannot_be_right_are_one_sentence(lengths, words):
+    model = ungated("hubert_base")
+    for call in (model, model.extract_features):
+        with pytest.raises(ValueError, match=words):
+            call(torch.zeros(2, 8_000), torch.tensor(lengths))
