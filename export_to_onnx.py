@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from exports.common import load_ungated
-from exports.onnx import export
+from exports.onnx import OPSETS, export
 from utils.cli import needs_extra, path, run_script
 from utils.files import UserError
 from utils.run_record import refuse_overwriting
@@ -31,6 +31,8 @@ def parse_args() -> argparse.Namespace:
     add("--all_hidden_states", action="store_true", help="add the outputs hidden_state_0 to hidden_state_L")
     add("--lengths", action="store_true", help="add an input lengths, in samples, and an output frames")
     add("--audio", type=path, help="a 16 kHz recording to measure the error of --int8 on; noise without it")
+    opset_help = "version of ONNX's operators; lower ones are for older runtimes, and compute GELU by Erf"
+    add("--opset", type=int, choices=OPSETS, default=OPSETS[-1], help=opset_help)
     return parser.parse_args()
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     refuse_overwriting(out, {flag: file for flag, file in inputs.items() if file is not None})
     model = load_ungated(args.ckpt)
     audio = None if args.audio is None else read_audio(args.audio)
-    errors = export(model, out, args.int8, args.all_hidden_states, args.lengths, audio)
+    errors = export(model, out, args.int8, args.all_hidden_states, args.lengths, audio, opset=args.opset)
     kind = "int8 linear layers" if args.int8 else "float32"
     print(f"{args.ckpt} -> {out}: {out.stat().st_size / 1e6:.1f} MB, {kind}, checked in onnxruntime")
     if args.int8:

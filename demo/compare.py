@@ -1,5 +1,4 @@
-"""Compares the features that a teacher and its student compute of three utterances, from valid.tsv where it has
-as many."""
+"""Compares the features that a teacher and its student compute of three utterances."""
 
 import argparse
 import time
@@ -51,8 +50,8 @@ def main() -> None:
         same = F.cosine_similarity(found, wanted, dim=-1).mean()
         other = F.cosine_similarity(found, wanted.roll(len(wanted) // 2, 0), dim=-1).mean()
         print(
-            f"{audio.paths[index][-28:]:<28}{samples / SAMPLE_RATE:9.1f}{len(wanted):8}{same:8.3f}{other:9.3f}"
-            f"{1000 * slow:13.0f}{1000 * fast:13.0f}"
+            f"{audio.paths[index][-28:]:<28}{samples / SAMPLE_RATE:9.1f}{len(wanted):8}{same:8.3f}"
+            f"{other:9.3f}{1000 * slow:13.0f}{1000 * fast:13.0f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the two exporters share."""
+"""What the exporters share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +18,13 @@ def load_ungated(path: str | Path) -> Wav2Vec2Model:
             "save_final_ckpt.py writes"
         )
     return model
+
+
+def samples_of(model: Wav2Vec2Model, frames: int) -> int:
+    """The fewest samples of which the model makes so many frames."""
+    for _, kernel, stride in reversed(model.config["extractor_conv_layer_config"]):
+        frames = (frames - 1) * stride + kernel
+    return frames
 
 
 @contextmanager

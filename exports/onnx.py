@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from exports.common import samples_of
 from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError, atomic_write
@@ -18,6 +19,12 @@ with needs_extra("export"):
     import onnxruntime
     import onnxscript  # noqa: F401
     from onnxruntime.quantization import QuantType, quantize_dynamic
+
+OPSETS = (17, 18, 19, 20)
+"""The versions of ONNX's operators that a file may ask for; Gelu is an operator of its own from 20 on."""
+
+IR_VERSION = 9
+"""The version of the file format in which opset 20 came; onnxruntime 1.17 and its like read no later one."""
 
 
 class Exported(nn.Module):
@@ -51,6 +58,7 @@ def export(
     all_hidden_states: bool = False,
     with_lengths: bool = False,
     audio: Tensor | None = None,
+    opset: int = OPSETS[-1],
 ) -> dict[str, float]:
     """Writes ``model`` to the file ``out``, whole and checked or not at all.
 
@@ -60,6 +68,7 @@ def export(
         all_hidden_states: the file returns the hidden states too.
         with_lengths: the file takes the lengths of padded waveforms.
         audio: (time,) of 16 kHz to measure the error on; noise without it.
+        opset: the version of ONNX's operators, one of :data:`OPSETS`.
     Returns:
         For each output the norm of its difference from PyTorch's, over the norm of PyTorch's.
     Raises:
@@ -74,7 +83,7 @@ def export(
     if audio is None:
         audio = torch.randn(48_000, generator=torch.Generator().manual_seed(0)) * 0.1
     with atomic_write(out) as path:
-        _trace(exported).save(path)
+        _trace(exported, opset).save(path)
         if int8:
             # onnxruntime recommends steps before quantising that this graph has behind it.
             logging.getLogger().setLevel(logging.ERROR)
@@ -95,14 +104,7 @@ def export(
     return errors
 
 
-def samples_of(model: Wav2Vec2Model, frames: int) -> int:
-    """The fewest samples of which the model makes so many frames."""
-    for _, kernel, stride in reversed(model.config["extractor_conv_layer_config"]):
-        frames = (frames - 1) * stride + kernel
-    return frames
-
-
-def _trace(exported: Exported) -> torch.onnx.ONNXProgram:
+def _trace(exported: Exported, opset: int) -> torch.onnx.ONNXProgram:
     """The ONNX program of a model, with any batch size and number of samples."""
     batch, shortest = torch.export.Dim("batch", min=1, max=65_536), samples_of(exported.model, 2)
     time = torch.export.Dim("time", min=shortest, max=2**31 - 1)
@@ -117,6 +119,7 @@ def _trace(exported: Exported) -> torch.onnx.ONNXProgram:
             input_names=list(inputs),
             output_names=list(exported(**inputs)),
             dynamic_shapes={name: shapes[name] for name in inputs},
+            opset_version=opset,
             dynamo=True,
             verbose=False,
         )
@@ -126,6 +129,7 @@ def _tidy(path: Path, all_hidden_states: bool) -> None:
     """Drops the outputs that are not wanted and the traces of this machine, and names the outputs' axes."""
     content = onnx.load(path)
     kept = [output for output in content.graph.output if all_hidden_states or "hidden" not in output.name]
+    content.ir_version = IR_VERSION
     del content.graph.output[:], content.graph.value_info[:]
     content.graph.output.extend(kept)
     for node in content.graph.node:  # where in whose code each came from
