@@ -106,7 +106,7 @@ def main() -> None:
     roots, finals = args.root_dir, args.final_dir or [None] * len(args.root_dir)
     if len(finals) != len(roots):
         raise UserError(
-            f"--final_dir names {len(finals)} folders and --root_dir {len(roots)}: name one for each, in order"
+            f"--final_dir has {len(finals)} folders and --root_dir {len(roots)}: name one for each, in order"
         )
     if len(roots) > 1 and args.out is None:
         raise UserError("--out is missing: name the folder for the report on several runs")

@@ -83,7 +83,13 @@ def export(
     if audio is None:
         audio = torch.randn(48_000, generator=torch.Generator().manual_seed(0)) * 0.1
     with atomic_write(out) as path:
-        _trace(exported, opset).save(path)
+        content = _trace(exported, opset).model_proto
+        if opset < 18:  # The exporter's converter leaves an attribute that Split has from 18 on.
+            for node in content.graph.node:
+                if node.op_type == "Split":
+                    del node.attribute[:]
+                    node.attribute.append(onnx.helper.make_attribute("axis", -1))
+        onnx.save(content, path)
         if int8:
             # onnxruntime recommends steps before quantising that this graph has behind it.
             logging.getLogger().setLevel(logging.ERROR)
