@@ -25,8 +25,9 @@ test-all: test test-slow
 faults: setup
 	$(VENV)/bin/python -m pytest tests/faults -m ""
 
+# On recorded speech that comes with it; `make demo DATA=FOLDER` takes your own recordings, of any format.
 demo: setup
-	python=$(VENV)/bin/python bash demo/demo.sh
+	python=$(VENV)/bin/python DATA="$(DATA)" bash demo/demo.sh
 
 gpu-check: setup
 	$(VENV)/bin/python benchmarks/gpu_check.py --json gpu_check.json

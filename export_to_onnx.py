@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from exports.common import load_ungated
-from exports.onnx import export
+from exports.onnx import OPSETS, export
 from utils.cli import needs_extra, path, run_script
 from utils.files import UserError
 from utils.run_record import refuse_overwriting
@@ -43,6 +43,8 @@ def parse_args() -> argparse.Namespace:
     add("--masked_group_norm", action="store_true", help=masked_help)
     audio_help = "a recording to measure the error of fewer bits on; noise without it"
     add("--audio", type=path, help=audio_help)
+    opset_help = "version of ONNX's operators; lower ones are for older runtimes, and compute GELU by Erf"
+    add("--opset", type=int, choices=OPSETS, default=OPSETS[-1], help=opset_help)
     args = parser.parse_args()
     if args.masked_group_norm and not args.lengths:
         raise UserError("--masked_group_norm leaves out the padding, which --lengths tells: give both")
@@ -57,7 +59,16 @@ def main() -> None:
     model = load_ungated(args.ckpt)
     model.masked_group_norm |= args.masked_group_norm
     audio = None if args.audio is None else torch.from_numpy(read_recording(args.audio))
-    errors = export(model, out, args.int8, args.all_hidden_states, args.lengths, audio, args.half)
+    bits = {"int8": args.int8, "half": args.half}
+    errors = export(
+        model,
+        out,
+        **bits,
+        all_hidden_states=args.all_hidden_states,
+        with_lengths=args.lengths,
+        audio=audio,
+        opset=args.opset,
+    )
     kind = "int8 linear layers" if args.int8 else "float16" if args.half else "float32"
     print(f"{args.ckpt} -> {out}: {out.stat().st_size / 1e6:.1f} MB, {kind}, checked in onnxruntime")
     if args.int8 or args.half:

@@ -4,6 +4,7 @@ numbers (report.json)."""
 
 import argparse
 import json
+import os
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,9 +29,12 @@ def parse_args() -> argparse.Namespace:
     )
     flag = parser.add_argument
     flag("--teacher_ckpt", type=Path, required=True, help="the teacher of the run")
-    flag("--root_dir", type=Path, required=True, help="EXP, the --exp_dir of stage 1")
-    flag("--final_dir", type=Path, help="EXP2, the --exp_dir of stage 3, once there is one")
-    flag("--out", type=Path, help="folder to write to; default: report in EXP2, or else in EXP")
+    root_help = "EXP, the --exp_dir of stage 1; two or more are put side by side"
+    flag("--root_dir", type=Path, nargs="+", required=True, help=root_help)
+    final_help = "EXP2 of each EXP, the --exp_dir of stage 3, once there is one"
+    flag("--final_dir", type=Path, nargs="+", help=final_help)
+    out_help = "folder to write to; default: report in EXP2, or else in EXP; needed for several runs"
+    flag("--out", type=Path, help=out_help)
     flag("--tsv_dir", type=Path, help="folder of valid.tsv; default: the run's own, if recorded")
     student_help = "what stage 1 started from, while nothing is pruned; default: as recorded, or the teacher"
     flag("--student_ckpt", type=Path, help=student_help)
@@ -53,11 +57,11 @@ def sparsity(run: Run, teacher: Wav2Vec2Model, student: Student) -> dict:
     }
 
 
-def collect(args: argparse.Namespace) -> dict:
-    """Every number of the report."""
+def collect(args: argparse.Namespace, root_dir: Path, final_dir: Path | None) -> dict:
+    """Every number of the report on one run."""
     if args.tsv_dir is not None and not args.tsv_dir.is_dir():
         raise UserError(f"--tsv_dir {args.tsv_dir}: no such folder; give the one that holds valid.tsv")
-    run = Run(args.root_dir, args.final_dir)
+    run = Run(root_dir, final_dir)
     tsv_dir = args.tsv_dir or run.flag("distill", "tsv_dir") or run.flag("final_distill", "tsv_dir")
     teacher = load_model(args.teacher_ckpt).eval()
     students = run.students(args.teacher_ckpt, args.student_ckpt)
@@ -76,6 +80,10 @@ def collect(args: argparse.Namespace) -> dict:
         "widths": {"teacher": teacher.widths(), "student": student.model.widths()},
         "speed": speed,
         "training": run.logs(),
+        "audio": {
+            name: measure.audio_hours(Path(tsv_dir), name) if tsv_dir else None
+            for name in (run.flag("distill", "train_subset"), "valid")
+        },
         "distance": distance,
         "stages": run.records,
         "report": {
@@ -95,11 +103,25 @@ def as_json(report: dict) -> str:
 
 def main() -> None:
     args = parse_args()
-    out = args.out or (args.final_dir or args.root_dir) / "report"
+    roots, finals = args.root_dir, args.final_dir or [None] * len(args.root_dir)
+    if len(finals) != len(roots):
+        raise UserError(
+            f"--final_dir has {len(finals)} folders and --root_dir {len(roots)}: name one for each, in order"
+        )
+    if len(roots) > 1 and args.out is None:
+        raise UserError("--out is missing: name the folder for the report on several runs")
+    out = args.out or (finals[0] or roots[0]) / "report"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    report = collect(args)
-    html, text = page.render(report)
+    reports = [collect(args, *folders) for folders in zip(roots, finals, strict=True)]
+    if len(reports) == 1:
+        [report] = reports
+        html, text = page.render(report)
+    else:
+        folders = [(final or root).absolute() for root, final in zip(roots, finals, strict=True)]
+        common = os.path.commonpath(folders)
+        report = dict(zip((os.path.relpath(folder, common) for folder in folders), reports, strict=True))
+        html, text = page.render_side_by_side(report)
     for name, content in (("report.json", as_json(report)), ("report.html", html)):
         with atomic_write(out / name) as path:
             path.write_text(content, encoding="utf-8")

@@ -23,7 +23,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from exports.onnx import export, samples_of
+from exports.common import samples_of
+from exports.onnx import export
 from training import onednn
 from utils.cli import positive, positive_int, run_script
 from utils.files import UserError

@@ -28,6 +28,13 @@ def load_ungated(path: str | Path) -> Wav2Vec2Model:
     return model
 
 
+def samples_of(model: Wav2Vec2Model, frames: int) -> int:
+    """The fewest samples of which the model makes so many frames."""
+    for _, kernel, stride in reversed(model.config["extractor_conv_layer_config"]):
+        frames = (frames - 1) * stride + kernel
+    return frames
+
+
 @contextmanager
 def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
     """Wraps the writing of ``path`` by way of other files, and names ``path`` where that fails with an

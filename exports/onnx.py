@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from exports.common import samples_of
 from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError, atomic_write
@@ -20,6 +21,12 @@ with needs_extra("export"):
     import onnxruntime
     import onnxscript  # noqa: F401
     from onnxruntime.quantization import QuantType, quantize_dynamic
+
+OPSETS = (17, 18, 19, 20)
+"""The versions of ONNX's operators that a file may ask for; Gelu is an operator of its own from 20 on."""
+
+IR_VERSION = 9
+"""The version of the file format in which opset 20 came; onnxruntime 1.17 and its like read no later one."""
 
 
 class Exported(nn.Module):
@@ -62,6 +69,7 @@ def export(
     with_lengths: bool = False,
     audio: Tensor | None = None,
     half: bool = False,
+    opset: int = OPSETS[-1],
 ) -> dict[str, float]:
     """Writes ``model`` to the file ``out``, whole and checked or not at all.
 
@@ -72,6 +80,7 @@ def export(
         with_lengths: the file takes the lengths of padded waveforms.
         audio: (time,) of 16 kHz to measure the error on; noise without it.
         half: weights and what is computed are float16, and inputs and outputs float32.
+        opset: the version of ONNX's operators, one of :data:`OPSETS`.
     Returns:
         For each output the norm of its difference from PyTorch's, over the norm of PyTorch's.
     Raises:
@@ -86,7 +95,13 @@ def export(
     if audio is None:
         audio = torch.randn(48_000, generator=torch.Generator().manual_seed(0)) * 0.1
     with atomic_write(out) as path:
-        _trace(Exported(model, with_lengths, half).eval()).save(path)
+        content = _trace(Exported(model, with_lengths, half).eval(), opset).model_proto
+        if opset < 18:  # The exporter's converter leaves an attribute that Split has from 18 on.
+            for node in content.graph.node:
+                if node.op_type == "Split":
+                    del node.attribute[:]
+                    node.attribute.append(onnx.helper.make_attribute("axis", -1))
+        onnx.save(content, path)
         if int8:
             # onnxruntime recommends steps before quantising that this graph has behind it.
             logging.getLogger().setLevel(logging.ERROR)
@@ -107,14 +122,7 @@ def export(
     return errors
 
 
-def samples_of(model: Wav2Vec2Model, frames: int) -> int:
-    """The fewest samples of which the model makes so many frames."""
-    for _, kernel, stride in reversed(model.config["extractor_conv_layer_config"]):
-        frames = (frames - 1) * stride + kernel
-    return frames
-
-
-def _trace(exported: Exported) -> torch.onnx.ONNXProgram:
+def _trace(exported: Exported, opset: int) -> torch.onnx.ONNXProgram:
     """The ONNX program of a model, with any batch size and number of samples."""
     batch, shortest = torch.export.Dim("batch", min=1, max=65_536), samples_of(exported.model, 2)
     time = torch.export.Dim("time", min=shortest, max=2**31 - 1)
@@ -129,6 +137,7 @@ def _trace(exported: Exported) -> torch.onnx.ONNXProgram:
             input_names=list(inputs),
             output_names=list(exported(**inputs)),
             dynamic_shapes={name: shapes[name] for name in inputs},
+            opset_version=opset,
             dynamo=True,
             verbose=False,
         )
@@ -138,6 +147,7 @@ def _tidy(path: Path, all_hidden_states: bool) -> None:
     """Drops the outputs that are not wanted and the traces of this machine, and names the outputs' axes."""
     content = onnx.load(path)
     kept = [output for output in content.graph.output if all_hidden_states or "hidden" not in output.name]
+    content.ir_version = IR_VERSION
     del content.graph.output[:], content.graph.value_info[:]
     content.graph.output.extend(kept)
     for node in content.graph.node:  # where in whose code each came from

@@ -20,9 +20,19 @@ from dataset import SAMPLE_RATE, AudioDataset
 from dataset.batches import MAX_SAMPLES, MIN_SAMPLES
 from utils.processes import available_cpus, say
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.cost import count_parameters, multiply_accumulates
+from wav2vec2.cost import count_parameters, mac_count, multiply_accumulates, parameter_count
 
 from .run import Student
+
+COMPONENTS = {
+    "feature_extractor": "convolutions",
+    "feature_projection": "projection into the transformer",
+    "pos_conv_embed": "positional convolution",
+    "attention": "attention",
+    "feed_forward": "feed-forward",
+    "": "norms and output",
+}
+"""The parts of a model by what the names of their modules have in them; the first that fits counts."""
 
 SECONDS = (1, 10)
 """Lengths of the utterances that costs and speeds are given for."""
@@ -30,8 +40,19 @@ SECONDS = (1, 10)
 
 def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
     """Counts the parameters of a model, its multiply-accumulates per second of audio by the utterance's
-    seconds, and the bytes of its file, if it has one."""
+    seconds, both by component too, and the bytes of its file, if it has one."""
+    seconds = max(SECONDS)
+    components = {words: {"parameters": 0, "macs_per_second": 0.0} for words in COMPONENTS.values()}
+    names = {module: name for name, module in model.named_modules()}
+    for kind, count, over in (
+        ("parameters", parameter_count(model), 1),
+        ("macs_per_second", mac_count(model, seconds), seconds),
+    ):
+        for module, number in count.by_module().items():
+            words = next(words for part, words in COMPONENTS.items() if part in names[module])
+            components[words][kind] += number / over if over > 1 else number
     return {
+        "components": components,
         "parameters": count_parameters(model),
         "macs_per_second": {str(seconds): multiply_accumulates(model, seconds) for seconds in SECONDS},
         "file_bytes": None if path is None else path.stat().st_size,
@@ -77,18 +98,32 @@ def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list
     return rows
 
 
+def audio_hours(tsv_dir: Path, name: str | None) -> dict | None:
+    """The utterances and hours of a manifest, and the hours of the lengths that training uses; None where it
+    is not there."""
+    if name is None or not (tsv_dir / f"{name}.tsv").is_file():
+        return None
+    lengths = AudioDataset(tsv_dir, name).lengths
+    used = lengths[(lengths >= MIN_SAMPLES) & (lengths <= MAX_SAMPLES)]
+    hours = [float(samples.sum() / SAMPLE_RATE / 3600) for samples in (lengths, used)]
+    return {"manifest": name, "utterances": len(lengths), "hours": hours[0], "hours_used": hours[1]}
+
+
 def _sums(student: Tensor, teacher: Tensor) -> Tensor:
-    """What the distance of two sequences of frames, (1, frame, feature), adds up from: (4,) float64."""
+    """What the distance of two sequences of frames, (1, frame, feature), adds up from: (6,) float64."""
     student, teacher = student.double(), teacher.double()
     cosine = F.cosine_similarity(student, teacher, dim=-1).sum()
     frames = torch.tensor(float(teacher.size(1)))
-    return torch.stack([cosine, frames, (student - teacher).square().sum(), teacher.square().sum()])
+    error, values = student - teacher, torch.tensor(float(teacher.numel()))
+    sums = [error.square().sum(), teacher.square().sum(), error.abs().sum(), values]
+    return torch.stack([cosine, frames, *sums])
 
 
 @torch.inference_mode()
 def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path, most: int) -> dict | None:
     """Measures how far the hidden states of ``students`` are from the teacher's, layer by layer: the mean
-    cosine over all frames, and the norm of the difference over the norm of the teacher's hidden states.
+    cosine over all frames, the norm of the difference over the norm of the teacher's hidden states, and the
+    mean absolute and squared error.
 
     Args:
         teacher, students: without gates, in evaluation mode.
@@ -109,7 +144,7 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
         return None
     chosen = usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(int)].tolist()
     say(f"report.py: measuring distances on {len(chosen)} utterances")
-    sums: defaultdict[tuple[int, str, int], Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+    sums: defaultdict[tuple[int, str, int], Tensor] = defaultdict(lambda: torch.zeros(6, dtype=torch.float64))
     samples = 0
     for index in chosen:
         waveforms = audio[index, 0, int(audio.lengths[index])].unsqueeze(0)
@@ -127,8 +162,9 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
                     sums[place, kind, layer] += _sums(state, wanted[layer])
     found = [{"stage": student.stage, "hidden_states": [], "projected": []} for student in students]
     for (place, kind, layer), total in sums.items():
-        cosine, frames, error, norm = total.tolist()
+        cosine, frames, error, norm, absolute, values = total.tolist()
         row = {"layer": layer, "cosine": cosine / frames, "relative_error": (error / norm) ** 0.5}
+        row |= {"l1": absolute / values, "squared_error": error / values}
         found[place][kind].append(row)
     return {
         "manifest": str(tsv_dir / "valid.tsv"),

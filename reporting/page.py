@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,12 +33,16 @@ MEASURES = {"cosine": "Cosine similarity", "relative_error": "Relative error"}
 
 LOSSES = {"train_loss_distill": "training", "valid_loss_distill": "validation"}
 
+KINDS = {"valid_loss_l1": "absolute error", "valid_loss_cos": "cosine", "valid_loss_mse": "squared error"}
+
 CURVES = {
     "Stage 1: distillation loss": ("distill", LOSSES),
+    "Stage 1: validation loss by kind": ("distill", KINDS),
     "Stage 1: loss with the regulariser": ("distill", {"train_loss": "training", "valid_loss": "validation"}),
     "Stage 1: sparsity": ("distill", {"sparsity_expected": "expected", "sparsity_target": "target"}),
     "Stage 1: multipliers": ("distill", {"lambda1": "λ₁", "lambda2": "λ₂"}),
     "Stage 3: distillation loss": ("final_distill", LOSSES),
+    "Stage 3: validation loss by kind": ("final_distill", KINDS),
 }
 """The pictures of the two distillations: the stage, and what each value that it logs is called."""
 
@@ -50,17 +55,22 @@ VALIDATIONS = {
 matplotlib.style.use(Path(__file__).with_name("report.mplstyle"))
 
 
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    autoescape=jinja2.select_autoescape(),
+    undefined=jinja2.StrictUndefined,
+)
+
+
 def render(report: dict) -> tuple[str, str]:
     """The report as a page, complete in itself with its pictures, and as lines for the terminal."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    safety = {"autoescape": jinja2.select_autoescape(), "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **safety)
     students = report["distance"]["students"] if report["distance"] else []
     curves = distance_curves(students)
     before, after = report["widths"]["teacher"], report["widths"]["student"]
     records = report["stages"].items()
     recorded = {STAGES[stage].partition(":")[0]: record for stage, record in records if record}
-    flags = [record["sessions"][-1]["flags"] for record in recorded.values()]
     content = {
         "report": report,
         "stages": STAGES,
@@ -70,7 +80,9 @@ def render(report: dict) -> tuple[str, str]:
         "sparsity": sparsity_sentence(report["sparsity"]),
         "size_rows": size_rows(report["sizes"]),
         "width_figures": [draw_widths(before[kind], after[kind], *words) for kind, words in WIDTHS.items()],
-        "training_figures": training_figures(report["training"]),
+        "component_rows": component_rows(report["sizes"]),
+        "training_figures": training_figures(report["training"]) + rate_figures(report["stages"]),
+        "heard": heard(report["stages"]),
         "losses": validation_losses(report["training"]),
         "last_layer": last_layer(students),
         "distances": curves,
@@ -78,10 +90,73 @@ def render(report: dict) -> tuple[str, str]:
         "distance_layers": sorted({layer for rows, _ in curves.values() for layer in rows}),
         "distance_figures": distance_figures(curves),
         "recorded": recorded,
-        "flag_names": dict.fromkeys(name for each in flags for name in each if each[name] is not None),
+        "flag_names": flag_names([record["sessions"][-1] for record in recorded.values()]),
     }
-    html, text = (environment.get_template(f"report.{kind}").render(content) for kind in ("html", "txt"))
+    html, text = (TEMPLATES.get_template(f"report.{kind}").render(content) for kind in ("html", "txt"))
     return html, text
+
+
+def render_side_by_side(reports: dict[str, dict]) -> tuple[str, str]:
+    """The reports on several runs, by the runs' names, as one page and as lines for the terminal."""
+    figures = []
+    for title, (stage, names) in CURVES.items():
+        logs = {name: report["training"][stage].get("valid_loss_distill") for name, report in reports.items()}
+        series = {name: (curve["step"], curve["value"], {}) for name, curve in logs.items() if curve}
+        if names is LOSSES and series:
+            figures.append(draw_lines(series, f"{title}, validation", "update"))
+    for kind, (units, layer) in WIDTHS.items():
+        widths = {name: report["widths"]["student"][kind] for name, report in reports.items()}
+        series = {name: (range(len(kept)), kept, {}) for name, kept in widths.items()}
+        figures.append(draw_lines(series, units, layer))
+    content = {
+        "names": list(reports),
+        "rows": _aligned([summary(report) for report in reports.values()]),
+        "flags": different_flags(reports.values()),
+        "figures": figures,
+    }
+    html, text = (TEMPLATES.get_template(f"side_by_side.{kind}").render(content) for kind in ("html", "txt"))
+    return html, text
+
+
+def summary(report: dict) -> dict[str, str]:
+    """The numbers of a run that are compared with those of others."""
+    student = report["sizes"]["student"]
+    last = last_layer(report["distance"]["students"]) if report["distance"] else None
+    [*_, speed] = [row for row in report["speed"]["rows"] if row["threads"] == 1]
+    sessions = [session for record in report["stages"].values() if record for session in record["sessions"]]
+    commits = dict.fromkeys(session["versions"].get("git commit", "") for session in sessions)
+    return {
+        "student": report["student"]["stage"],
+        "parameters": f"{student['parameters']:,}",
+        f"sparsity of the {COUNTED[report['sparsity']['of']]}": f"{report['sparsity']['reached']:.4f}",
+        "million MACs a second, 10 s of audio": f"{student['macs_per_second']['10'] / 1e6:,.0f}",
+        f"real-time factor, {speed['audio_seconds']} s": f"{speed['student']['real_time_factor']:.4f}",
+        **{f"loss {words}": f"{value:.4f}" for words, value in validation_losses(report["training"]).items()},
+        "cosine to the last layer": "" if last is None else f"{last['cosine']:.4f}",
+        "relative error of the last layer": "" if last is None else f"{last['relative_error']:.4f}",
+        "time of all stages": str(timedelta(seconds=round(sum(each["seconds"] or 0 for each in sessions)))),
+        "git commit": ", ".join(filter(None, commits)),
+    }
+
+
+def different_flags(reports: Iterable[dict]) -> dict[str, list[str]]:
+    """The flags, as STAGE --NAME, that are not the same in all runs, and each run's value."""
+    columns = [
+        {
+            f"{stage} --{name}": str(value)
+            for stage, record in report["stages"].items()
+            if record
+            for name, value in record["sessions"][-1]["flags"].items()
+            if value is not None
+        }
+        for report in reports
+    ]
+    return {name: values for name, values in _aligned(columns).items() if len(set(values)) > 1}
+
+
+def _aligned(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """Columns with named cells as rows; a column without a cell has an empty one."""
+    return {name: [column.get(name, "") for column in columns] for name in dict(ChainMap(*reversed(columns)))}
 
 
 def sparsity_sentence(sparsity: dict) -> str:
@@ -109,11 +184,67 @@ def size_rows(sizes: dict) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def component_rows(sizes: dict) -> list[tuple[str, ...]]:
+    """The millions of parameters and of multiply-accumulates a second of each component, of teacher and
+    student in turn."""
+    return [
+        (
+            words,
+            *(
+                f"{sizes[model]['components'][words][kind] / 1e6:,.{digits}f}"
+                for kind, digits in (("parameters", 3), ("macs_per_second", 1))
+                for model in ("teacher", "student")
+            ),
+        )
+        for words in sizes["teacher"]["components"]
+    ]
+
+
+def flag_names(sessions: list[dict]) -> tuple[list[str], list[str]]:
+    """The flags of the stages: those that a stage had changed, and those that all left at their defaults;
+    records of earlier versions do not tell, so that all of theirs come first."""
+    names = dict.fromkeys(k for each in sessions for k, value in each["flags"].items() if value is not None)
+    changed = {name for each in sessions for name in each.get("changed", each["flags"])}
+    return [name for name in names if name in changed], [name for name in names if name not in changed]
+
+
+def heard(stages: dict[str, dict | None]) -> dict[str, float]:
+    """The most hours of audio that all updates of each distillation can have read."""
+    hours = {}
+    for stage, record in stages.items():
+        flags = {} if record is None else record["flags"]
+        if "batches_an_update" in flags:
+            batches = flags["batches_an_update"] * flags["max_updates"]
+            hours[STAGES[stage]] = flags["seconds_per_batch"] * batches / 3600
+    return hours
+
+
+def rate_figures(stages: dict[str, dict | None]) -> list[tuple[str, str]]:
+    """The learning rates of both distillations, as their flags set them."""
+    pictures = []
+    for number, stage in ((1, "distill"), (3, "final_distill")):
+        if stages[stage] is None:
+            continue
+        flags = stages[stage]["flags"]
+        warmup, last = flags["warmup_updates"], flags["max_updates"]
+        updates = sorted({1, warmup, *range(1, last, last // 50 + 1)} - {0, last})
+        share = [min(k / max(warmup, 1), (last - k) / max(last - warmup, 1)) for k in updates]
+        series = {
+            words: (updates, [flags[name] * part for part in share], {"marker": None})
+            for words, name in (("weights", "learning_rate"), ("gates", "reg_learning_rate"))
+            if name in flags
+        }
+        pictures.append(draw_lines(series, f"Stage {number}: learning rates", "update", scale="log"))
+    return pictures
+
+
 def training_figures(logs: dict) -> list[tuple[str, str]]:
     """The curves of both distillations; those that were not logged are left out."""
     pictures = []
     for title, (stage, names) in CURVES.items():
+        # A kind of loss without weight is logged as 0.
         logged = {label: logs[stage][name] for name, label in names.items() if name in logs[stage]}
+        logged = {label: curve for label, curve in logged.items() if any(curve["value"])}
         if logged:
             series = {label: (curve["step"], curve["value"], {}) for label, curve in logged.items()}
             pictures.append(draw_lines(series, title, "update"))
@@ -175,12 +306,15 @@ def draw_widths(teacher: Sequence[int], student: Sequence[int], units: str, laye
     return title, _data_uri(figure)
 
 
-def draw_lines(series: dict[str, tuple[Sequence, Sequence, dict]], title: str, x: str) -> tuple[str, str]:
+def draw_lines(
+    series: dict[str, tuple[Sequence, Sequence, dict]], title: str, x: str, scale: str = "linear"
+) -> tuple[str, str]:
     """Draws lines by their names: places along ``x``, values, and further arguments of plot; returns the
     title, and the picture as a data URI."""
     figure, axes = _axes(title, x)
     for name, (places, values, style) in series.items():
         axes.plot(places, values, label=name, **{"marker": "o" if len(values) <= 30 else None, **style})
+    axes.set_yscale(scale)
     axes.grid(axis="y", color="#E4E6E8", linewidth=0.8)
     axes.set_axisbelow(True)
     return title, _data_uri(figure)

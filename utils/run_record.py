@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,8 +32,13 @@ DEVICES = {"accum_grad", "gpus", "num_nodes"}
 """Flags that count only by their product, ``batches_an_update``."""
 
 
+_parser: argparse.ArgumentParser | None = None  # the last one that add_argument was given, or a group of it
+
+
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--allow_changed``."""
+    """Adds ``--allow_changed``. Sessions will name the flags that differ from the parser's defaults."""
+    global _parser
+    _parser = parser
     parser.add_argument(
         "--allow_changed",
         default="",
@@ -190,6 +196,9 @@ class RunLog:
             **{"started": _now(), "ended": None, "seconds": None, "outcome": "running"},
             **{**_surroundings(), "flags": vars(args)},
         }
+        if _parser is not None:
+            flags = vars(args).items()
+            self._session["changed"] = [k for k, value in flags if value != _parser.get_default(k)]
 
     def note(self, **more) -> None:
         """Adds to the stage's entry."""
@@ -223,6 +232,10 @@ def _surroundings() -> dict[str, dict]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     with suppress(PackageNotFoundError):
         versions["pytorch-lightning"] = version("pytorch-lightning")
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        versions["git commit"] = found.stdout.strip()
     machine = {"host": platform.node(), "system": platform.platform(), "cores": available_cpus()}
     machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"machine": machine, "versions": versions}

@@ -8,6 +8,7 @@ multiply-accumulates follows HJ-Pruning (Peng et al. 2023b, https://arxiv.org/ab
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,9 +27,10 @@ and utterances of LibriSpeech are some 12 s long."""
 
 @dataclass
 class Term:
-    """A part of a count: ``coefficient`` times the number of units of each of ``axes``, as long as the branch
-    of the units ``inside`` is there."""
+    """A part of a count, which is due to ``module``: ``coefficient`` times the number of units of each of
+    ``axes``, as long as the branch of the units ``inside`` is there."""
 
+    module: nn.Module
     coefficient: int
     axes: tuple[Axis, ...] = ()
     inside: Axis | None = None
@@ -79,6 +81,13 @@ class Count(nn.Module):
     def total(self) -> int:
         """The count with every gate open."""
         return sum(term.coefficient * math.prod(axis.n for axis in term.axes) for term in self._terms)
+
+    def by_module(self) -> dict[nn.Module, int]:
+        """The count with every gate open, by the modules that it is due to."""
+        found: Counter[nn.Module] = Counter()
+        for term in self._terms:
+            found[term.module] += term.coefficient * math.prod(axis.n for axis in term.axes)
+        return found
 
     def after_pruning(self, n_open: Mapping[HardConcrete, int]) -> int:
         """The count of the model that pruning makes when that many units of each gate stay open."""
@@ -139,9 +148,9 @@ def mac_count(model: nn.Module, seconds: float = UTTERANCE_SECONDS) -> Count:
         if isinstance(attention, WavLMSelfAttention):
             per_head += frames * attention.gru_rel_pos_linear.weight.numel()
         if heads is None:
-            terms.append(Term(per_head * attention.num_heads))
+            terms.append(Term(attention, per_head * attention.num_heads))
         else:
-            terms.append(Term(per_head, (heads,), heads))
+            terms.append(Term(attention, per_head, (heads,), heads))
     return Count(layout, terms)
 
 
@@ -168,5 +177,5 @@ def _terms(model: nn.Module, layout: Layout, uses: Callable[[nn.Module, str], in
                 axes, inside = tuple(slicing.axes.values()), slicing.inside
                 for axis in axes:
                     count //= axis.n
-            terms.append(Term(count, axes, inside))
+            terms.append(Term(module, count, axes, inside))
     return terms

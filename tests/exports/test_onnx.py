@@ -53,6 +53,21 @@ def test_the_last_layer_equals_pytorchs_at_any_size(family, monkeypatch, tmp_pat
 
 
 @SLOW
+@pytest.mark.parametrize("opset", [17, 20])
+@torch.no_grad()
+def test_older_runtimes_get_the_opset_they_read(opset, monkeypatch, tmp_path):
+    model = with_absent_branches("wavlm_base")
+    path = export(monkeypatch, tmp_path, model, "--opset", opset)
+    content = onnx.load(path)
+    versions = {each.domain: each.version for each in content.opset_import}
+    assert (content.ir_version, versions[""]) == (9, opset)
+    gelu = {node.op_type for node in content.graph.node} & {"Gelu", "Erf"}
+    assert gelu == ({"Erf"} if opset == 17 else {"Gelu"})
+    waveforms = torch.randn(2, 9000)
+    assert_close(outputs(path, waveforms=waveforms)["features"], model(waveforms)[0], rtol=1e-4, atol=1e-5)
+
+
+@SLOW
 @pytest.mark.parametrize("family", ["hubert_base", "wavlm_large"])
 @torch.no_grad()
 def test_int8_is_near_in_every_layer_of_a_padded_batch(family, monkeypatch, capsys, tmp_path):

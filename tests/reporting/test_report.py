@@ -81,6 +81,11 @@ def test_sizes_costs_and_widths_are_those_of_the_files(report, stages, teacher):
         assert sizes["macs_per_second"] == {
             str(n): multiply_accumulates(load_model(path), n) for n in (1, 10)
         }
+        parts = sizes["components"].values()
+        assert sum(part["parameters"] for part in parts) == numel(state_dict)
+        assert sum(part["macs_per_second"] for part in parts) == pytest.approx(sizes["macs_per_second"]["10"])
+        attention = {key: value for key, value in state_dict.items() if ".attention." in key}
+        assert sizes["components"]["attention"]["parameters"] == numel(attention)
         assert widths["conv_channels"] == rows_of(state_dict, "conv", layers=7)
         assert [8 * heads for heads in widths["heads"]] == rows_of(state_dict, "attention.q_proj")
         assert widths["feed_forward"] == rows_of(state_dict, "feed_forward.intermediate_dense")
