@@ -1,0 +1,175 @@
+"""A SLURM of two nodes on this machine alone, whose daemons listen on the loopback interface."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PORT = 17_400
+MARK = "# tests/slurm"
+
+CONFIG = """
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool.%n
+SlurmdPidFile={folder}/%n.pid
+SlurmdLogFile={folder}/%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2
+PriorityType=priority/basic
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+KillWait=30
+InactiveLimit=0
+SlurmdTimeout=10
+GresTypes=gpu
+MailProg=/bin/true
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=256 RealMemory=1000000 Gres=gpu:16
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=256 RealMemory=1000000 Gres=gpu:16
+PartitionName=main Nodes=node1,node2 Default=YES PriorityTier=5 PreemptMode=OFF
+PartitionName=graceful Nodes=node1,node2 PriorityTier=1 GraceTime=60
+PartitionName=abrupt Nodes=node1,node2 PriorityTier=1 GraceTime=0
+PartitionName=high Nodes=node1,node2 PriorityTier=10 PreemptMode=OFF
+"""
+"""Nodes say that they have what run.sh's header asks for several times; SLURM counts it and looks at none of it."""
+
+
+class Cluster:
+    """The daemons and their folder.
+
+    Attributes:
+        folder: configuration, logs and state.
+        environment: what SLURM's commands need to find this cluster.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        host = socket.gethostname().partition(".")[0]
+        hosts = Path("/etc/hosts").read_text()
+        missing = [name for name in (host, "node1", "node2") if not re.search(rf"^127\..*\s{name}\b", hosts, re.M)]
+        with open("/etc/hosts", "a") as file:
+            file.writelines(f"127.0.0.1 {name} {MARK}\n" for name in missing)
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o400)
+        ports = {"port": PORT, "port1": PORT + 1, "port2": PORT + 2}
+        (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, **ports))
+        for gpu in range(16):
+            (folder / f"gpu{gpu}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-15]\n")
+        (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        for name in ("state", "spool.node1", "spool.node2"):
+            (folder / name).mkdir()
+
+    def start(self) -> None:
+        files = {"key": "munge.key", "pid": "munged.pid", "log": "munged.log", "seed": "munged.seed"}
+        flags = [f"--{name}-file={self.folder / file}" for name, file in files.items()]
+        self.command("munged", "--force", f"--socket={self.folder}/munge.socket", *flags)
+        self.command("slurmctld", "-f", self.folder / "slurm.conf")
+        for node in ("node1", "node2"):
+            self.start_node(node)
+        self.until(lambda: self.command("sinfo", "-hN", "-p", "main", "-t", "idle").count("\n") == 2, 60)
+
+    def start_node(self, node: str) -> None:
+        self.command("slurmd", "-f", self.folder / "slurm.conf", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Kills a node's daemon; what runs on the node lives on, and SLURM finds it lost."""
+        os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
+
+    def stop(self) -> None:
+        self.command("scancel", "--user=root", "--signal=KILL", "--full", check=False)
+        self.command("scancel", "--user=root", check=False)
+        with suppress(AssertionError):
+            self.until(lambda: not self.command("squeue", "-h"), 40)
+        for name in ("node1", "node2", "slurmctld", "munged"):
+            with suppress(OSError, ValueError):
+                os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
+        lines = Path("/etc/hosts").read_text().splitlines(keepends=True)
+        Path("/etc/hosts").write_text("".join(line for line in lines if MARK not in line))
+
+    def command(self, *command, check=True, cwd=None, **variables) -> str:
+        """Runs one of SLURM's commands; returns what it prints."""
+        environment = {**os.environ, **self.environment, **{name: str(value) for name, value in variables.items()}}
+        process = subprocess.run(list(map(str, command)), env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        assert not check or process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
+
+    def until(self, true, seconds: float) -> None:
+        """Waits until ``true()``."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, self.command("squeue") + self.command("sinfo", "-N")
+            time.sleep(0.3)
+
+
+class Job:
+    """A job, submitted by ``sbatch COMMAND`` in a folder, with variables."""
+
+    def __init__(self, cluster: Cluster, *command, cwd: Path, **variables) -> None:
+        self.cluster, self.cwd = cluster, cwd
+        self.id = cluster.command("sbatch", "--parsable", *command, cwd=cwd, **variables).strip()
+
+    @property
+    def output(self) -> str:
+        path = self.cwd / f"slurm-{self.id}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def field(self, name: str) -> str:
+        """A field of ``scontrol show job``, JobState say."""
+        return re.search(rf"\b{name}=(\S*)", self.cluster.command("scontrol", "show", "job", self.id))[1]
+
+    def says(self, text: str, times: int = 1, seconds: float = 90) -> None:
+        """Waits until the job has said ``text``, without the minutes that SLURM lets a job wait that starts again."""
+
+        def said() -> bool:
+            if self.field("JobState") == "PENDING":
+                self.cluster.command("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
+            return self.output.count(text) >= times
+
+        try:
+            self.cluster.until(said, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"never said {text!r}: {self.output}") from error
+
+    def ends(self, seconds: float = 90) -> tuple[str, str]:
+        """Waits until the job has left the queue; returns its state, COMPLETED say, and what it has said."""
+
+        def ended() -> bool:
+            state = self.field("JobState")
+            if state == "PENDING":
+                self.cluster.command("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
+            return state not in ("PENDING", "RUNNING", "COMPLETING")
+
+        try:
+            self.cluster.until(ended, seconds)
+        except AssertionError as error:
+            raise AssertionError(self.output) from error
+        return self.field("JobState"), self.output

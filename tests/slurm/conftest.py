@@ -1,0 +1,34 @@
+"""A real SLURM for the tests of this folder, which run by `make test-slurm` alone."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.helpers.stages import ROOT
+from tests.slurm.cluster import DAEMONS, Cluster, Job
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    if os.geteuid() or not all(map(shutil.which, DAEMONS)):
+        pytest.skip("needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge")
+    if os.environ.get("SLURM_CONF") or any(map(os.path.exists, ("/etc/slurm/slurm.conf", "/run/munge/munge.socket.2"))):
+        pytest.skip("a SLURM is configured here already")
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """run.sh beside stand-ins for the scripts that it runs."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    shutil.copy(ROOT / "run.sh", folder)
+    for name in ("distill", "prune", "final_distill", "save_final_ckpt", "report"):
+        shutil.copy(ROOT / "tests" / "slurm" / "stage.py", folder / f"{name}.py")
+    return folder
