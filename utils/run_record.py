@@ -24,7 +24,7 @@ from utils.files import UserError, atomic_write
 from utils.processes import available_cpus, say
 
 FREE = {"allow_changed", "compile", "exp_dir", "log_interval", "num_workers", "out", "resume_checkpoint"}
-FREE |= {"activation_checkpointing", "save_interval"}
+FREE |= {"activation_checkpointing", "allow_unfinished", "save_interval"}
 """Flags that change neither a run's batches nor its mathematics, so that a run may go on with others."""
 
 DEVICES = {"accum_grad", "gpus", "num_nodes"}

@@ -58,7 +58,7 @@ PartitionName=graceful Nodes=node1,node2 PriorityTier=1 GraceTime=60
 PartitionName=abrupt Nodes=node1,node2 PriorityTier=1 GraceTime=0
 PartitionName=high Nodes=node1,node2 PriorityTier=10 PreemptMode=OFF
 """
-"""Nodes say that they have what run.sh's header asks for several times; SLURM counts it and looks at none of it."""
+"""Each node has room for several jobs with run.sh's header, it says: SLURM counts and does not look."""
 
 
 class Cluster:
@@ -74,7 +74,9 @@ class Cluster:
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         host = socket.gethostname().partition(".")[0]
         hosts = Path("/etc/hosts").read_text()
-        missing = [name for name in (host, "node1", "node2") if not re.search(rf"^127\..*\s{name}\b", hosts, re.M)]
+        missing = [
+            name for name in (host, "node1", "node2") if not re.search(rf"^127\..*\s{name}\b", hosts, re.M)
+        ]
         with open("/etc/hosts", "a") as file:
             file.writelines(f"127.0.0.1 {name} {MARK}\n" for name in missing)
         (folder / "munge.key").write_bytes(os.urandom(1024))
@@ -117,8 +119,14 @@ class Cluster:
 
     def command(self, *command, check=True, cwd=None, **variables) -> str:
         """Runs one of SLURM's commands; returns what it prints."""
-        environment = {**os.environ, **self.environment, **{name: str(value) for name, value in variables.items()}}
-        process = subprocess.run(list(map(str, command)), env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        environment = {
+            **os.environ,
+            **self.environment,
+            **{name: str(value) for name, value in variables.items()},
+        }
+        process = subprocess.run(
+            list(map(str, command)), env=environment, cwd=cwd, capture_output=True, text=True, timeout=60
+        )
         assert not check or process.returncode == 0, process.stdout + process.stderr
         return process.stdout
 
@@ -147,7 +155,7 @@ class Job:
         return re.search(rf"\b{name}=(\S*)", self.cluster.command("scontrol", "show", "job", self.id))[1]
 
     def says(self, text: str, times: int = 1, seconds: float = 90) -> None:
-        """Waits until the job has said ``text``, without the minutes that SLURM lets a job wait that starts again."""
+        """Waits until the job has said ``text``."""
 
         def said() -> bool:
             if self.field("JobState") == "PENDING":

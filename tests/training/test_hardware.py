@@ -25,7 +25,9 @@ def test_too_many_gpus_are_an_error_and_none_is_a_warning(monkeypatch, capsys):
 def test_tasks_that_slurm_binds_to_a_gpu_take_the_one_they_see(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    slurm = {"PROCID": 3, "LOCALID": 3, "NODEID": 0, "NTASKS": 4, "NTASKS_PER_NODE": 4}
+    slurm = {"PROCID": 3, "LOCALID": 3, "NODEID": 0, "STEP_NUM_TASKS": 4, "STEP_NUM_NODES": 1}
+    slurm |= {"STEP_TASKS_PER_NODE": 4, "STEP_NODELIST": "node1"}
+    slurm |= {"NTASKS": 8, "NTASKS_PER_NODE": 8}  # the job's
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
@@ -34,7 +36,8 @@ def test_tasks_that_slurm_binds_to_a_gpu_take_the_one_they_see(monkeypatch):
     [environment] = hardware.cluster(FLAGS)
     assert (environment.local_rank(), environment.global_rank(), environment.world_size()) == (0, 3, 4)
     environment.validate_settings(num_devices=1, num_nodes=1)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2")
     with pytest.raises(UserError, match="started 2 tasks per node; give srun --ntasks-per-node=4"):
         hardware.devices_per_node(FLAGS)
 
