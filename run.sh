@@ -83,7 +83,7 @@ again() {
     local now saved
     now=$(show_job)
     [[ $now == *Requeue=1*" Restarts=${SLURM_RESTART_COUNT:-0} "*BatchFlag=1* ]] || return 0
-    if [[ $now == *Reason=TimeLimit* || ($now == *JobState=RUNNING*PreemptTime=None* && ($told || $1 == *138*)) ]]; then
+    if [[ $now == *Reason=TimeLimit* || ($now == *JobState=RUNNING* && ($told || $1 == *138*)) ]]; then
         saved="job $job: $(stat -c '%n %s %Y' "$root_dir"/ckpts/* "$final_dir"/ckpts/* 2>/dev/null || true)"
         if [ "$saved" = "$(cat "$root_dir/.requeued" 2>/dev/null)" ]; then
             echo "run.sh: nothing was saved since this job was requeued: its time limit (--time) is too short" >&2

@@ -1,4 +1,4 @@
-"""A SLURM of two nodes on this machine alone, whose daemons listen on the loopback interface."""
+"""A SLURM of five nodes on this machine alone, whose daemons listen on the loopback interface."""
 
 import os
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PORT = 17_400
+NODES = ("node1", "node2", "node3", "node4", "node5")
 MARK = "# tests/slurm"
 
 CONFIG = """
@@ -39,6 +40,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
+DefMemPerCPU=100
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2
 PriorityType=priority/basic
@@ -51,12 +53,12 @@ InactiveLimit=0
 SlurmdTimeout=10
 GresTypes=gpu
 MailProg=/bin/true
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=256 RealMemory=1000000 Gres=gpu:16
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=256 RealMemory=1000000 Gres=gpu:16
-PartitionName=main Nodes=node1,node2 Default=YES PriorityTier=5 PreemptMode=OFF
-PartitionName=graceful Nodes=node1,node2 PriorityTier=1 GraceTime=60
-PartitionName=abrupt Nodes=node1,node2 PriorityTier=1 GraceTime=0
-PartitionName=high Nodes=node1,node2 PriorityTier=10 PreemptMode=OFF
+{nodes}
+PartitionName=main Nodes=node1,node2 Default=YES PreemptMode=OFF
+PartitionName=fragile Nodes=node3,node4
+PartitionName=graceful Nodes=node5 PriorityTier=1 GraceTime=60
+PartitionName=abrupt Nodes=node5 PriorityTier=1 GraceTime=0
+PartitionName=high Nodes=node5 PriorityTier=10 PreemptMode=OFF
 """
 """Each node has room for several jobs with run.sh's header, it says: SLURM counts and does not look."""
 
@@ -74,20 +76,21 @@ class Cluster:
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         host = socket.gethostname().partition(".")[0]
         hosts = Path("/etc/hosts").read_text()
-        missing = [
-            name for name in (host, "node1", "node2") if not re.search(rf"^127\..*\s{name}\b", hosts, re.M)
-        ]
+        missing = [name for name in (host, *NODES) if not re.search(rf"^127\..*\s{name}\b", hosts, re.M)]
         with open("/etc/hosts", "a") as file:
             file.writelines(f"127.0.0.1 {name} {MARK}\n" for name in missing)
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
-        ports = {"port": PORT, "port1": PORT + 1, "port2": PORT + 2}
-        (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, **ports))
-        for gpu in range(16):
+        has = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=1024 RealMemory=9000000 Gres=gpu:64"
+        ports = enumerate(NODES, PORT + 1)
+        nodes = "\n".join(f"NodeName={name} Port={port} {has}" for port, name in ports)
+        content = CONFIG.format(host=host, folder=folder, port=PORT, nodes=nodes)
+        (folder / "slurm.conf").write_text(content)
+        for gpu in range(64):
             (folder / f"gpu{gpu}").touch()
-        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-15]\n")
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-63]\n")
         (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-        for name in ("state", "spool.node1", "spool.node2"):
+        for name in ("state", *(f"spool.{node}" for node in NODES)):
             (folder / name).mkdir()
 
     def start(self) -> None:
@@ -95,9 +98,11 @@ class Cluster:
         flags = [f"--{name}-file={self.folder / file}" for name, file in files.items()]
         self.command("munged", "--force", f"--socket={self.folder}/munge.socket", *flags)
         self.command("slurmctld", "-f", self.folder / "slurm.conf")
-        for node in ("node1", "node2"):
+        for node in NODES:
             self.start_node(node)
-        self.until(lambda: self.command("sinfo", "-hN", "-p", "main", "-t", "idle").count("\n") == 2, 60)
+        self.until(
+            lambda: self.command("sinfo", "-hN", "-p", "main,fragile,high", "-t", "idle").count("\n") == 5, 60
+        )
 
     def start_node(self, node: str) -> None:
         self.command("slurmd", "-f", self.folder / "slurm.conf", "-N", node)
@@ -111,7 +116,7 @@ class Cluster:
         self.command("scancel", "--user=root", check=False)
         with suppress(AssertionError):
             self.until(lambda: not self.command("squeue", "-h"), 40)
-        for name in ("node1", "node2", "slurmctld", "munged"):
+        for name in (*NODES, "slurmctld", "munged"):
             with suppress(OSError, ValueError):
                 os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
         lines = Path("/etc/hosts").read_text().splitlines(keepends=True)
@@ -147,8 +152,9 @@ class Job:
 
     @property
     def output(self) -> str:
+        """What the job has said, after an empty line."""
         path = self.cwd / f"slurm-{self.id}.out"
-        return path.read_text(errors="replace") if path.exists() else ""
+        return "\n" + path.read_text(errors="replace") if path.exists() else "\n"
 
     def field(self, name: str) -> str:
         """A field of ``scontrol show job``, JobState say."""

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from tests.helpers.stages import ROOT
-from tests.slurm.cluster import DAEMONS, Cluster, Job
+from tests.slurm.cluster import DAEMONS, Cluster
 
 
 @pytest.fixture(scope="session")
@@ -23,14 +22,3 @@ def cluster(tmp_path_factory):
         yield cluster
     finally:
         cluster.stop()
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """run.sh beside stand-ins for the scripts that it runs."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    shutil.copy(ROOT / "run.sh", folder)
-    for name in ("distill", "prune", "final_distill", "save_final_ckpt", "report"):
-        shutil.copy(ROOT / "tests" / "slurm" / "stage.py", folder / f"{name}.py")
-    return folder
