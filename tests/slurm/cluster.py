@@ -147,7 +147,7 @@ class Job:
     """A job, submitted by ``sbatch COMMAND`` in a folder, with variables."""
 
     def __init__(self, cluster: Cluster, *command, cwd: Path, **variables) -> None:
-        self.cluster, self.cwd = cluster, cwd
+        self.cluster, self.cwd, self.hurried = cluster, cwd, set()
         self.id = cluster.command("sbatch", "--parsable", *command, cwd=cwd, **variables).strip()
 
     @property
@@ -160,30 +160,26 @@ class Job:
         """A field of ``scontrol show job``, JobState say."""
         return re.search(rf"\b{name}=(\S*)", self.cluster.command("scontrol", "show", "job", self.id))[1]
 
+    def state(self) -> str:
+        """The job's state; it is spared most of the two minutes that SLURM lets a requeued job wait."""
+        state, restarts = self.field("JobState"), self.field("Restarts")
+        if state == "PENDING" and self.field("Reason") == "BeginTime" and restarts not in self.hurried:
+            self.hurried.add(restarts)
+            self.cluster.command("scontrol", "update", f"jobid={self.id}", "StartTime=now+2")
+        return state
+
+    def waits(self, true, seconds: float) -> None:
+        try:
+            self.cluster.until(true, seconds)
+        except AssertionError as error:
+            raise AssertionError(self.output) from error
+
     def says(self, text: str, times: int = 1, seconds: float = 90) -> None:
         """Waits until the job has said ``text``."""
-
-        def said() -> bool:
-            if self.field("JobState") == "PENDING":
-                self.cluster.command("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
-            return self.output.count(text) >= times
-
-        try:
-            self.cluster.until(said, seconds)
-        except AssertionError as error:
-            raise AssertionError(f"never said {text!r}: {self.output}") from error
+        self.waits(lambda: self.state() and self.output.count(text) >= times, seconds)
 
     def ends(self, seconds: float = 90) -> tuple[str, str]:
         """Waits until the job has left the queue; returns its state, COMPLETED say, and what it has said."""
-
-        def ended() -> bool:
-            state = self.field("JobState")
-            if state == "PENDING":
-                self.cluster.command("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
-            return state not in ("PENDING", "RUNNING", "COMPLETING")
-
-        try:
-            self.cluster.until(ended, seconds)
-        except AssertionError as error:
-            raise AssertionError(self.output) from error
-        return self.field("JobState"), self.output
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.waits(lambda: self.state() in final, seconds)
+        return self.state(), self.output
