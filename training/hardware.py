@@ -89,13 +89,18 @@ def trainer_devices(args: argparse.Namespace) -> dict:
 
 
 def cluster(args: argparse.Namespace) -> list[ClusterEnvironment]:
-    """``Trainer``'s plugin for who has started this process: torchrun, which it sees itself, srun or nobody."""
+    """``Trainer``'s plugin for who has started this process: torchrun, which it sees itself, srun, nobody."""
     if not in_slurm_step():
         # Lightning would take the tasks that a job may have for this run's, in its script or shell too.
         return [] if "RANK" in os.environ else [LightningEnvironment()]
     step = {"NTASKS": "NUM_TASKS", "NNODES": "NUM_NODES", "NODELIST": "NODELIST"}
     os.environ.update({f"SLURM_{name}": os.environ[f"SLURM_STEP_{of}"] for name, of in step.items()})
     os.environ["SLURM_NTASKS_PER_NODE"] = str(slurm_tasks(args))
+    # A port of its own for each step, also beside one that SLURM has lost sight of.
+    job, number, restart = (
+        int(os.environ.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
+    )
+    os.environ.setdefault("MASTER_PORT", str(15_000 + (job + 101 * number + 1_009 * restart) % 10_000))
     # Lightning looks at the job's name too, and would start processes of its own inside salloc.
     return [BoundTask() if _sees_one_gpu(args) else SLURMEnvironment(auto_requeue=False)]
 

@@ -130,9 +130,15 @@ class Cluster:
             **{name: str(value) for name, value in variables.items()},
         }
         process = subprocess.run(
-            list(map(str, command)), env=environment, cwd=cwd, capture_output=True, text=True, timeout=60
+            list(map(str, command)),
+            env=environment,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
         )
-        assert not check or process.returncode == 0, process.stdout + process.stderr
+        assert not check or process.returncode == 0, process.stdout
         return process.stdout
 
     def until(self, true, seconds: float) -> None:

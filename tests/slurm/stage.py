@@ -1,7 +1,7 @@
 """Stands in for every script that run.sh runs: it saves, stops and goes on as they do, and computes nothing.
 
-In its environment, ``SECONDS_prune`` says how long prune.py works; ``STATUS_distill="0 2"`` with which status each
-rank of distill.py ends at once, or ``-`` never; and ``SAVES_NOTHING`` that nothing is saved."""
+In its environment, ``SECONDS_prune`` says how long prune.py works, and ``STATUS_distill="0 -"`` with which
+status each rank of distill.py ends at once, or that it never ends. With ``SAVES_NOTHING``, nothing is saved."""
 
 import os
 import signal

@@ -1,5 +1,5 @@
-"""`sbatch run.sh` under a real SLURM, with stand-ins for the scripts that it runs. The cases wait much and work
-little, so that all of them run at the same time."""
+"""`sbatch run.sh` under a real SLURM, with stand-ins for the scripts that it runs. The cases wait for minutes and
+compute nothing, so that all of them run at the same time."""
 
 import shutil
 import sys
