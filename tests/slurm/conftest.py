@@ -12,9 +12,8 @@ from tests.slurm.cluster import DAEMONS, Cluster
 def cluster(tmp_path_factory):
     if os.geteuid() or not all(map(shutil.which, DAEMONS)):
         pytest.skip("needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge")
-    if os.environ.get("SLURM_CONF") or any(
-        map(os.path.exists, ("/etc/slurm/slurm.conf", "/run/munge/munge.socket.2"))
-    ):
+    configured = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
+    if os.environ.get("SLURM_CONF") or any(map(os.path.exists, configured)):
         pytest.skip("a SLURM is configured here already")
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     try:

@@ -1,5 +1,5 @@
-"""`sbatch run.sh` under a real SLURM, with stand-ins for the scripts that it runs. The cases wait for minutes and
-compute nothing, so that all of them run at the same time."""
+"""`sbatch run.sh` under a real SLURM, with stand-ins for the scripts that it runs. The cases wait for minutes
+and compute nothing, so that all of them run at the same time."""
 
 import shutil
 import sys
@@ -9,6 +9,8 @@ import pytest
 
 from tests.helpers.stages import ROOT
 from tests.slurm.cluster import Job
+
+pytestmark = pytest.mark.slurm
 
 SCRIPTS = ("distill", "prune", "final_distill", "save_final_ckpt", "report")
 CASES = {}

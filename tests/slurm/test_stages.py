@@ -1,4 +1,4 @@
-"""The project's own scripts under a real SLURM: what was stopped and goes on ends as if nothing had happened."""
+"""The project's own scripts under a real SLURM: a stopped job goes on as if nothing had happened."""
 
 import json
 import sys
@@ -9,11 +9,13 @@ import pytest
 from tests.helpers.stages import RECIPE, ROOT, assert_equal_to_the_bit, checkpoint, flags, run, weights
 from tests.slurm.cluster import Job
 
+pytestmark = pytest.mark.slurm
+
 
 @pytest.fixture(scope="module")
 def recipes(cluster, manifests, teacher, tmp_path_factory):
-    """Runs run.sh without its report, with one rank and with two, unbroken and stopped in stages 1 and 3; gives
-    the folders, by the ranks and ``unbroken`` or ``stopped``."""
+    """Runs run.sh without its report, with one rank and with two, unbroken and stopped in stages 1 and 3;
+    gives the folders, by the ranks and ``unbroken`` or ``stopped``."""
     folder = tmp_path_factory.mktemp("recipes")
     python = folder / "python"
     python.write_text(f'#!/bin/bash\n[[ $1 == */report.py ]] || exec {sys.executable} "$@"\n')
