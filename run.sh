@@ -43,55 +43,52 @@ set -euo pipefail
 # The folder is named by what matters, which the stages check too.
 model=$(basename "$teacher_ckpt" .pth) && model=${model/#hubert-base-ls960.hf/hubert-base}
 [ "$student_ckpt" = "$teacher_ckpt" ] || model+=_$(basename "$student_ckpt" .pth)
-units=$pruning_units && [ "$seed" = 2022 ] || units+=_seed$seed
-: "${root_dir:=exp/${model}_${train_subset}_sp${target_sparsity}${sparsity_of#params}_spup${sparsity_warmup}_lr${lr}_up${warmup}_max${max}_${distill_mode}${distill_layers}_reglr${reg_lr}_${units}}"
+: "${root_dir:=exp/${model}_${train_subset}_sp${target_sparsity}${sparsity_of#params}_spup${sparsity_warmup}_lr${lr}_up${warmup}_max${max}_${distill_mode}${distill_layers}_reglr${reg_lr}_${pruning_units}$([ "$seed" = 2022 ] || echo "_seed$seed")}"
 : "${final_dir:=$root_dir/lr${final_lr}_up${final_warmup}_max${final_max}}"
 pruned=$root_dir/ckpts/pruned_hubert_base.pth
 
+# A signal to this shell goes to its stage, which saves: again and again, since what is just starting may not hear it.
+# srun passes SIGUSR1 on to its tasks, and at other signals kills them.
+job=${SLURM_JOB_ID:-} told='' stage=''
+pass_on() {
+    told=$1
+    [ -z "$job" ] || set -- USR1
+    [ -z "$stage" ] || while kill -"$1" "$stage"; do sleep 5; done &>/dev/null &
+}
+trap 'pass_on TERM' HUP INT TERM
+trap 'pass_on USR1' USR1
+
+export PYTHONUNBUFFERED=1
+tasks=$((gpus > 0 ? gpus : cpu_tasks))
+[ "$gpus" != 0 ] || export LOCAL_WORLD_SIZE=$cpu_tasks
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-job=${SLURM_JOB_ID:-} tasks=$((gpus > 0 ? gpus : cpu_tasks)) told='' stage=''
 show_job() { scontrol show job "$job" 2>/dev/null || true; }
 if [ -n "$job" ]; then
     # sbatch runs a copy of this file, away from the scripts; SLURM knows where it was.
     [ -f "$here/distill.py" ] || here=$(dirname "$(show_job | sed -n 's/^ *Command=//p')")
     cpus=${SLURM_JOB_CPUS_PER_NODE%%[(,]*} per_task=${SLURM_CPUS_PER_TASK:-1}
     if ((nodes > SLURM_JOB_NUM_NODES || gpus > ${SLURM_GPUS_ON_NODE:-$gpus} || tasks * per_task > cpus)); then
-        echo "run.sh: this job has no room for $tasks tasks of $per_task CPUs and $gpus GPUs on $nodes nodes: set nodes, gpus" \
-            "or cpu_tasks, or give sbatch --nodes, --ntasks-per-node and --gpus-per-node" >&2
+        echo "run.sh: this job has no room for $tasks tasks and $gpus GPUs on each of $nodes nodes: set nodes," \
+            "gpus or cpu_tasks, or give sbatch --nodes, --ntasks-per-node and --gpus-per-node" >&2
         exit 2
     fi
     # The run's folder leads to the job's output.
     mkdir -p "$root_dir" && ln -s "$(show_job | sed -n 's/^ *StdOut=//p')" "$root_dir" 2>/dev/null || true
-elif [ "$gpus" = 0 ]; then
-    export LOCAL_WORLD_SIZE=$cpu_tasks
 fi
-export PYTHONUNBUFFERED=1
 
-# A signal to this shell goes to its stage, which saves; again and again, since what is just starting may not hear it.
-# srun passes SIGUSR1 on to all its tasks; at other signals it kills them.
-pass_on() {
-    told=$1
-    local signal=$1
-    [ -z "$job" ] || signal=USR1
-    [ -z "$stage" ] || while kill -"$signal" "$stage"; do sleep 5; done &>/dev/null &
-}
-trap 'pass_on TERM' HUP INT TERM
-trap 'pass_on USR1' USR1
-
-# again STATUSES: has SLURM start this job again, if a signal, the time limit or a preemption has stopped it.
+# again STATUSES: has SLURM start this job again if its time limit, a signal before it or a preemption has stopped it.
 again() {
     local now saved
     now=$(show_job)
-    [[ $now == *Requeue=1*" Restarts=${SLURM_RESTART_COUNT:-0} "*BatchFlag=1* ]] || return 0
-    if [[ $now == *Reason=TimeLimit* || ($now == *JobState=RUNNING* && ($told || $1 == *138*)) ]]; then
+    [[ ($told || $1 =~ 138|143) && $now == *Requeue=1*" Restarts=${SLURM_RESTART_COUNT:-0} "*BatchFlag=1* ]] || return 0
+    if [[ $now != *JobState=RUNNING*PreemptTime=[0-9]* ]]; then
+        [[ $now == *Reason=TimeLimit* || ($now == *JobState=RUNNING* && ($told || $1 =~ 138)) ]] || return 0
         saved="job $job: $(stat -c '%n %s %Y' "$root_dir"/ckpts/* "$final_dir"/ckpts/* 2>/dev/null || true)"
         if [ "$saved" = "$(cat "$root_dir/.requeued" 2>/dev/null)" ]; then
             echo "run.sh: nothing was saved since this job was requeued: its time limit (--time) is too short" >&2
             return 0
         fi
         echo "$saved" >"$root_dir/.requeued"
-    elif [[ $now != *JobState=RUNNING*PreemptTime=[0-9]* || $1 != *1[34][38]* ]]; then
-        return 0
     fi
     scontrol requeue "$job" && echo "run.sh: SLURM starts this job again, which then goes on" >&2 || true
 }

@@ -1,7 +1,7 @@
 """Stands in for every script of run.sh: it saves, stops and goes on as they do, and computes nothing.
 
 ``SECONDS_prune`` in its environment says how long prune.py works, and ``STATUS_distill="0 -"`` with which
-status each rank of distill.py ends at once, or that it never ends. With ``SAVES_NOTHING`` it saves nothing."""
+status each rank of distill.py ends at once, or that it never ends; ``SAVES_NOTHING`` keeps it from saving."""
 
 import os
 import signal

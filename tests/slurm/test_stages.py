@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.stages import RECIPE, ROOT, assert_equal_to_the_bit, checkpoint, flags, run, weights
 from tests.slurm.cluster import Job
+from utils.checkpoint import fingerprint
 
 pytestmark = pytest.mark.slurm
 
@@ -20,7 +21,7 @@ def recipes(cluster, manifests, teacher, tmp_path_factory):
     python = folder / "python"
     python.write_text(f'#!/bin/bash\n[[ $1 == */report.py ]] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    variables = {**RECIPE, "max": 60, "final_max": 60, "tsv_dir": manifests, "teacher_ckpt": teacher}
+    variables = {**RECIPE, "max": 40, "final_max": 40, "tsv_dir": manifests, "teacher_ckpt": teacher}
     variables |= {"python": python, "OMP_NUM_THREADS": 1, "save_interval": 25}
 
     def job(name, ranks, signals):
@@ -30,10 +31,10 @@ def recipes(cluster, manifests, teacher, tmp_path_factory):
         job = Job(cluster, ROOT / "run.sh", cwd=exp, **variables | folders)
         for number, to in enumerate(signals):
             job.says("\nupdate 0: valid", number + 1, 180)
-            job.says("\nupdate 4/60", number + 1)
+            job.says("\nupdate 4/40", number + 1)
             cluster.command("scancel", *to, "--signal=USR1", job.id)
             job.says("SLURM starts this job again", number + 1)
-        state, output = job.ends(240)
+        state, output = job.ends(400)
         assert state == "COMPLETED" and output.count("stopped at update") == len(signals), output
         return exp
 
@@ -52,10 +53,8 @@ def test_a_stopped_recipe_ends_with_the_unbroken_ones_weights(ranks, recipes):
     assert checkpoint(stopped)["run"]["flags"]["batches_an_update"] == ranks
     for part in ("", "final"):
         assert_equal_to_the_bit(weights(unbroken / part), weights(stopped / part))
-        models = [
-            (exp / part / "ckpts" / "pruned_hubert_base.pth").read_bytes() for exp in (unbroken, stopped)
-        ]
-        assert models[0] == models[1]
+        models = [exp / part / "ckpts" / "pruned_hubert_base.pth" for exp in (unbroken, stopped)]
+        assert fingerprint(models[0]) == fingerprint(models[1])
 
 
 def test_a_later_start_takes_over_from_one_on_a_lost_node(cluster, manifests, teacher, tmp_path):
