@@ -1,4 +1,4 @@
-"""A SLURM of five nodes on this machine alone, whose daemons listen on the loopback interface."""
+"""A SLURM of seven nodes on this machine alone, whose daemons listen on the loopback interface."""
 
 import os
 import re
@@ -7,11 +7,12 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PORT = 17_400
-NODES = ("node1", "node2", "node3", "node4", "node5")
+NODES = [f"node{number}" for number in range(1, 8)]
 MARK = "# tests/slurm"
 
 CONFIG = """
@@ -56,11 +57,27 @@ MailProg=/bin/true
 {nodes}
 PartitionName=main Nodes=node1,node2 Default=YES PreemptMode=OFF
 PartitionName=fragile Nodes=node3,node4
-PartitionName=graceful Nodes=node5 PriorityTier=1 GraceTime=60
-PartitionName=abrupt Nodes=node5 PriorityTier=1 GraceTime=0
-PartitionName=high Nodes=node5 PriorityTier=10 PreemptMode=OFF
+PartitionName=brittle Nodes=node5,node6
+PartitionName=graceful Nodes=node7 PriorityTier=1 GraceTime=60
+PartitionName=abrupt Nodes=node7 PriorityTier=1 GraceTime=0
+PartitionName=high Nodes=node7 PriorityTier=10 PreemptMode=OFF
 """
 """Each node has room for several jobs with run.sh's header, it says: SLURM counts and does not look."""
+
+
+CASES = {}
+"""By their names, functions that conftest.py calls all at once with a :class:`World`."""
+
+
+def case(function):
+    """Makes a case of a function, which the test of its module waits for."""
+    CASES[function.__name__] = function
+    return function
+
+
+def cases_of(module: str) -> list[str]:
+    """The names of a module's cases."""
+    return [name for name, function in CASES.items() if function.__module__ == module]
 
 
 class Cluster:
@@ -101,7 +118,10 @@ class Cluster:
         for node in NODES:
             self.start_node(node)
         self.until(
-            lambda: self.command("sinfo", "-hN", "-p", "main,fragile,high", "-t", "idle").count("\n") == 5, 60
+            lambda: (
+                self.command("sinfo", "-hN", "-p", "main,fragile,brittle,high", "-t", "idle").count("\n") == 7
+            ),
+            60,
         )
 
     def start_node(self, node: str) -> None:
@@ -147,6 +167,16 @@ class Cluster:
         while not true():
             assert time.monotonic() < end, self.command("squeue") + self.command("sinfo", "-N")
             time.sleep(0.3)
+
+
+@dataclass
+class World:
+    """What a case has: the cluster, a folder of its own, and the corpus and the teacher of all tests."""
+
+    cluster: Cluster
+    folder: Path
+    manifests: Path
+    teacher: Path
 
 
 class Job:

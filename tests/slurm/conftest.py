@@ -2,10 +2,11 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.slurm.cluster import DAEMONS, Cluster
+from tests.slurm.cluster import CASES, DAEMONS, Cluster, World
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,15 @@ def cluster(tmp_path_factory):
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def results(cluster, manifests, teacher, tmp_path_factory):
+    """The futures of all cases, which wait for SLURM most of the time."""
+    folder = tmp_path_factory.mktemp("cases")
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        futures = {}
+        for name, function in CASES.items():
+            (folder / name).mkdir()
+            futures[name] = pool.submit(function, World(cluster, folder / name, manifests, teacher))
+        yield futures

@@ -3,50 +3,41 @@ and compute nothing, so that all of them run at the same time."""
 
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 
 import pytest
 
 from tests.helpers.stages import ROOT
+from tests.slurm import cluster
 from tests.slurm.cluster import Job
 
 pytestmark = pytest.mark.slurm
 
 SCRIPTS = ("distill", "prune", "final_distill", "save_final_ckpt", "report")
-CASES = {}
-
-
-def case(function):
-    """Marks a function as a case; it gets a ``submit`` of its own."""
-    CASES[function.__name__] = function
-    return function
 
 
 class Submit:
-    """Submits run.sh, or another command, in a checkout of its own."""
+    """Submits run.sh, or another command, in a checkout with stand-ins for the scripts."""
 
-    def __init__(self, cluster, folder):
-        self.cluster, self.folder, self.exp = cluster, folder, folder / "exp"
-        folder.mkdir()
-        shutil.copy(ROOT / "run.sh", folder)
+    def __init__(self, world):
+        self.cluster, self.folder, self.exp = world.cluster, world.folder, world.folder / "exp"
+        shutil.copy(ROOT / "run.sh", self.folder)
         for script in SCRIPTS:
-            shutil.copy(ROOT / "tests" / "slurm" / "stage.py", folder / f"{script}.py")
+            shutil.copy(ROOT / "tests" / "slurm" / "stage.py", self.folder / f"{script}.py")
         self.variables = {"python": sys.executable, "root_dir": self.exp, "gpus": 0}
 
     def __call__(self, *flags, cwd=None, command=("run.sh",), **variables):
         return Job(self.cluster, *flags, *command, cwd=cwd or self.folder, **self.variables | variables)
 
 
-@pytest.fixture(scope="module")
-def results(cluster, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cases")
-    with ThreadPoolExecutor(len(CASES)) as pool:
-        yield {name: pool.submit(run, Submit(cluster, folder / name)) for name, run in CASES.items()}
+def case(function):
+    """Makes a case of a function that submits."""
 
+    @wraps(function)
+    def case(world):
+        function(Submit(world))
 
-@pytest.mark.parametrize("name", CASES)
-def test_run_sh_under_slurm(name, results):
-    results[name].result()
+    return cluster.case(case)
 
 
 def whole(output):
@@ -144,7 +135,7 @@ def a_requeue_by_hand_saves_and_comes_back(submit):
 def preempted(submit, partition):
     """Preempts a job by another one that wants its node's GPUs."""
     job = submit(
-        f"--partition={partition}", "--nodelist=node5", "--gpus-per-node=64", cpu_tasks=2, SECONDS_distill=8
+        f"--partition={partition}", "--nodelist=node7", "--gpus-per-node=64", cpu_tasks=2, SECONDS_distill=8
     )
     job.says("distill from 0, rank 1")
     other = submit("--partition=high", "--gpus-per-node=64", "--wrap=true", command=())
@@ -269,3 +260,8 @@ def another_seed_has_a_folder_of_its_own(submit):
     assert [job.ends()[0] for job in (first, second)] == ["COMPLETED"] * 2
     names = sorted(path.name for path in (submit.folder / "exp").iterdir())
     assert len(names) == 2 and names[1] == f"{names[0]}_seed7", names
+
+
+@pytest.mark.parametrize("name", cluster.cases_of(__name__))
+def test_run_sh_under_slurm(name, results):
+    results[name].result()
