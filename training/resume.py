@@ -116,11 +116,11 @@ def lock_folder(exp_dir: Path) -> Iterator[Callable[[], bool]]:
         except OSError as error:
             say(f"warning: {exp_dir} cannot be locked ({error.strerror}): start no second run in it")
         else:
-            file.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}{slurm_start()}", file=file, flush=True)
             for pattern in (".run.json.*.tmp", "ckpts/.last.ckpt.*.tmp"):
                 for left_by_a_killed_run in exp_dir.glob(pattern):
                     left_by_a_killed_run.unlink(missing_ok=True)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}{slurm_start()}", file=file, flush=True)
         size = os.fstat(file.fileno()).st_size
         yield lambda: os.fstat(file.fileno()).st_size != size
 
@@ -128,8 +128,8 @@ def lock_folder(exp_dir: Path) -> Iterator[Callable[[], bool]]:
 def lock_or_ask(file: TextIO) -> None:
     """Locks a folder's ``.lock``, or raises a BlockingIOError or PermissionError where another run has it.
 
-    Where SLURM has lost a node, what runs there may live on, unknown to it, when it starts the job again. The
-    later start asks the earlier one to save and leave, by a line in the file, and waits for that.
+    Where SLURM has lost a node and starts the job again, the first start may live on there. The later start
+    asks it to save and leave, by a line in the file, and waits until it has.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,7 +140,7 @@ def lock_or_ask(file: TextIO) -> None:
         restart, job = (os.environ.get(f"SLURM_{name}", "0") for name in ("RESTART_COUNT", "JOB_ID"))
         if found is None or found[2] != job or int(found[1]) >= int(restart):
             raise
-        say(f"waiting until {holder}, has saved and left: SLURM has started this job again")
+        say(f"waiting until an earlier start of this job has saved and left: {holder}")
         print("a later start waits", file=file, flush=True)
         fcntl.lockf(file, fcntl.LOCK_EX)
 

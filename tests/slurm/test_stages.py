@@ -66,7 +66,7 @@ def a_later_start_takes_over_from_one_on_a_lost_node(world):
     assert f", start 0 of SLURM job {job.id}, step 0)" in refused.splitlines()[-1], refused
     node = job.field("BatchHost")
     world.cluster.kill_node(node)
-    job.says("has saved and left: SLURM has started this job again", seconds=120)
+    job.says("waiting until an earlier start of this job has saved and left: process", seconds=120)
     job.says("\nupdate ", job.output.count("\nupdate ") + 3, 120)
     first, second = json.loads((world.folder / "exp" / "run.json").read_text())["distill"]["sessions"]
     assert (first["outcome"], second["outcome"]) == ("stopped by SIGTERM", "running")
