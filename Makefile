@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-.PHONY: setup test test-slow test-all faults demo gpu-check lint clean
+.PHONY: setup test test-slow test-all test-slurm faults demo gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -20,6 +20,11 @@ test-slow: setup
 	$(VENV)/bin/python -m pytest -m "slow and not faults"
 
 test-all: test test-slow
+
+# run.sh under a real SLURM, which these tests start on this machine alone, as root, with Debian's packages
+# slurmctld, slurmd, slurm-client and munge: a few minutes. Where a SLURM is configured they are skipped.
+test-slurm: setup
+	$(VENV)/bin/python -m pytest tests/slurm -m slurm
 
 # The whole tables of tests/faults: hours.
 faults: setup

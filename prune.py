@@ -8,7 +8,7 @@ from utils import run_record
 from utils.checkpoint import save_checkpoint
 from utils.cli import fraction, path, positive_int, run_script
 from utils.files import UserError
-from utils.stage_checkpoint import begin, check_student, gated_student, part, read_trained
+from utils.stage_checkpoint import begin, check_student, gated_student, part, read_finished
 from wav2vec2 import PruningError, Wav2Vec2Model, prune_to
 from wav2vec2.cost import count_parameters, multiply_accumulates
 
@@ -36,6 +36,8 @@ def parse_args() -> argparse.Namespace:
     )
     target += "found, as many as fit; without it, what the gates close is cut"
     flag("--target_sparsity", type=fraction, help=target)
+    unfinished = "take the checkpoint of a run that has not reached its --max_updates"
+    flag("--allow_unfinished", action="store_true", help=unfinished)
     run_record.add_argument(parser)
     return parser.parse_args()
 
@@ -89,7 +91,7 @@ def main() -> None:
     if begun is None:
         return
     out, log = begun
-    trained = read_trained(args.distilled_ckpt)
+    trained = read_finished(args.distilled_ckpt, args)
     student = gated_student(trained, args.distilled_ckpt, args.original_ckpt)
     check_student(trained, log.record, "original_ckpt", args.distilled_ckpt, args.allow_changed)
     with log:

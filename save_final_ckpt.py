@@ -7,7 +7,7 @@ from utils import run_record
 from utils.checkpoint import build_model, read_checkpoint, save_checkpoint
 from utils.cli import path, run_script
 from utils.files import UserError
-from utils.stage_checkpoint import begin, check_student, read_trained, student_tensors
+from utils.stage_checkpoint import begin, check_student, read_finished, student_tensors
 from wav2vec2.cost import count_parameters
 
 
@@ -18,6 +18,8 @@ def parse_args() -> argparse.Namespace:
     flag("--ckpt_after_final_distill", type=path, required=True, help="stage 3's EXP/ckpts/last.ckpt")
     out = "file to write, or else pruned_hubert_base.pth beside --ckpt_after_final_distill"
     flag("--out", type=path, help=out)
+    unfinished = "take the checkpoint of a run that has not reached its --max_updates"
+    flag("--allow_unfinished", action="store_true", help=unfinished)
     run_record.add_argument(parser)
     return parser.parse_args()
 
@@ -28,7 +30,7 @@ def main() -> None:
     if begun is None:
         return
     out, log = begun
-    trained = read_trained(args.ckpt_after_final_distill)
+    trained = read_finished(args.ckpt_after_final_distill, args)
     tensors = student_tensors(trained, args.ckpt_after_final_distill)
     check_student(trained, log.record, "config_path", args.ckpt_after_final_distill, args.allow_changed)
     config = read_checkpoint(args.config_path)["config"]

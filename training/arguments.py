@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import NoReturn
 
 from dataset.datamodule import SpeechDataModule
 from lightning import DISTILL_MODES, DistillLoss, distill_projections, parse_distill_layers
 from utils import run_record
 from utils.cli import nonnegative, nonnegative_int, path, positive, positive_int
 from utils.files import UserError
+from utils.processes import reports_errors
 from wav2vec2 import Wav2Vec2Model
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -17,13 +20,20 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 HUBERT_BASE = "pretrained/hubert-base-ls960.hf.pth"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of what several processes are given, of which one says what is wrong with it."""
+
+    def error(self, message: str) -> NoReturn:
+        if not reports_errors():
+            sys.exit(2)
+        super().error(message)
+
+
 def training_parser(
     description: str, learning_rate: float, warmup_updates: int, max_updates: int
 ) -> argparse.ArgumentParser:
     """The parser of a training stage's flags; the numbers are the stage's own defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data").add_argument
     data("--tsv_dir", type=path, default="data/librispeech", help="folder of the manifests (prepare_data.py)")
     data("--train_subset", default="train100", help="NAME of the training manifest NAME.tsv")
@@ -38,7 +48,7 @@ def training_parser(
     run_record.add_argument(group)
     run = group.add_argument
     run("--exp_dir", type=path, default="./exp", help="folder of the run, which goes on where it has begun")
-    run("--resume_checkpoint", type=path, help="go on from this file, not from the last one in --exp_dir")
+    run("--resume_checkpoint", type=path, help="file to start from; what --exp_dir has saved since goes on")
     run("--save_interval", type=positive_int, default=1000, help="updates between checkpoints")
     run("--log_interval", type=positive_int, default=50, help="updates between log entries")
     run("--seed", type=nonnegative_int, default=2022, help="seed for gates, dropout and order of the data")

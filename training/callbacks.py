@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,9 +55,11 @@ class StopOnSignal(AfterUpdates):
     Attributes:
         signal: the number of the signal that ends the run, the same on all processes; 0 without one.
         received: the number of the signal that this process got; 0 without one.
+        superseded: whether a later start of the SLURM job waits for this one to leave (resume.lock_or_ask).
     """
 
     def __init__(self) -> None:
+        self.superseded: Callable[[], bool] = lambda: False
         self.signal = self.received = 0
         self._handlers: dict = {}
 
@@ -73,7 +76,7 @@ class StopOnSignal(AfterUpdates):
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def on_update(self, trainer: Trainer, module: LightningModule) -> None:
-        received = self.received
+        received = self.received or (signal.SIGTERM if self.superseded() else 0)
         if trainer.world_size > 1:
             if module.device.type == "cuda" and self.step % GPU_INTERVAL:
                 return
@@ -238,6 +241,8 @@ class LastCheckpoint(AfterUpdates):
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
         checkpoint["run"] = self.run.record
+        if self.run.origin is not None:
+            checkpoint["origin"] = self.run.origin
 
     def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         due = self.step % self.run.args.save_interval == 0

@@ -12,7 +12,7 @@ import torch
 from training import hardware
 from training.callbacks import StopOnSignal
 from utils.files import UserError
-from utils.processes import say
+from utils.processes import is_first, say
 
 
 @contextmanager
@@ -22,29 +22,36 @@ def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iter
     try:
         yield
     except (OSError, RuntimeError) as error:
-        lost = lost_process(error, args)
-        sentence = lost or machine_failed(error, args)
+        reader, rank = lost_reader(error), lost_rank(error, args)
+        sentence = reader or rank or machine_failed(error, args)
         if sentence is None:
             raise
         # torch would raise an error for each further worker that ends, wherever this process then is.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if not (lost and stopper.received):
+        if not ((reader or rank) and stopper.received):
+            if rank and not is_first():
+                raise SystemExit(2) from error
             raise UserError(sentence) from error
         stopper.signal = stopper.received
         name = signal.Signals(stopper.signal).name
         say(f"stopped by {name} before the update was over; run the same command again to go on")
 
 
-def lost_process(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
-    """The sentence for another process that has ended or failed; None where the error is another one."""
-    said = str(error)
+def lost_reader(error: OSError | RuntimeError) -> str | None:
+    """The sentence for one of this process's loaders that has died; None where the error is another one."""
     # The first two are what a loader's process leaves that has died while it handed a batch over.
     nameless = isinstance(error, (ConnectionError, FileNotFoundError)) and error.filename is None
-    if nameless or "DataLoader worker" in said:
+    if nameless or "DataLoader worker" in str(error):
         return (
             "a process that reads audio was killed, often for want of memory: run the same command again to "
             "go on from the last checkpoint, with a lower --num_workers if it happens again"
         )
+    return None
+
+
+def lost_rank(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
+    """The sentence for another rank that has ended or failed; None where the error is another one."""
+    said = str(error)
     if "clients joined" in said or "client socket has timed out" in said:
         return (
             f"not all processes of the run have come together within {hardware.DIST_TIMEOUT.seconds} s "

@@ -11,12 +11,12 @@ from datetime import timedelta
 from functools import partial
 
 import torch
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from lightning import DistillModule
 from utils.files import UserError
-from utils.processes import say
+from utils.processes import in_slurm_step, say
 
 DIST_TIMEOUT = timedelta(seconds=600)
 """How long the processes of a run wait for each other."""
@@ -28,14 +28,11 @@ def devices_per_node(args: argparse.Namespace) -> tuple[str, int]:
     Raises:
         UserError: this machine, or the tasks that SLURM has started, are not what the flag asks for.
     """
-    in_slurm = "SLURM_PROCID" in os.environ
-    if in_slurm and os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise UserError("SLURM has started several tasks by --ntasks: give --ntasks-per-node instead")
-    tasks = int(os.environ.get("SLURM_NTASKS_PER_NODE" if in_slurm else "LOCAL_WORLD_SIZE", "1"))
+    tasks = slurm_tasks(args) if in_slurm_step() else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not (args.gpus and found):
         return "cpu", tasks
-    if in_slurm and tasks != args.gpus:
+    if in_slurm_step() and tasks != args.gpus:
         raise UserError(
             f"--gpus {args.gpus}: SLURM has started {tasks} tasks per node; give srun "
             f"--ntasks-per-node={args.gpus}"
@@ -45,6 +42,21 @@ def devices_per_node(args: argparse.Namespace) -> tuple[str, int]:
     return "gpu", args.gpus
 
 
+def slurm_tasks(args: argparse.Namespace) -> int:
+    """The tasks that srun has started on each node: the job's header may have asked for other ones."""
+    tasks, nodes = (int(os.environ[f"SLURM_STEP_NUM_{what}"]) for what in ("TASKS", "NODES"))
+    a_node = tasks // args.num_nodes
+    if nodes != args.num_nodes or os.environ["SLURM_STEP_TASKS_PER_NODE"] not in (
+        str(a_node),
+        f"{a_node}(x{nodes})",
+    ):
+        raise UserError(
+            f"--num_nodes {args.num_nodes}: SLURM has started {tasks} tasks on {nodes} nodes; give srun "
+            f"--nodes={args.num_nodes} and --ntasks-per-node"
+        )
+    return a_node
+
+
 def world_size(args: argparse.Namespace) -> int:
     """How many processes train together."""
     return devices_per_node(args)[1] * args.num_nodes
@@ -52,7 +64,7 @@ def world_size(args: argparse.Namespace) -> int:
 
 def _sees_one_gpu(args: argparse.Namespace) -> bool:
     """Whether SLURM has bound one GPU to each task, so that none sees the others'."""
-    return "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1 < args.gpus
+    return in_slurm_step() and torch.cuda.device_count() == 1 < args.gpus
 
 
 def trainer_devices(args: argparse.Namespace) -> dict:
@@ -63,7 +75,7 @@ def trainer_devices(args: argparse.Namespace) -> dict:
     chosen = {"accelerator": accelerator, "devices": devices, "num_nodes": args.num_nodes}
     if world_size(args) == 1:
         return chosen
-    if args.num_nodes > 1 and not {"SLURM_PROCID", "RANK"} & os.environ.keys():
+    if args.num_nodes > 1 and not in_slurm_step() and "RANK" not in os.environ:
         port = os.environ.setdefault("MASTER_PORT", "29400")
         say(
             f"--num_nodes {args.num_nodes}: waiting for the other nodes for up to "
@@ -76,10 +88,19 @@ def trainer_devices(args: argparse.Namespace) -> dict:
     return {**chosen, "strategy": DDPStrategy(timeout=DIST_TIMEOUT, broadcast_buffers=False)}
 
 
-def cluster(args: argparse.Namespace) -> list[SLURMEnvironment]:
-    """``Trainer``'s plugin for SLURM, where srun has started this process."""
-    if "SLURM_PROCID" not in os.environ:
-        return []
+def cluster(args: argparse.Namespace) -> list[ClusterEnvironment]:
+    """``Trainer``'s plugin for who has started this process: torchrun, which it sees itself, srun, nobody."""
+    if not in_slurm_step():
+        # Lightning would take the tasks that a job may have for this run's, in its script or shell too.
+        return [] if "RANK" in os.environ else [LightningEnvironment()]
+    step = {"NTASKS": "NUM_TASKS", "NNODES": "NUM_NODES", "NODELIST": "NODELIST"}
+    os.environ.update({f"SLURM_{name}": os.environ[f"SLURM_STEP_{of}"] for name, of in step.items()})
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(slurm_tasks(args))
+    # A port of its own for each step, also beside one that SLURM has lost sight of.
+    job, number, restart = (
+        int(os.environ.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
+    )
+    os.environ.setdefault("MASTER_PORT", str(15_000 + (job + 101 * number + 1_009 * restart) % 10_000))
     # Lightning looks at the job's name too, and would start processes of its own inside salloc.
     return [BoundTask() if _sees_one_gpu(args) else SLURMEnvironment(auto_requeue=False)]
 

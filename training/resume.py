@@ -7,13 +7,16 @@ import argparse
 import fcntl
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from pytorch_lightning.plugins.io import CheckpointIO
 
@@ -37,6 +40,7 @@ class Run:
         record: what it is made with (run_record.make_record).
         resumed: the file that it goes on from, or None.
         content: what is in that file, until the trainer has taken it.
+        origin: the --resume_checkpoint that the run has come from (run_record.file_input), or None.
         stopper: knows the signal that has ended the run.
     """
 
@@ -44,6 +48,7 @@ class Run:
     record: dict
     resumed: Path | None = None
     content: dict | None = None
+    origin: dict | None = None
     stopper: StopOnSignal = field(default_factory=StopOnSignal)
 
     @property
@@ -71,8 +76,8 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
     inputs["train_subset"] = run_record.manifest_input(args.tsv_dir, args.train_subset)
     batches = world_size(args) * args.accum_grad
     run = Run(args, run_record.make_record(stage, args, inputs, batches_an_update=batches))
-    with lock_folder(Path(args.exp_dir)) if is_first() else nullcontext():
-        run.resumed, run.content = checkpoint_to_resume(args)
+    with (lock_folder if is_first() else wait_for_first)(Path(args.exp_dir)) as run.stopper.superseded:
+        run.resumed, run.content, run.origin = checkpoint_to_resume(args)
         if is_finished(run):
             yield None
             return
@@ -87,8 +92,9 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
 
 
 @contextmanager
-def lock_folder(exp_dir: Path) -> Iterator[None]:
-    """Holds the folder's lock, which no other run gets and a killed one does not leave behind."""
+def lock_folder(exp_dir: Path) -> Iterator[Callable[[], bool]]:
+    """Holds the folder's lock, which no other run gets and a killed one does not leave behind. Gives a
+    function that says whether a later start of the same SLURM job waits for it."""
     try:
         exp_dir.mkdir(parents=True, exist_ok=True)
         file = open(exp_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -100,7 +106,7 @@ def lock_folder(exp_dir: Path) -> Iterator[None]:
         try:
             # Unlike a lock by flock, this one is not inherited by the loader's processes, which outlive a
             # killed run by some seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_or_ask(file)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
@@ -110,31 +116,89 @@ def lock_folder(exp_dir: Path) -> Iterator[None]:
         except OSError as error:
             say(f"warning: {exp_dir} cannot be locked ({error.strerror}): start no second run in it")
         else:
-            file.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
             for pattern in (".run.json.*.tmp", "ckpts/.last.ckpt.*.tmp"):
                 for left_by_a_killed_run in exp_dir.glob(pattern):
                     left_by_a_killed_run.unlink(missing_ok=True)
-        yield
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}{slurm_start()}", file=file, flush=True)
+        size = os.fstat(file.fileno()).st_size
+        yield lambda: os.fstat(file.fileno()).st_size != size
 
 
-def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path, dict] | tuple[None, None]:
-    """The file that a stage goes on from, and what is in it: ``--resume_checkpoint``, or its last one, or the
-    one before that where the last one is missing or cannot be read. None and None where there is none."""
+def lock_or_ask(file: TextIO) -> None:
+    """Locks a folder's ``.lock``, or raises a BlockingIOError or PermissionError where another run has it.
+
+    Where SLURM has lost a node and starts the job again, the first start may live on there. The later start
+    asks it to save and leave, by a line in the file, and waits until it has.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.readline().strip()
+        found = re.search(r", start (\d+) of SLURM job (\S+),", holder)
+        restart, job = (os.environ.get(f"SLURM_{name}", "0") for name in ("RESTART_COUNT", "JOB_ID"))
+        if found is None or found[2] != job or int(found[1]) >= int(restart):
+            raise
+        say(f"waiting until an earlier start of this job has saved and left: {holder}")
+        print("a later start waits", file=file, flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+
+
+def slurm_start() -> str:
+    """What the lock says of this process's SLURM job and step, the same for all its ranks."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return ""
+    restart, job, step = (
+        os.environ.get(f"SLURM_{name}", "0") for name in ("RESTART_COUNT", "JOB_ID", "STEP_ID")
+    )
+    return f", start {restart} of SLURM job {job}, step {step}"
+
+
+@contextmanager
+def wait_for_first(exp_dir: Path) -> Iterator[Callable[[], bool]]:
+    """What the other ranks do in place of :func:`lock_folder`: they go on from what an earlier start of their
+    SLURM job may still be saving, so they wait until the first rank has the lock."""
+    while os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        with suppress(OSError):
+            if (exp_dir / ".lock").read_text().strip().endswith(slurm_start()):
+                break
+        time.sleep(0.5)
+    yield lambda: False
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> tuple[Path | None, dict | None, dict | None]:
+    """The file that a stage goes on from, what is in it, and the --resume_checkpoint that it has come from. A
+    job that is started again has that flag again, and goes on from what the folder has saved since."""
+    given = args.resume_checkpoint
+    if given is None:
+        path, content = last_checkpoint(args)
+        return path, content, (content or {}).get("origin")
+    origin = run_record.file_input(given)
+    # A checkpoint of the folder itself is written again by the run that goes on from it.
+    inside = os.path.dirname(os.path.realpath(given)) == os.path.realpath(Path(args.exp_dir) / "ckpts")
+    with suppress(UserError):
+        path, content = last_checkpoint(args)
+        then = (content or {}).get("origin")
+        same = isinstance(then, dict) and {name for name in origin if origin[name] == then.get(name)}
+        if same and ("sha256" in same or inside):
+            say(f"going on from {path}, which has come from --resume_checkpoint {given}")
+            return path, content, then
+    return Path(given), read_training_checkpoint(given), origin
+
+
+def last_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | tuple[None, None]:
+    """The folder's last checkpoint and what is in it, or the one before that where the last one is missing or
+    cannot be read; None and None where there is none."""
     last, previous = (Path(args.exp_dir) / "ckpts" / name for name in ("last.ckpt", "previous.ckpt"))
-    if args.resume_checkpoint is not None:
-        path = Path(args.resume_checkpoint)
-    elif previous.exists():
-        try:
-            return last, read_training_checkpoint(last)
-        except UserError as error:
-            say(f"{error}; going on from {previous}")
-            path = previous
-    elif last.exists():
-        path = last
-    else:
-        return None, None
-    return path, read_training_checkpoint(path)
+    if not previous.exists():
+        return (last, read_training_checkpoint(last)) if last.exists() else (None, None)
+    try:
+        return last, read_training_checkpoint(last)
+    except UserError as error:
+        content = read_training_checkpoint(previous)
+        say(f"{error}; going on from {previous}")
+        return previous, content
 
 
 def is_finished(run: Run) -> bool:

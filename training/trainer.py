@@ -81,5 +81,6 @@ def quieten() -> None:
         ".*lr_scheduler.step.*optimizer.step.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*`broadcast_buffers` is deprecated.*",
+        ".*The `srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.files import UserError
+from utils.processes import reports_errors
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -43,8 +44,9 @@ def needs_extra(extra: str) -> Iterator[None]:
 def _exit_with(message: str) -> None:
     # What a file has put into the message stays in its line, and gives the terminal no orders.
     message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    with suppress(OSError):
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if reports_errors():
+        with suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

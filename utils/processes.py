@@ -13,12 +13,27 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to save and stop: preemption, Ctrl-C, SLURM's warning before the time limit."""
 
 
+def in_slurm_step() -> bool:
+    """Whether srun has given this process its rank. A job's script and its shells have a SLURM_PROCID too."""
+    return "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ
+
+
 def is_first() -> bool:
     """Whether this is the first process of the run, the one that speaks and writes."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return os.environ[name] == "0"
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    if in_slurm_step():
+        return os.environ["SLURM_PROCID"] == "0"
     return os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
+
+
+def reports_errors() -> bool:
+    """Whether this process says what went wrong: the first one of a node does, and all do once they have come
+    together and read data of their own."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return True
+    return os.environ.get("SLURM_LOCALID" if in_slurm_step() else "LOCAL_RANK", "0") == "0"
 
 
 def say(text: str) -> None:

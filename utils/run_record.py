@@ -25,7 +25,7 @@ from utils.files import UserError, atomic_write
 from utils.processes import available_cpus, say
 
 FREE = {"allow_changed", "compile", "exp_dir", "log_interval", "num_workers", "out", "resume_checkpoint"}
-FREE |= {"activation_checkpointing", "save_interval", "skip_unreadable"}
+FREE |= {"activation_checkpointing", "allow_unfinished", "save_interval", "skip_unreadable"}
 """Flags that change neither a run's batches nor its mathematics, so that a run may go on with others."""
 
 DEVICES = {"accum_grad", "gpus", "num_nodes"}

@@ -46,7 +46,7 @@ def begin(
     record = run_record.make_record(stage, args, files)
     log = run_record.RunLog(run_record.folder_of(inputs[trained]), record, args)
     made = log.earlier
-    if "output" in made and made["flags"].keys() == record["flags"].keys():
+    if "output" in made:
         # A file that is damaged is made again.
         with suppress(UserError):
             if not run_record.differences(made, record) and made["output"]["sha256"] == fingerprint(out):
@@ -72,6 +72,19 @@ def read_trained(path: str | Path) -> dict:
     if not good or ("run" in content and not run_record.is_record(content["run"])):
         raise UserError(f"{path} is damaged: make it or copy it again")
     return content
+
+
+def read_finished(path: str | Path, args: argparse.Namespace) -> dict:
+    """What :func:`read_trained` gives, of a run that is at its end, as one that says no end is. Raises a
+    UserError where it is not, and ``args`` do not allow that."""
+    trained = read_trained(path)
+    run = trained.get("run", {"flags": {}})
+    done, end = trained.get("global_step"), run["flags"].get("max_updates")
+    allowed = args.allow_unfinished or "max_updates" in args.allow_changed.split(",")
+    if not allowed and isinstance(done, int) and isinstance(end, int) and done < end:
+        remedy = f"run {run['stage']}.py to its end, or give --allow_unfinished"
+        raise UserError(f"{path} is at update {done} of {end}: {remedy}")
+    return trained
 
 
 def part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

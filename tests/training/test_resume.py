@@ -138,6 +138,18 @@ def test_running_again_and_going_back_lose_nothing(distil, refused, tmp_path):
     assert checkpoint(tmp_path / "exp")["global_step"] == 6
 
 
+def test_a_resume_checkpoint_starts_a_folder_only_once(distil, tmp_path):
+    """A job that SLURM starts again has the flag again."""
+    distil("first", max_updates=4)
+    ckpts = tmp_path / "on" / "ckpts"
+    for given in (tmp_path / "first" / "ckpts" / "last.ckpt", ckpts / "previous.ckpt"):
+        changes = {"resume_checkpoint": given, "allow_changed": "max_updates"}
+        start = torch.load(given, weights_only=True)["global_step"]
+        assert f"update {start + 1}/{start + 4}" in distil("on", max_updates=start + 4, **changes)
+        said = distil("on", max_updates=start + 6, **changes)
+        assert f"update {start + 5}/" in said and f"update {start + 4}/" not in said
+
+
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_go_on_to_the_bit(manifests, teacher, tmp_path):
     def train(name):
@@ -152,7 +164,7 @@ def test_two_ranks_stop_together_and_go_on_to_the_bit(manifests, teacher, tmp_pa
     status, output = ended(process)
     assert status != 0 and "stopped at update" in output
     assert 3 <= checkpoint(tmp_path / "cut")["global_step"] < 10
-    # Each rank has to end with the status by which run.sh requeues.
+    # Each rank has to end with the status by which run.sh has SLURM start it again.
     assert {(tmp_path / f"rank{rank}.status").read_text() for rank in (0, 1)} == {"138"}
     assert ended(train("cut"))[0] == 0
     assert_equal_to_the_bit(weights(tmp_path / "cut"), weights(tmp_path / "whole"))

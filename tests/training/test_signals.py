@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.stages import ENVIRONMENT, RECIPE, checkpoint, ended, flags, start, wait_for
+from tests.helpers.stages import checkpoint, ended, flags, start, wait_for
 
 WORKER = "tests/helpers/ddp_worker.py"
 
@@ -47,35 +47,6 @@ def test_a_signal_to_a_resumed_run_saves(number, train, tmp_path):
         assert status == 128 + number, output
         assert checkpoint(tmp_path / "exp")["global_step"] >= done + 2
         done = checkpoint(tmp_path / "exp")["global_step"]
-
-
-@pytest.mark.slow
-def test_slurms_signal_saves_and_requeues_the_job(manifests, teacher, tmp_path):
-    """With stand-ins for srun and scontrol, in a job as salloc names it: SLURM signals the step alone."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "srun").write_text(
-        f'#!/bin/bash\necho "$1 $2 $3" > {tmp_path}/srun\necho $$ > {tmp_path}/step\nexec "${{@:4}}"\n'
-    )
-    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/scontrol\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    slurm = {"JOB_ID": 7, "JOB_NAME": "interactive", "NTASKS": 1, "NTASKS_PER_NODE": 1, "PROCID": 0}
-    slurm |= {"LOCALID": 0, "NODEID": 0, "NODELIST": "localhost", "STEP_NUM_TASKS": 1, "SUBMIT_DIR": tmp_path}
-    recipe = RECIPE | {"tsv_dir": manifests, "teacher_ckpt": teacher, "root_dir": tmp_path / "exp"}
-    recipe |= {"max": 1000, "PATH": f"{tools}:{ENVIRONMENT['PATH']}"}
-    job = start("run.sh", **recipe, **{f"SLURM_{name}": value for name, value in slurm.items()})
-    wait_for(job, "update 2/1000")
-    # Passed on to srun, these would kill its tasks unsaved.
-    job.send_signal(signal.SIGTERM)
-    job.send_signal(signal.SIGINT)
-    wait_for(job, "update 4/1000")
-    os.kill(int((tmp_path / "step").read_text()), signal.SIGUSR1)
-    status, output = ended(job)
-    assert status == 128 + signal.SIGUSR1, output
-    assert (tmp_path / "srun").read_text() == "--kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1\n"
-    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
-    assert checkpoint(tmp_path / "exp")["global_step"] >= 4
 
 
 @pytest.mark.slow

@@ -86,6 +86,31 @@ def test_a_copied_run_is_finished_wherever_it_lies(said, stages, commands, tmp_p
     assert fingerprints == [fingerprint(path) for path in models]
 
 
+def test_a_flag_that_one_version_lacks_is_no_difference(said, stages, commands, tmp_path):
+    exp = shutil.copytree(stages, tmp_path / "exp")
+    run_json = json.loads((exp / "run.json").read_text())
+    del run_json["prune"]["flags"]["round_to"]
+    (exp / "run.json").write_text(json.dumps(run_json))
+    assert "is finished" in said("prune", *commands(exp)["prune"])
+
+
+@pytest.mark.parametrize(
+    "script, flag", [("prune", "--distilled_ckpt"), ("save_final_ckpt", "--ckpt_after_final_distill")]
+)
+def test_an_unfinished_run_is_refused_unless_allowed(script, flag, fails, said, stages, commands, tmp_path):
+    exp = shutil.copytree(stages, tmp_path / "exp")
+    arguments = commands(exp)[script]
+    previous = Path(arguments[arguments.index(flag) + 1]).with_name("previous.ckpt")
+    arguments = [*arguments, flag, previous, "--out", tmp_path / "out.pth"]
+    assert f"{previous} is at update 2 of 4: run " in fails(script, *arguments)
+    assert not (tmp_path / "out.pth").exists()
+    said(script, *arguments, "--allow_unfinished")
+    content = torch.load(previous, weights_only=True)
+    del content["run"]
+    torch.save(content, previous)
+    assert "wrote" in said(script, *arguments)  # the original's say nothing of their end
+
+
 def test_a_stage_refuses_what_does_not_go_with_the_stage_before(
     fails, stages, commands, teacher, other_teacher, tmp_path
 ):
