@@ -183,6 +183,17 @@ def recognisers(tmp_path_factory):
     return theirs, ours
 
 
+OLD = int(transformers.__version__[0]) < 5
+
+
+def pipeline(task, folder):
+    """transformers 4.48 finds no extractor and no tokenizer for a type of model that it does not know."""
+    given = {"feature_extractor": AutoFeatureExtractor.from_pretrained(folder)} if OLD else {}
+    if OLD and "speech" in task:
+        given["tokenizer"] = transformers.Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    return transformers.pipeline(task, str(folder), trust_remote_code=True, **given)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -193,7 +204,7 @@ def recognisers(tmp_path_factory):
 )
 def test_a_pipeline_reads_and_times_as_with_hubert(how, recognisers):
     task, waveform = "automatic-speech-recognition", 0.1 * torch.randn(160_000).numpy()
-    theirs, ours = (transformers.pipeline(task, str(f), trust_remote_code=True) for f in recognisers)
+    theirs, ours = (pipeline(task, folder) for folder in recognisers)
     expected = theirs(waveform.copy(), **how)
     assert ours(waveform.copy(), **how) == expected and len(expected["text"]) > 50
     if "return_timestamps" in how:
@@ -204,6 +215,8 @@ def test_a_pipeline_reads_and_times_as_with_hubert(how, recognisers):
 @pytest.mark.parametrize("size", ["base", "large"])
 @torch.no_grad()
 def test_a_classifier_equals_that_of_transformers(size, weighted, tmp_path):
+    if OLD and weighted and size == "large":
+        pytest.skip("transformers 4.48 sums the last layer after the final norm")
     options = {"num_labels": 3, "use_weighted_layer_sum": weighted, "classifier_proj_size": 24}
     original = hf_model("hubert", size, "ForSequenceClassification", **options)
     folder = export(import_huggingface_model(original, size == "large"), tmp_path / "model")
@@ -216,7 +229,7 @@ def test_a_classifier_equals_that_of_transformers(size, weighted, tmp_path):
         assert torch.allclose(actual.logits, expected.logits, atol=1e-5)
         assert abs(actual.loss - expected.loss) < 1e-5
     model.save_pretrained(folder)
-    classify = transformers.pipeline("audio-classification", str(folder), trust_remote_code=True)
+    classify = pipeline("audio-classification", folder)
     waveform = waveforms[0].numpy()
     values = AutoFeatureExtractor.from_pretrained(folder)(waveform, sampling_rate=16_000, return_tensors="pt")
     scores = {entry["label"]: entry["score"] for entry in classify(waveform)}
