@@ -246,8 +246,10 @@ def a_job_that_may_not_be_requeued_says_how_it_ended(submit):
 
 @case
 def salloc_ends_as_the_stage_did(submit):
-    wait = "until squeue -hsj $SLURM_JOB_ID | grep -q .; do sleep 0.5; done; sleep 3"
-    script = f"({wait}; scancel --signal=USR1 $SLURM_JOB_ID) & bash run.sh; echo status $?"
+    wait = "until [ \"$(grep -sc 'distill from' out)\" = 2 ]; do sleep 0.5; done"
+    script = (
+        f"({wait}; scancel --signal=USR1 $SLURM_JOB_ID) & bash run.sh > out; echo status $? >> out; cat out"
+    )
     flags = ("salloc", "--quiet", "--ntasks-per-node=2")
     variables = submit.variables | {"SECONDS_distill": 40, "cpu_tasks": 2}
     output = submit.cluster.command(*flags, "bash", "-c", script, cwd=submit.folder, **variables)
