@@ -26,7 +26,8 @@ if status:
         time.sleep(1)
     sys.exit(int(status[rank]))
 begin = time.monotonic() - done
-while not told and time.monotonic() - begin < float(os.environ.get(f"SECONDS_{name}", 0.3)):
+finished = not trains and saved.exists()
+while not (told or finished) and time.monotonic() - begin < float(os.environ.get(f"SECONDS_{name}", 0.3)):
     time.sleep(0.05)
 if rank == 0 and "SAVES_NOTHING" not in os.environ:
     saved.parent.mkdir(parents=True, exist_ok=True)

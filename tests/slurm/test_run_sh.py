@@ -48,7 +48,7 @@ def whole(output):
 
 def signalled(submit, *to):
     """Signals a job in each of its stages."""
-    submit.variables |= {f"SECONDS_{script}": 4 for script in SCRIPTS}
+    submit.variables |= {f"SECONDS_{script}": 10 for script in SCRIPTS}
     job = submit("--nodelist=node1", cpu_tasks=2)
     for number, script in enumerate(SCRIPTS, 1):
         job.says(f"{script} from 0, rank 0")
@@ -246,9 +246,12 @@ def a_job_that_may_not_be_requeued_says_how_it_ended(submit):
 
 @case
 def salloc_ends_as_the_stage_did(submit):
-    script = "(sleep 4; scancel --signal=USR1 $SLURM_JOB_ID) & bash run.sh; echo status $?"
+    wait = "until [ \"$(grep -sc 'distill from' out)\" = 2 ]; do sleep 0.5; done"
+    script = (
+        f"({wait}; scancel --signal=USR1 $SLURM_JOB_ID) & bash run.sh > out; echo status $? >> out; cat out"
+    )
     flags = ("salloc", "--quiet", "--ntasks-per-node=2")
-    variables = submit.variables | {"SECONDS_distill": 20, "cpu_tasks": 2}
+    variables = submit.variables | {"SECONDS_distill": 40, "cpu_tasks": 2}
     output = submit.cluster.command(*flags, "bash", "-c", script, cwd=submit.folder, **variables)
     assert output.endswith("status 138\n") and output.count("distill ends") == 2, output
 

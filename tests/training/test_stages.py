@@ -66,7 +66,7 @@ def test_run_sh_stops_at_the_stage_that_fails(recipe, tmp_path):
     broken = recipe(student_ckpt="no.pth", root_dir=tmp_path / "exp", final_dir=tmp_path / "exp" / "final")
     assert broken.returncode == 2
     assert "no.pth: no such file" in broken.stdout
-    assert "distill.py failed with status 2" in broken.stderr
+    assert "distill.py is not finished: status 2" in broken.stderr
     assert not list(tmp_path.rglob("*.pth"))
 
 
