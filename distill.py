@@ -5,7 +5,7 @@ section 3.1)."""
 if __name__ == "__main__":
     from utils import processes
 
-    processes.quit_on_signals()
+    processes.begin()
 
 import argparse
 
@@ -19,6 +19,7 @@ from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 with needs_extra("train"):
     from lightning import DistillModule
     from training.arguments import HUBERT_BASE, data_module, distillation, training_parser
+    from training.errors import LESS_MEMORY
     from training.resume import open_run
     from training.trainer import make_trainer
 
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, short_of_memory=LESS_MEMORY)

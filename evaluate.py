@@ -4,6 +4,11 @@
 As in SUPERB, the models are frozen, and a weighted sum of the layers and a linear classifier are learned.
 """
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 import json
 import shlex
@@ -14,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from utils import run_record
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, nonnegative_int, number, positive, run_script
 from utils.files import UserError, atomic_write
+from utils.outputs import check_outputs
 from wav2vec2.cost import count_parameters
 
 with needs_extra("eval"):
@@ -60,10 +65,6 @@ def parse_args() -> argparse.Namespace:
     for folder in args.hf:
         if not Path(folder).is_dir():  # a hub's name would be fetched
             raise UserError(f"--hf {folder}: there is no such folder; give one that transformers saved")
-    inputs = {f"{flag} {name}": name for flag in ("models", "hf") for name in getattr(args, flag)}
-    for flag in ("json", "picture"):
-        if getattr(args, flag):
-            run_record.refuse_overwriting(getattr(args, flag), inputs, flag)
     return args
 
 
@@ -104,8 +105,9 @@ def draw_weights(rows: list[dict], path: Path, title: str) -> None:
     width = 0.8 / len(rows)
     for place, row in enumerate(rows):
         left = np.arange(row["layers"]) + (place - (len(rows) - 1) / 2) * width
-        axes.bar(left, row["layer_weights"], width, yerr=row["layer_weights_std"], label=row["name"])
-    axes.set(title=title, xlabel="layer (0 is the input of the first)", ylabel="weight")
+        label = row["name"].replace("$", r"\$")  # which begins a formula
+        axes.bar(left, row["layer_weights"], width, yerr=row["layer_weights_std"], label=label)
+    axes.set(title=title.replace("$", r"\$"), xlabel="layer (0 is the input of the first)", ylabel="weight")
     axes.set_xticks(range(max(row["layers"] for row in rows)))
     axes.legend(fontsize="small")
     with atomic_write(path) as temporary:
@@ -118,6 +120,8 @@ def main() -> None:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     paths, labels, speakers = read_examples(args.data, args.task)
+    inputs = {"data": [*args.data.glob("*.tsv"), *paths], "models": args.models, "hf": args.hf}
+    check_outputs({"json": args.json, "picture": args.picture}, inputs)
     folds, apart = make_folds(labels, speakers, args.folds, args.seed)
     models = [(name, load_model(name)) for name in args.models]
     models += [(name, load_huggingface(name)[0]) for name in args.hf]
@@ -159,6 +163,13 @@ def main() -> None:
     voices = None if speakers is None else len(set(speakers))
     drawn = "speakers" if apart else "recordings"
     chance = max(counts.values()) / len(waveforms)
+    known = f", {voices} speakers" if voices else ""
+    print(
+        f"{len(waveforms):,} recordings, {len(counts)} labels{known}; {len(folds)} folds "
+        f"{'with speakers kept apart' if apart else 'over recordings'}; intervals by bootstrap over {drawn}; "
+        f"always guessing the most frequent label gives {100 * chance:.1f}%"
+    )
+    print_table(rows)
     if args.json:
         content = {
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -179,20 +190,14 @@ def main() -> None:
             "models": rows,
         }
         with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            # A name that is not UTF-8 needs JSON's own escapes.
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     if args.picture:
         draw_weights(rows, args.picture, f"Layer weights: {args.task or args.data.resolve().name}")
-
-    known = f", {voices} speakers" if voices else ""
-    print(
-        f"{len(waveforms):,} recordings, {len(counts)} labels{known}; {len(folds)} folds "
-        f"{'with speakers kept apart' if apart else 'over recordings'}; intervals by bootstrap over {drawn}; "
-        f"always guessing the most frequent label gives {100 * chance:.1f}%"
-    )
-    print_table(rows)
     for path in filter(None, (args.json, args.picture)):
         print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, short_of_memory="lower --batch_seconds, or evaluate fewer recordings")

@@ -7,13 +7,18 @@ its name only after ExecuTorch's own runtime has computed from it what PyTorch c
 at four lengths.
 """
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 from pathlib import Path
 
 from exports.common import load_ungated
 from exports.executorch import export
 from utils.cli import path, positive, run_script
-from utils.run_record import refuse_overwriting
+from utils.outputs import check_outputs
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,7 +35,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     out = Path(args.out)
-    refuse_overwriting(out, {"ckpt": args.ckpt})
+    check_outputs({"out": out}, {"ckpt": args.ckpt})
     error = export(load_ungated(args.ckpt), out, args.int8, args.max_seconds)
     kind = "int8 linear layers" if args.int8 else "float32"
     longest = f"{round(16_000 * args.max_seconds):,} samples ({args.max_seconds:g} s)"

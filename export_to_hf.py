@@ -1,13 +1,20 @@
 #!/usr/bin/env python3
 """Exports a model for Hugging Face's transformers: a folder that AutoModel.from_pretrained reads anywhere."""
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 import os
 from pathlib import Path
 
 from exports.common import load_ungated
 from exports.huggingface import export
+from utils.checkpoint import fingerprint
 from utils.cli import path, run_script
+from utils.outputs import check_outputs
 from utils.run_record import folder_of, read_run
 from wav2vec2.cost import count_parameters
 
@@ -22,8 +29,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    out = Path(os.path.abspath(args.out))
+    check_outputs({"out": out / "config.json"}, {"ckpt": args.ckpt})
     model = load_ungated(args.ckpt)
-    error = export(model, Path(os.path.abspath(args.out)), read_run(folder_of(args.ckpt)))
+    this = {"sha256": fingerprint(args.ckpt)}
+    # Beside it may lie what the same stage has made another time.
+    recorded = read_run(folder_of(args.ckpt)).items()
+    run = {stage: x for stage, x in recorded if x.get("output", this)["sha256"] == this["sha256"]}
+    error = export(model, out, run)
     head = "no CTC head" if model.aux is None else f"a CTC head of {model.aux.out_features} tokens"
     print(
         f"{args.ckpt} -> {args.out}: {count_parameters(model):,} parameters, {head}; loaded by transformers, "

@@ -7,6 +7,11 @@ gets its name only after onnxruntime has computed from it what PyTorch computes 
 that the export has not seen.
 """
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 from pathlib import Path
 
@@ -16,7 +21,7 @@ from exports.common import load_ungated
 from exports.onnx import OPSETS, export
 from utils.cli import needs_extra, path, run_script
 from utils.files import UserError
-from utils.run_record import refuse_overwriting
+from utils.outputs import check_outputs
 
 with needs_extra("export"):
     from dataset import read_recording
@@ -54,8 +59,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     out = Path(args.out)
-    inputs = {"ckpt": args.ckpt, "audio": args.audio}
-    refuse_overwriting(out, {flag: file for flag, file in inputs.items() if file is not None})
+    check_outputs({"out": out}, {"ckpt": args.ckpt, "audio": args.audio})
+    if args.audio is not None and not (args.int8 or args.half):
+        raise UserError("--audio is for measuring the error of --int8 and --half: give one, or leave it out")
     model = load_ungated(args.ckpt)
     model.masked_group_norm |= args.masked_group_norm
     audio = None if args.audio is None else torch.from_numpy(read_recording(args.audio))

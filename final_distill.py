@@ -4,7 +4,7 @@
 if __name__ == "__main__":
     from utils import processes
 
-    processes.quit_on_signals()
+    processes.begin()
 
 import argparse
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from utils.files import UserError
 with needs_extra("train"):
     from lightning import DistillModule
     from training.arguments import data_module, distillation, training_parser
+    from training.errors import LESS_MEMORY
     from training.resume import open_run
     from training.trainer import make_trainer
 
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, short_of_memory=LESS_MEMORY)

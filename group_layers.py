@@ -2,16 +2,21 @@
 """Which layers of a teacher are alike? Measures it on validation audio, and prints the --distill_layers that
 follow, for --distill_mode group_mean."""
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from utils import run_record
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, path, positive_int, run_script
 from utils.files import UserError, atomic_write
+from utils.outputs import check_outputs
 from wav2vec2 import Wav2Vec2Model
 
 with needs_extra("eval"):
@@ -43,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     if args.picture and args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--picture {args.picture}: end its name in .png, .svg or .pdf")
     if args.picture:
-        run_record.refuse_overwriting(args.picture, {"teacher_ckpt": args.teacher_ckpt}, "picture")
+        check_outputs({"picture": args.picture}, {"teacher_ckpt": args.teacher_ckpt})
     return args
 
 

@@ -6,6 +6,11 @@ Usage:
     python prepare_data.py --data /corpora/mp3 --layout flat --convert_to /corpora/mp3-16k --out data/mp3
 """
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 import hashlib
 import heapq
@@ -24,6 +29,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.files import UserError, atomic_write
+from utils.outputs import check_outputs
 from utils.processes import available_cpus, quit_on_signals
 
 with cli.needs_extra("train"):
@@ -245,6 +251,9 @@ def prepare(
         convert_to = os.path.abspath(convert_to)
         if Path(os.path.realpath(convert_to)).is_relative_to(os.path.realpath(root)):
             raise UserError(f"--convert_to {convert_to} lies in --data {data}: name a folder outside of it")
+    set_names = ("train100", "train960", "valid") if layout == "librispeech" else ("train", "valid")
+    copies = None if convert_to is None else os.path.join(convert_to, "audio.flac")
+    check_outputs({"out": [os.path.join(out, f"{name}.tsv") for name in set_names], "convert_to": copies}, {})
 
     paths, left_out = find_audio(root, suffixes)
     if layout == "librispeech":
@@ -286,13 +295,11 @@ def prepare(
         )
 
     if layout == "librispeech":
-        names = ("train100", "train960", "valid")
         sets_of = {path: librispeech_sets(path) for path in lengths}
     else:
-        names = ("train", "valid")
         valid = split_off(list(lengths), valid_share, seed)
         sets_of = {path: ["valid"] if path in valid else ["train"] for path in lengths}
-    sets = {name: [pair for pair in lengths.items() if name in sets_of[pair[0]]] for name in names}
+    sets = {name: [pair for pair in lengths.items() if name in sets_of[pair[0]]] for name in set_names}
     write_manifests(out, root, sets)
 
     for name, chosen in sets.items():

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Stage 2: cut what the gates of stage 1 have closed (DPHuBERT, section 3.1)."""
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 from collections.abc import Mapping
 

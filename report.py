@@ -2,6 +2,11 @@
 """Reports on a run of the four stages, which may still be going on, as one page to read (report.html) and as
 numbers (report.json)."""
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 import json
 import os
@@ -14,6 +19,7 @@ import torch
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, positive_int, run_script
 from utils.files import UserError, atomic_write
+from utils.outputs import check_outputs
 from utils.processes import available_cpus, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import COUNTS
@@ -113,6 +119,8 @@ def main() -> None:
     out = args.out or (finals[0] or roots[0]) / "report"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
+    files = [out / "report.json", out / "report.html"]
+    check_outputs({"out": files}, {"teacher_ckpt": args.teacher_ckpt, "student_ckpt": args.student_ckpt})
     reports = [collect(args, *folders) for folders in zip(roots, finals, strict=True)]
     if len(reports) == 1:
         [report] = reports
@@ -122,10 +130,10 @@ def main() -> None:
         common = os.path.commonpath(folders)
         report = dict(zip((os.path.relpath(folder, common) for folder in folders), reports, strict=True))
         html, text = page.render_side_by_side(report)
-    for name, content in (("report.json", as_json(report)), ("report.html", html)):
-        with atomic_write(out / name) as path:
-            path.write_text(content, encoding="utf-8")
     print(text)
+    for file, content in zip(files, (as_json(report), html), strict=True):
+        with atomic_write(file) as path:
+            path.write_text(content, encoding="utf-8")
     print(f"wrote {out / 'report.html'} and report.json beside it")
 
 

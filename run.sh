@@ -62,7 +62,7 @@ trap 'pass_on USR1' USR1
 export PYTHONUNBUFFERED=1
 tasks=$((gpus > 0 ? gpus : cpu_tasks))
 [ "$gpus" != 0 ] || export LOCAL_WORLD_SIZE=$cpu_tasks
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 show_job() { scontrol show job "$job" 2>/dev/null || true; }
 if [ -n "$job" ]; then
     # sbatch runs a copy of this file, away from the scripts; SLURM knows where it was.

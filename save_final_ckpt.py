@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Stage 4: keep the student of stage 3 alone, as the file that users load."""
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 
 from utils import run_record

@@ -19,6 +19,7 @@ from reporting.measure import processor
 from utils.checkpoint import load_model
 from utils.cli import fraction, positive
 from utils.files import UserError
+from utils.outputs import check_outputs
 from utils.processes import available_cpus
 from wav2vec2 import Wav2Vec2Model, hubert_base, hubert_large, wavlm_base, wavlm_large
 
@@ -31,8 +32,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--json", type=_output, help="write the figures to this file as well")
     return parser
+
+
+def _output(text: str) -> Path:
+    """An argparse type: a file to write, which is looked at before anything is measured."""
+    try:
+        check_outputs({"json": text}, {})
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils import run_record
 from utils.checkpoint import build_model, save_checkpoint
 from utils.cli import abbreviate, path, some
 from utils.files import UserError
+from utils.outputs import check_outputs
 from wav2vec2.config import WAVLM_KEYS
 from wav2vec2.model import Wav2Vec2Model, base_config
 
@@ -141,7 +141,7 @@ def run_converter(
     source = getattr(args, flag)
     name = Path(source).name if suffix == ".hf.pth" else Path(source).stem
     out = args.out or f"pretrained/{name or Path(source).resolve().name}{suffix}"
-    run_record.refuse_overwriting(out, {flag: source})
+    check_outputs({"out": out}, {flag: source})
     model, remark = load(source)
     save_checkpoint(out, model)
     waveform = "normalised" if model.normalize_waveform else "not normalised"

@@ -2,8 +2,9 @@
 
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from exports.common import writes
 from utils.cli import needs_extra
 from utils.compare import relative_difference
-from utils.files import UserError
+from utils.files import UserError, flush, remove_left_over, temporary_beside
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.model import Wav2Vec2Model, normalize
@@ -19,7 +20,7 @@ from wav2vec2.model import Wav2Vec2Model, normalize
 with needs_extra("export"):
     import transformers
     from safetensors import SafetensorError
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers import dynamic_module_utils
 
 ROOT = Path(__file__).parents[1]
 CODE = [ROOT / "exports" / "modeling_pruned_speech.py", *(ROOT / "wav2vec2").glob("[!_]*.py")]
@@ -54,20 +55,42 @@ def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
             f"name it {out.name.strip('.').replace('.', '-') or 'model'}, say"
         )
     transformers.utils.logging.disable_progress_bar()
-    with writes(out, SafetensorError):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as beside:
-            # transformers keeps the code that it loads under the folder's name, so that is the final one.
-            folder = Path(beside) / out.name
-            write_files(model, folder, run)
-            error = largest_difference(folder, model)
-            if not error <= 1e-5:
-                raise UserError(
-                    f"{out} was not written: loaded by transformers, its hidden states differ by {error:.1e} "
-                    "from the checkpoint's; please report it with the versions of torch and transformers"
-                )
-            os.replace(folder, out)
+    remove_left_over(out)
+    with (
+        writes(out, SafetensorError),
+        temporary_beside(out, folder=True) as beside,
+        own_cache(beside / "cache"),
+    ):
+        # transformers imports the code that it loads under the folder's name, which has no dots.
+        folder = beside / out.name
+        write_files(model, folder, run)
+        error = largest_difference(folder, model)
+        if not error <= 1e-5:
+            raise UserError(
+                f"{out} was not written: loaded by transformers, its hidden states differ by {error:.1e} "
+                "from the checkpoint's; please report it with the versions of torch and transformers"
+            )
+        os.replace(folder, out)
     return error
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """For a block, transformers copies the code that it loads to ``folder``, not to the user's cache."""
+
+    def set_imported_code_aside() -> dict:
+        names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    users, modules = dynamic_module_utils.HF_MODULES_CACHE, set_imported_code_aside()
+    dynamic_module_utils.HF_MODULES_CACHE = str(folder)
+    try:
+        yield
+    finally:
+        dynamic_module_utils.HF_MODULES_CACHE = users
+        sys.path[:] = [path for path in sys.path if path != str(folder)]
+        set_imported_code_aside()
+        sys.modules.update(modules)
 
 
 def write_files(model: Wav2Vec2Model, folder: Path, run: Mapping[str, dict]) -> None:
@@ -81,9 +104,9 @@ def write_files(model: Wav2Vec2Model, folder: Path, run: Mapping[str, dict]) -> 
     card = folder / "README.md"
     card.write_text(model_card(model, folder.name, run), encoding="utf-8")
     for file in folder.iterdir():
-        file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
+        with suppress(OSError):  # which some file systems refuse
+            file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
+        flush(file)
 
 
 def in_transformers(model: Wav2Vec2Model, folder: Path) -> transformers.PreTrainedModel:
@@ -93,7 +116,7 @@ def in_transformers(model: Wav2Vec2Model, folder: Path) -> transformers.PreTrain
     if model.aux is not None:
         config["vocab_size"] = model.aux.out_features
     name = AUTO_MAP["AutoModel" if model.aux is None else "AutoModelForCTC"]
-    kind = get_class_from_dynamic_module(name, folder)
+    kind = dynamic_module_utils.get_class_from_dynamic_module(name, folder)
     exported = kind(kind.config_class(**config, auto_map=dict(AUTO_MAP)))
     # The indices of WavLM's heads are not in a checkpoint; they are there already, from the config.
     exported.base_model.load_state_dict(model.state_dict(), strict=False)

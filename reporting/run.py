@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from utils.checkpoint import build_model, load_model, read_checkpoint
+from utils.checkpoint import build_model, fingerprint, load_model, read_checkpoint
+from utils.cli import abbreviate
 from utils.files import UserError
 from utils.run_record import read_run
 from utils.stage_checkpoint import gated_student, part, read_trained
@@ -88,6 +90,7 @@ class Run:
         cannot be read.
         """
         pruned = self._checkpoint("distill", FINAL_NAME)
+        self._check_records(teacher_ckpt, student_ckpt, pruned)
         again = self._checkpoint("final_distill", "last.ckpt")
         final = self._checkpoint("final_distill", FINAL_NAME)
         students = []
@@ -114,6 +117,23 @@ class Run:
                 student_ckpt = Path(recorded) if recorded and Path(recorded).is_file() else teacher_ckpt
             students.append(self._cut_in_memory(student_ckpt))
         return students
+
+    def _check_records(self, teacher_ckpt: Path, student_ckpt: Path | None, pruned: Path | None) -> None:
+        """Refuses files that the stages were not made with, and another run's EXP2."""
+        for stage, name, path in (
+            ("distill", "teacher_ckpt", teacher_ckpt),
+            ("distill", "student_ckpt", student_ckpt),
+            ("final_distill", "teacher_ckpt", teacher_ckpt),
+            ("final_distill", "student_ckpt", pruned),
+            ("save_final_ckpt", "config_path", pruned),
+        ):
+            made_with = (self.records[stage] or {"inputs": {}})["inputs"].get(name)
+            if path is not None and made_with is not None and made_with["sha256"] != fingerprint(path):
+                folder = self.folders["distill" if stage == "distill" else "final_distill"]
+                raise UserError(
+                    f"{path} does not belong to {folder}, where {stage}.py had another --{name}, "
+                    f"{abbreviate(made_with['path'])}: give the files and folders of one run"
+                )
 
     def _cut_in_memory(self, original: Path) -> Student:
         """Stage 1's student as stage 2 would cut it now."""
@@ -152,19 +172,25 @@ def _progress(content: dict) -> str:
 def read_scalars(folder: Path) -> dict[str, dict[str, list]]:
     """Reads TensorBoard's event files: for each name the ``step`` and ``value`` of its points.
 
-    A run that was resumed or started anew logs some updates a second time; the later one counts.
+    A run that was resumed or started anew logs some updates a second time; the later start counts.
     """
-    if not any(folder.glob("events.out.tfevents.*")):
-        return {}
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
-    events.Reload()
-    result = {}
-    for name in sorted(events.Tags()["scalars"]):
-        points = []
-        for event in sorted(events.Scalars(name), key=lambda event: event.wall_time):
-            while points and points[-1].step >= event.step:
-                points.pop()
-            points.append(event)
-        result[name] = {"step": [point.step for point in points], "value": [point.value for point in points]}
-    return result
+    points: defaultdict[str, list] = defaultdict(list)
+    for file in sorted(folder.glob("events.out.tfevents.*"), key=_start):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            for event in events.Scalars(name):
+                while points[name] and points[name][-1].step >= event.step:
+                    points[name].pop()
+                points[name].append(event)
+    return {
+        name: {"step": [point.step for point in logged], "value": [point.value for point in logged]}
+        for name, logged in sorted(points.items())
+    }
+
+
+def _start(file: Path) -> tuple[int, str]:
+    """What sorts logs: the start of the run, which training writes at the end of the name, and the time."""
+    number = file.name.rpartition(".start")[2]
+    return int(number) if number.isdecimal() else -1, file.name

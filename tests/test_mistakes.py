@@ -85,7 +85,7 @@ def test_compiling_without_a_compiler_is_one_sentence(manifests, teacher, tmp_pa
     assert "Traceback" not in process.stderr
 
 
-def test_out_names_another_file_which_is_replaced_whole(monkeypatch, teacher, tmp_path):
+def test_out_names_another_file_which_is_replaced_whole(monkeypatch, capsys, teacher, tmp_path):
     files = ["--distilled_ckpt", stage_1(teacher, tmp_path), "--original_ckpt", teacher]
     out = tmp_path / "new" / "small.pth"
     out.parent.mkdir()
@@ -95,11 +95,17 @@ def test_out_names_another_file_which_is_replaced_whole(monkeypatch, teacher, tm
         call(monkeypatch, "prune", *files, "--out", out)
         assert read_checkpoint(out)["config"]
     assert not (tmp_path / "pruned_hubert_base.pth").exists()
+    # Where version 0.1 has put the record.
+    (out.parent / "run.json").rename(tmp_path / "run.json")
+    call(monkeypatch, "prune", *files, "--out", out)
+    assert f"this stage is finished: {out}" in capsys.readouterr().out
+    (tmp_path / "run.json").rename(out.parent / "run.json")
     with pytest.raises(RuntimeError), atomic_write(out) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert read_checkpoint(out)["config"]
-    assert [path.name for path in out.parent.iterdir()] == ["small.pth"]
+    assert {path.name for path in out.parent.iterdir()} == {"small.pth", "run.json"}
+    assert not (tmp_path / "run.json").exists(), "the input may lie where nothing can be written"
 
 
 def test_stage_3_wants_the_projections_of_stage_1(monkeypatch, fails, manifests, teacher, tmp_path):

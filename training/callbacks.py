@@ -22,7 +22,7 @@ from dataset import AudioError
 from dataset.batches import Fault
 from utils.cli import some
 from utils.files import UserError
-from utils.processes import SIGNALS, end_children, is_first, say
+from utils.processes import end_children, handle_signals, is_first, say
 
 if TYPE_CHECKING:
     from training.resume import Run
@@ -73,7 +73,7 @@ class StopOnSignal(AfterUpdates):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         # Until now there was nothing to save.
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._handlers = handle_signals(self._on_signal)
 
     def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         received = self.received or (signal.SIGTERM if self.superseded() else 0)
@@ -302,7 +302,8 @@ class Progress(AfterUpdates):
         logged = trainer.callback_metrics
         if "valid_loss_distill" in logged:
             line = f"update {trainer.global_step}: valid loss_distill {logged['valid_loss_distill']:.4f}"
-            say(line) if self._bar is None else tqdm.write(line, file=sys.stderr)
+            with suppress(OSError):  # as in say
+                say(line) if self._bar is None else tqdm.write(line, file=sys.stderr)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self._bar is not None:

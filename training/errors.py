@@ -11,17 +11,24 @@ import torch
 
 from training import hardware
 from training.callbacks import StopOnSignal
+from utils.cli import memory_shortage
 from utils.files import UserError
 from utils.processes import is_first, say
+
+LESS_MEMORY = "lower --seconds_per_batch and raise --accum_grad, or give --activation_checkpointing"
+"""What helps where memory is short."""
 
 
 @contextmanager
 def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iterator[None]:
-    """Wraps a training stage: raises UserErrors in place of what is raised about processes, compilers, memory
-    and disks. No error is another process's end where this one has got a signal, which stopped them both."""
+    """Wraps a training stage: raises UserErrors in place of what is raised about processes, compilers and
+    disks. No error is another process's end where this one has got a signal, which stopped them both."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if memory_shortage(error):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise  # for run_script
         reader, rank = lost_reader(error), lost_rank(error, args)
         sentence = reader or rank or machine_failed(error, args)
         if sentence is None:
@@ -70,12 +77,7 @@ def lost_rank(error: OSError | RuntimeError, args: argparse.Namespace) -> str | 
 
 
 def machine_failed(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
-    """The sentence for a GPU, compiler or disk that failed; None where the error is another one."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "the GPU's memory is too small for a batch: lower --seconds_per_batch and raise --accum_grad, or "
-            "give --activation_checkpointing"
-        )
+    """The sentence for a compiler or disk that failed; None where the error is another one."""
     if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
         reason = str(error).splitlines()[0]
         return f"--compile: torch cannot compile here ({reason}): run without it, or install it"

@@ -28,7 +28,7 @@ from utils import run_record
 from utils.checkpoint import not_finite, read_file, writing
 from utils.cli import some
 from utils.files import UserError
-from utils.processes import is_first, say
+from utils.processes import is_first, quit_on_signals, say
 
 
 @dataclass
@@ -82,6 +82,7 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
             yield None
             return
         log = run_record.RunLog(Path(args.exp_dir), run.record, args) if is_first() else nullcontext()
+        quit_on_signals()
         with log:
             with prepared_process(args), errors_as_sentences(args, run.stopper):
                 yield run
@@ -95,9 +96,12 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
 def lock_folder(exp_dir: Path) -> Iterator[Callable[[], bool]]:
     """Holds the folder's lock, which no other run gets and a killed one does not leave behind. Gives a
     function that says whether a later start of the same SLURM job waits for it."""
+    path = exp_dir / ".lock"
+    if path.is_symlink():
+        raise UserError(f"{path} is a link to a file that is not this run's: remove the link")
     try:
         exp_dir.mkdir(parents=True, exist_ok=True)
-        file = open(exp_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise UserError(
             f"--exp_dir {exp_dir} cannot be written to ({error.strerror}): name another"

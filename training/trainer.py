@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -27,6 +28,8 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
     if not data.has_validation():
         say(f"{args.tsv_dir}/valid.tsv is missing or has no utterance to use: no validation")
     data.say_what_is_left_out()
+    # The clock may have been set back since the last start, which is in the names of the logs.
+    starts = len(list(Path(args.exp_dir, "logs").glob("events.out.tfevents.*")))
     trainer = pl.Trainer(
         **trainer_devices(args),
         plugins=[checkpoints, *cluster(args)],
@@ -36,7 +39,7 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
         accumulate_grad_batches=args.accum_grad,
         gradient_clip_val=args.clip_norm,
         log_every_n_steps=args.log_interval,
-        logger=TensorBoardLogger(args.exp_dir, name="", version="logs"),
+        logger=TensorBoardLogger(args.exp_dir, name="", version="logs", filename_suffix=f".start{starts}"),
         callbacks=[
             run.stopper,
             StopOnUnreadable(run),

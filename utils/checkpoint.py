@@ -233,11 +233,9 @@ def save_checkpoint(path: str | Path, model: Wav2Vec2Model, verify: bool = False
 def writing(path: str | Path, content: dict) -> Iterator[Path]:
     """Writes ``content`` by :func:`atomic_write`, for :func:`read_file`; the block may look at it."""
     with atomic_write(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:
-            # torch's own writer says of a full disk only that its position is not the expected one.
-            raise UserError(f"{path}: could not be written; is there room on the disk?") from error
+        # torch's own writer would not say why a file cannot be written, and go on to hold it.
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
         yield temporary
 
 

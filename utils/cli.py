@@ -2,33 +2,64 @@
 
 import argparse
 import os
+import re
 import reprlib
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from utils import processes
 from utils.files import UserError
 from utils.processes import reports_errors
 
+SHORTAGE = (
+    "out of memory|memoryerror|allocate memory|allocation failed|alloc_failed|bad_alloc"
+    "|could not create a primitive|failed to map segment"
+)
+"""What errors of Python, torch, CUDA and onnxruntime say where memory is short, in any case of letters."""
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's ``main``; a user's mistake or a failing disk is one sentence and exit status 2."""
+
+def run_script(main: Callable[[], None], short_of_memory: str = "free some, or use a larger machine") -> None:
+    """Runs a script's ``main``: a mistake, a failing disk or too little memory is one sentence and status 2,
+    and a signal one sentence and 128 + its number. ``short_of_memory`` is what helps."""
+    processes.settle_streams()
+    handlers = processes.unwind_on_signals()
     try:
+        for word in sys.argv[1:]:
+            if re.search("[\ud800-\udfff]", word):  # to Python, bytes that are not UTF-8
+                raise UserError(f"{word} has a byte that is not UTF-8, which torch cannot name: rename it")
         main()
         sys.stdout.flush()
-    except UserError as error:
-        _exit_with(str(error))
-    except OSError as error:
-        if error.filename is not None:
+    except Exception as error:
+        if (shortage := memory_shortage(error)) is not None:
+            _exit_with(f"{shortage}: {short_of_memory}")
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
             _exit_with(str(error))
-        if error.errno is None:
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         # Python would try once more to print what is left, and say so in its own way.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit_with(
             f"what this command prints, or a file without a name, could not be written ({error.strerror})"
         )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def memory_shortage(error: BaseException | None) -> str | None:
+    """The memory that an error, or its cause, is about; None where it is another error."""
+    while error is not None:
+        said = str(error)
+        if not isinstance(error, UserError) and re.search(SHORTAGE, f"{type(error)} {said}", re.IGNORECASE):
+            figures = re.findall(r"to allocate [\d.]+ \w+|[\d.]+ \w+ is allocated by PyTorch", said)
+            where = "the GPU's memory" if re.search("CUDA|GPU|HIP", said) else "the memory"
+            shown = ", ".join(re.sub("^to", "tried to", figure) for figure in figures)
+            return f"{where} is too small" + (f" ({shown})" if shown else "")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

@@ -1,16 +1,41 @@
-"""The processes of a run: which one speaks for all, and how they end where there is nothing to save.
+"""The processes of a command: how they begin, which one speaks for all, and how signals end them.
 
-It imports nothing heavy, so that a script can call ``quit_on_signals`` before it imports torch for seconds.
+It imports nothing heavy, so that a script can call ``begin`` before it imports torch for seconds.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What asks a run to save and stop: preemption, Ctrl-C, SLURM's warning before the time limit."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What asks a run to save and stop: preemption, Ctrl-C, SLURM's warning before the time limit, a lost
+connection."""
+
+
+def begin() -> None:
+    """The first act of a script, before its imports."""
+    settle_streams()
+    quit_on_signals()
+
+
+def settle_streams() -> None:
+    """Lets a script print where its standard streams are closed, and name files in UTF-8 in any locale."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        # What is closed would become the next file that is opened, and be written to by libraries.
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A name may have bytes that are none of its encoding.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def in_slurm_step() -> bool:
@@ -57,15 +82,39 @@ def end_children() -> None:
         child.kill()
 
 
+def handle_signals(handler: Callable) -> dict:
+    """Gives :data:`SIGNALS` to ``handler``, but for a SIGHUP that is ignored, as nohup does. Returns what had
+    them before, by number."""
+    hung_up = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return {n: signal.signal(n, handler) for n in SIGNALS if n != signal.SIGHUP or not hung_up}
+
+
 def quit_on_signals() -> None:
     """From now on a signal ends this process at once, with one sentence and status 128 + its number."""
-    for number in SIGNALS:
-        signal.signal(number, _quit)
+    handle_signals(_quit)
+
+
+def unwind_on_signals() -> dict:
+    """From now on a signal ends this process by a SystemExit, so that what is half-written is removed, and a
+    second one at once. Returns what :func:`handle_signals` does."""
+    return handle_signals(_unwind)
 
 
 def _quit(number: int, frame) -> None:
+    _say_what_ends(number)
+    os._exit(128 + number)
+
+
+def _unwind(number: int, frame) -> None:
+    handle_signals(lambda number, frame: os._exit(128 + number))
+    _say_what_ends(number)
+    sys.exit(128 + number)
+
+
+def _say_what_ends(number: int) -> None:
     if multiprocessing.parent_process() is None:
         name = os.path.basename(sys.argv[0])
-        say(f"{name}: stopped by {signal.Signals(number).name} with nothing to save; run it again to go on")
+        say(f"{name}: stopped by {signal.Signals(number).name} with nothing to save; run it again")
         end_children()
-    os._exit(128 + number)
+    else:
+        os._exit(128 + number)

@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -123,17 +122,6 @@ def check_unchanged(then: Mapping, now: Mapping, source: str | Path, allow_chang
         )
 
 
-def refuse_overwriting(out: str | Path, inputs: Mapping[str, str | Path], flag: str = "out") -> None:
-    """Raises a UserError where the output that ``--flag`` names would replace one of the inputs, which are
-    files or folders of files, by their flags."""
-    real = os.path.realpath(out)
-    for name, path in inputs.items():
-        if os.path.realpath(path) == real and not os.path.isdir(real):
-            raise UserError(f"--{flag} {out} is --{name}, which it would replace: name another file")
-        if os.path.dirname(real) == os.path.realpath(path) and os.path.exists(real):
-            raise UserError(f"--{flag} {out} is a file of --{name}, to be replaced: name another file")
-
-
 def folder_of(path: str | Path) -> Path:
     """The experiment's folder EXP of ``EXP/ckpts/FILE``, or else the file's own."""
     parent = Path(path).absolute().parent
@@ -212,7 +200,9 @@ class RunLog:
         self._session["ended"] = _now()
         self._session["seconds"] = round(time.monotonic() - self._begin, 3)
         self._session["outcome"] = self.outcome if error is None else "failed"
-        self._write(done=error is None)
+        # Where the work has failed for want of room, there may be none for this either.
+        with suppress(UserError) if error else nullcontext():
+            self._write(done=error is None)
 
     def _write(self, done: bool) -> None:
         # A failed attempt leaves no file, so the entry stays that of the file that is there.

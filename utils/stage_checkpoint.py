@@ -12,6 +12,7 @@ from torch import Tensor
 from utils import run_record
 from utils.checkpoint import build_model, fingerprint, is_state_dict, read_checkpoint, read_file
 from utils.files import UserError
+from utils.outputs import check_outputs
 from wav2vec2.model import Wav2Vec2Model
 
 GATES = {
@@ -37,21 +38,23 @@ def begin(
     Returns:
         The file to write and the stage's log; None, and a line for the user, where the file is there already.
     Raises:
-        UserError: an input is missing or damaged, or the output would replace it.
+        UserError: an input is missing or damaged, or the output would replace it or cannot be written.
     """
     inputs = {name: getattr(args, name) for name in (trained, other)}
     out = Path(args.out or Path(inputs[trained]).with_name("pruned_hubert_base.pth"))
-    run_record.refuse_overwriting(out, inputs)
+    folder, beside_input = run_record.folder_of(out), run_record.folder_of(inputs[trained])
+    check_outputs({"out": out, "out's record": folder / "run.json"}, inputs)
     files = {name: run_record.file_input(path) for name, path in inputs.items()}
     record = run_record.make_record(stage, args, files)
-    log = run_record.RunLog(run_record.folder_of(inputs[trained]), record, args)
-    made = log.earlier
-    if "output" in made:
-        # A file that is damaged is made again.
-        with suppress(UserError):
-            if not run_record.differences(made, record) and made["output"]["sha256"] == fingerprint(out):
-                print(f"{stage}.py: this stage is finished: {out}")
-                return None
+    log = run_record.RunLog(folder, record, args)
+    # Until version 0.2 the record lay beside the input, wherever the output was.
+    for made in (log.earlier, run_record.read_run(beside_input).get(stage, {})):
+        if "output" in made:
+            # A file that is damaged is made again.
+            with suppress(UserError):
+                if not run_record.differences(made, record) and made["output"]["sha256"] == fingerprint(out):
+                    print(f"{stage}.py: this stage is finished: {out}")
+                    return None
     return out, log
 
 

@@ -75,6 +75,7 @@ def evaluate(monkeypatch, tmp_path):
 
 def test_json_table_and_picture_show_every_model(recordings, teacher, other, tmp_path):
     out, picture = tmp_path / "made" / "sound.json", tmp_path / "sound.png"
+    teacher = shutil.copy(teacher, tmp_path / "$x_$.pth")  # no formula, though matplotlib knows such
     files = ("--models", teacher, "--hf", other, "--json", out, "--picture", picture)
     process = run("evaluate.py", "--data", recordings, "--task", "sound", *files)
     result = json.loads(out.read_text())
@@ -233,8 +234,11 @@ def test_odd_recordings_are_read_and_no_pipe_is_waited_for(fails, tmp_path):
         ("--data DATA --task sound --models missing.pth", "missing.pth: no such file"),
         ("--data DATA --task sound --hf nowhere", "--hf nowhere: there is no such folder"),
         ("--data DATA --models TEACHER --picture weights.txt", ".png"),
-        ("--data DATA --models TEACHER --json TEACHER", "which it would replace"),
+        ("--data DATA --task sound --models TEACHER --json TEACHER", "which it would replace"),
         ("--data DATA --task sound --folds 1", "--folds"),
+        ("--data DATA --task sound --json DATA/sound.tsv", "is --data, which it would replace"),
+        ("--data DATA --task sound --models TEACHER --json a.png --picture a.png", "meet: name two files"),
+        ("--data DATA --task sound --json /sys/no/x.json", "cannot write /sys/no/x.json: "),
     ],
 )
 def test_a_mistake_in_flags_is_one_sentence(flags, words, fails, recordings, teacher, tmp_path):

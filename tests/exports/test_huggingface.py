@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, dynamic_module_utils
 
 from converters.huggingface import import_huggingface_model, load_huggingface
 from exports import huggingface
@@ -396,19 +396,33 @@ def test_the_wrapper_itself_imports_all_exported_modules():
     assert imports["modeling_pruned_speech"] == others == set().union(*imports.values())
 
 
+def test_the_check_leaves_the_users_cache_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        export(ungated("hubert_base"), tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+    assert not [path for path in sys.path if path.startswith(str(tmp_path))]
+
+
 def test_the_command_writes_a_model_card_of_the_run(tmp_path, monkeypatch, capsys):
     model, exp = ungated("hubert_base"), tmp_path / "exp"
     save_checkpoint(exp / "ckpts" / "final.pth", model)
     flags = {"teacher_ckpt": "/home/someone/pretrained/hubert.pth", "target_sparsity": 0.75}
-    with RunLog(exp, {"stage": "distill", "flags": flags, "inputs": {}}, argparse.Namespace(**flags)):
-        pass
+    for stage, made in (("distill", {}), ("prune", {"output": {"path": "another file", "sha256": "00"}})):
+        with RunLog(exp, {"stage": stage, "flags": flags, "inputs": {}}, argparse.Namespace(**flags)) as log:
+            log.note(**made)
     out = tmp_path / "student"
     call(monkeypatch, "export_to_hf", "--ckpt", exp / "ckpts" / "final.pth", "--out", out)
     size = sum(parameter.numel() for parameter in model.parameters())
     assert f"{size:,} parameters, no CTC head" in capsys.readouterr().out
     card = (out / "README.md").read_text()
     assert f"| parameters | {size:,} |" in card and "| feed forward, layer by layer | 64, 64, 64 |" in card
-    assert "### distill" in card and "- target_sparsity: `0.75`" in card and "- started: `20" in card
+    assert (
+        "### distill" in card
+        and "### prune" not in card
+        and "- target_sparsity: `0.75`" in card
+        and "- started: `20" in card
+    )
     assert f"- torch: `{torch.__version__}`" in card and "- teacher_ckpt: `hubert.pth`" in card
     assert "someone" not in card and platform.node() not in card
     contents = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}

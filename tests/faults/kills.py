@@ -25,9 +25,10 @@ from tests.faults.table import (
     wait_until,
 )
 from tests.helpers.stages import ENVIRONMENT, RECIPE, ROOT
+from utils import processes
 from utils.checkpoint import fingerprint
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGKILL, *processes.SIGNALS)
 WAYS = {
     "alone": {"num_workers": 0, "accum_grad": 2},
     "two workers": {"num_workers": 2, "accum_grad": 2},

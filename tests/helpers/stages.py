@@ -107,8 +107,10 @@ def call(monkeypatch, script, *args):
 
 def run_file(script, *args):
     """Runs a script's file in this process; returns its status, and what it wrote to both of its outputs."""
+    from utils import processes
+
     output, errors, status = io.StringIO(), io.StringIO(), 0
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {n: signal.getsignal(n) for n in processes.SIGNALS}
     argv = mock.patch.object(sys, "argv", [script, *map(str, args)])
     with argv, redirect_stdout(output), redirect_stderr(errors):
         try:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import time
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -16,10 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from report import as_json
 from reporting.run import read_scalars
-from tests.helpers.models import ungated
+from tests.helpers.models import tiny_config, ungated
 from tests.helpers.stages import call, flags
 from utils.checkpoint import load_model, save_checkpoint
 from utils.processes import available_cpus
+from wav2vec2 import wav2vec2_model
 from wav2vec2.cost import multiply_accumulates
 
 NAME = "pruned_hubert_base.pth"
@@ -239,6 +241,31 @@ def test_the_later_values_of_a_resumed_run_count(tmp_path):
                 writer.add_scalar("train_loss", value, step)
     written = json.loads(as_json(read_scalars(tmp_path)), parse_constant=pytest.fail)
     assert written == {"train_loss": {"step": [0, 10, 11, 21], "value": [1.0, 2.0, 5.0, None]}}
+
+
+def test_a_clock_that_was_set_back_loses_no_updates(manifests, teacher, tmp_path, monkeypatch):
+    now = time.time
+    for updates, back in ((4, 0), (6, 7200)):
+        monkeypatch.setattr(time, "time", lambda: now() - back)  # noqa: B023
+        changes = {"max_updates": updates, "allow_changed": "max_updates", "num_workers": 0}
+        call(monkeypatch, "distill", *flags(manifests, teacher, tmp_path, **changes))
+    assert read_scalars(tmp_path / "logs")["train_loss"]["step"] == list(range(6))
+
+
+def test_files_of_another_run_are_refused(stages, teacher, fails, tmp_path):
+    root, final = stages, stages / "final"
+    other, exp = tmp_path / "other.pth", tmp_path / "exp"
+    torch.manual_seed(5)
+    save_checkpoint(other, wav2vec2_model(**tiny_config()))
+    given = {"teacher_ckpt": teacher, "root_dir": root, "final_dir": final, "out": tmp_path / "out"}
+    for flag in ("teacher_ckpt", "student_ckpt"):
+        sentence = fails("report", *as_words(**given | {flag: other}))
+        assert f"{other} does not belong to {root}, where distill.py had another --{flag}, " in sentence
+    shutil.copytree(root, exp)
+    (exp / "ckpts" / NAME).write_bytes(other.read_bytes())
+    sentence = fails("report", *as_words(**given | {"root_dir": exp}))
+    assert f"does not belong to {final}, where final_distill.py had another --student_ckpt" in sentence
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

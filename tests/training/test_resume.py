@@ -150,6 +150,22 @@ def test_a_resume_checkpoint_starts_a_folder_only_once(distil, tmp_path):
         assert f"update {start + 5}/" in said and f"update {start + 4}/" not in said
 
 
+def test_no_file_of_a_run_is_written_through_a_link(distil, refused, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("somebody's")
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "exp" / "ckpts").symlink_to(tmp_path / "scratch")
+    for name in (".lock", "run.json", "ckpts/last.ckpt"):
+        link = tmp_path / "exp" / name
+        link.symlink_to(kept)
+        refused("exp")
+        link.unlink()
+        assert kept.read_text() == "somebody's"
+    distil("exp", max_updates=2)
+    assert {path.name for path in (tmp_path / "scratch").iterdir()} == {"last.ckpt"}
+
+
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_go_on_to_the_bit(manifests, teacher, tmp_path):
     def train(name):

@@ -35,7 +35,7 @@ def test_a_signal_to_all_processes_saves_and_ends_the_run(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_a_resumed_run_saves(number, train, tmp_path):
     """First to one process, as SLURM sends it, then to all, as a terminal does."""
     done = 1
@@ -63,9 +63,7 @@ def test_a_signal_during_start_up_is_one_sentence(number, moment, train):
     status, output = ended(process)
     assert status == 128 + number
     name = signal.Signals(number).name
-    assert output.splitlines()[-1] == (
-        f"distill.py: stopped by {name} with nothing to save; run it again to go on"
-    )
+    assert output.splitlines()[-1] == (f"distill.py: stopped by {name} with nothing to save; run it again")
     assert "Traceback" not in output and "Error" not in output
 
 
