@@ -171,7 +171,7 @@ def main() -> None:
     found, most = size(shapes[0]), count_parameters(teacher)
     if target is not None and not target / 2 < found < target * 2:
         raise UserError(f"--params {target:,.0f}: --keep {args.keep} comes no nearer than {found:,}")
-    if found > most:
+    if found > 2 * most:
         raise UserError(f"this student would have {found:,} parameters, and its teacher has only {most:,}")
     layers, width = shapes[0]
     torch.manual_seed(args.seed)
