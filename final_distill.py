@@ -15,6 +15,7 @@ from utils import run_record
 from utils.checkpoint import build_model, load_model, read_checkpoint
 from utils.cli import needs_extra, path, run_script
 from utils.files import UserError
+from utils.processes import say
 
 with needs_extra("train"):
     from lightning import DistillModule
@@ -23,10 +24,13 @@ with needs_extra("train"):
     from training.resume import open_run
     from training.trainer import make_trainer
 
+TAUGHT = {"distill_layers", "student_layers", "distill_mode", "predlayer_activation"}
+"""Flags that say what the projections read and predict."""
+
 
 def parse_args() -> argparse.Namespace:
     parser = training_parser(__doc__, learning_rate=1e-4, warmup_updates=5_000, max_updates=25_000)
-    help = "stage 2's file, EXP/ckpts/pruned_hubert_base.pth"
+    help = "stage 2's file, EXP/ckpts/pruned_hubert_base.pth, or one that make_student.py wrote"
     parser.add_argument("--student_ckpt", type=path, required=True, help=help)
     return parser.parse_args()
 
@@ -39,7 +43,7 @@ def check_same_teaching(args: argparse.Namespace, record: Mapping) -> None:
         return
     flags, inputs = pruned["distilled"]["flags"], pruned["distilled"]["inputs"]
     then = {
-        "flags": {name: flags[name] for name in ("distill_layers", "distill_mode")},
+        "flags": {name: flags[name] for name in TAUGHT & flags.keys()},
         "inputs": {"teacher_ckpt": inputs["teacher_ckpt"]},
     }
     remedy = "Give the teacher and the layers of stage 1"
@@ -58,7 +62,10 @@ def main() -> None:
         student = build_model(pruned["config"], pruned["state_dict"], args.student_ckpt)
         arguments = distillation(args, teacher, student)
         try:
-            arguments["distill_linear_projs"].load_state_dict(pruned.get("distill_linear_projs", {}))
+            if "distill_linear_projs" in pruned:
+                arguments["distill_linear_projs"].load_state_dict(pruned["distill_linear_projs"])
+            else:
+                say(f"{args.student_ckpt}: holds no projections, as stage 2's file does; they start anew")
         except RuntimeError as error:
             raise UserError(
                 f"{args.student_ckpt}: its projections are not those of --distill_mode {args.distill_mode} "

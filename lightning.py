@@ -94,28 +94,34 @@ class DistillLoss(nn.Module):
         return self.l2_weight * mse + self.l1_weight * l1 + self.cos_weight * cos, (mse, l1, cos)
 
 
-def parse_distill_layers(text: str, num_layers: int) -> list[list[int]]:
+def parse_distill_layers(text: str, num_layers: int, model: str = "teacher") -> list[list[int]]:
     """``"0.4,8,12"`` -> [[0], [4, 8, 12]]: commas separate the layers of a group, and periods the groups.
 
+    Args:
+        text: the value of --distill_layers, or of --student_layers where ``model`` is "student".
+        num_layers: layers of that model.
     Raises:
         UserError: not such a list, or an index outside 0 ... ``num_layers``.
     """
+    flag = {"teacher": "--distill_layers", "student": "--student_layers"}[model]
     try:
         groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
     except ValueError:
         raise UserError(
-            f"--distill_layers {text}: separate layers by commas and groups by periods, as in 0.4,8,12"
+            f"{flag} {text}: separate layers by commas and groups by periods, as in 0.4,8,12"
         ) from None
     outside = [layer for group in groups for layer in group if not 0 <= layer <= num_layers]
     if outside:
-        raise UserError(
-            f"--distill_layers {text}: layer {outside[0]} is not one of 0 to {num_layers} of the models"
-        )
+        raise UserError(f"{flag} {text}: layer {outside[0]} is not one of 0 to {num_layers} of the {model}")
     return groups
 
 
 def distill_projections(
-    mode: str, groups: Sequence[Sequence[int]], student_dim: int, teacher_dim: int
+    mode: str,
+    groups: Sequence[Sequence[int]],
+    student_dim: int,
+    teacher_dim: int,
+    predlayer_activation: str = "gelu",
 ) -> nn.ModuleList:
     """The heads that read the student: one entry a distilled layer, in the order of ``groups``.
 
@@ -124,6 +130,7 @@ def distill_projections(
             start; "predlayer" (DistilHuBERT, Chang et al. 2022): each layer's own Linear and GELU.
         groups: the distilled layers.
         student_dim, teacher_dim: features of the models.
+        predlayer_activation: "gelu", or "none" to leave the GELU out, which no value below -0.17 comes from.
     """
     heads = nn.ModuleList()
     for group in groups:
@@ -133,7 +140,8 @@ def distill_projections(
             nn.init.zeros_(linear.bias)
             heads.extend([linear] * len(group))
         else:
-            heads.extend(nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for _ in group)
+            ends = [nn.GELU()] if predlayer_activation == "gelu" else []
+            heads.extend(nn.Sequential(nn.Linear(student_dim, teacher_dim), *ends) for _ in group)
     return heads
 
 
@@ -148,6 +156,7 @@ class DistillModule(pl.LightningModule):
         student_model: the student, with gates where ``use_reg``.
         distill_mode: one of ``DISTILL_MODES``.
         distill_layers: layers to match, 0 to the number of layers, one for each of ``distill_linear_projs``.
+        student_layers: the student's layer for each of these; None for the same numbers.
         distill_linear_projs: heads on the student's layers.
         distill_loss: compares two tensors (batch, layer, time, feature).
         learning_rate, weight_decay: peak rate and decay for the student and the heads.
@@ -158,7 +167,7 @@ class DistillModule(pl.LightningModule):
         sparsity_of: the cost that is constrained: "params", parameters, or "macs", multiply-accumulates of an
             utterance of 10 s (HJ-Pruning, Peng et al. 2023b, section 3).
         sparsity_warmup_updates: the target grows linearly from 0 over these.
-        tsv_dir, train_subset, seconds_per_batch, num_workers: the data's flags, kept among the
+        tsv_dir, train_subset, seconds_per_batch, num_workers, predlayer_activation: flags, kept among the
             hyper-parameters; ``Trainer.fit`` gets its batches from a ``SpeechDataModule`` or any loader.
         seed: seeds dropout and the gates' samples.
 
@@ -186,6 +195,8 @@ class DistillModule(pl.LightningModule):
         target_sparsity: float | None = None,
         sparsity_warmup_updates: int | None = None,
         sparsity_of: str = "params",
+        student_layers: Sequence[int] | None = None,
+        predlayer_activation: str = "gelu",
         tsv_dir: str | None = None,
         train_subset: str | None = None,
         seconds_per_batch: float | None = None,
@@ -248,22 +259,24 @@ class DistillModule(pl.LightningModule):
             waveforms: (batch, time).
             lengths: (batch,) valid samples, or None where all are whole.
         """
-        top = max(self.hparams.distill_layers)
+        teacher_layers = self.hparams.distill_layers
+        student_layers = self.hparams.student_layers or teacher_layers
         layered = self.hparams.distill_mode != "predlayer"
         means = self.hparams.distill_mode == "group_mean"
+        top = max(student_layers) if layered else None
         # A GPU is asked which gates are open before it is given the teacher's work.
         student_model = self.narrow(self.student_model)
         with torch.no_grad():
-            teacher, _ = self.teacher_model.extract_features(waveforms, lengths, top)
-        student, _ = student_model.extract_features(waveforms, lengths, top if layered else None)
+            teacher, _ = self.teacher_model.extract_features(waveforms, lengths, max(teacher_layers))
+        student, _ = student_model.extract_features(waveforms, lengths, top)
         # Layers that share a projection go through it together.
-        together: dict[nn.Module, list[int]] = {}
-        for projection, layer in zip(self.distill_linear_projs, self.hparams.distill_layers, strict=True):
-            together.setdefault(projection, []).append(layer)
+        together: dict[nn.Module, list[list[int]]] = {}
+        for projection, *pair in zip(self.distill_linear_projs, student_layers, teacher_layers, strict=True):
+            together.setdefault(projection, []).append(pair)
         learnt, taught = [], []
-        for projection, layers in together.items():
-            read = torch.stack([student[layer if layered else -1] for layer in layers], dim=1)
-            wanted = torch.stack([teacher[layer] for layer in layers], dim=1)
+        for projection, pairs in together.items():
+            read = torch.stack([student[layer if layered else -1] for layer, _ in pairs], dim=1)
+            wanted = torch.stack([teacher[layer] for _, layer in pairs], dim=1)
             learnt.append(projection(read.mean(1, keepdim=True) if means else read))
             taught.append(wanted.mean(1, keepdim=True) if means else wanted)
         return torch.cat(learnt, dim=1), torch.cat(taught, dim=1)

@@ -13,19 +13,12 @@ from utils import run_record
 from utils.checkpoint import save_checkpoint
 from utils.cli import fraction, path, positive_int, run_script
 from utils.files import UserError
+from utils.size_table import measure, size_table
 from utils.stage_checkpoint import begin, check_student, gated_student, part, read_finished
 from wav2vec2 import PruningError, Wav2Vec2Model, prune_to
-from wav2vec2.cost import count_parameters, multiply_accumulates
 
 TOLERANCE = 0.005
 """How far the sparsity may be from stage 1's target before a remark says so."""
-
-ROWS = {
-    "conv_channels": "conv {} channels",
-    "heads": "layer {} heads",
-    "feed_forward": "layer {} feed-forward",
-}
-"""What the table calls the widths of a model."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,7 +54,7 @@ def prune(model: Wav2Vec2Model, settings: Mapping, args: argparse.Namespace) -> 
     """
     sparsity_of, asked_for = settings.get("sparsity_of", "params"), settings.get("target_sparsity")
     teacher_cost = settings.get("teacher_cost") or model.count(sparsity_of).total()
-    before, size, macs = model.widths(), count_parameters(model), multiply_accumulates(model)
+    before = measure(model)
     expected = 1 - model.count(sparsity_of)().item() / teacher_cost
     try:
         if args.target_sparsity is not None:
@@ -70,16 +63,10 @@ def prune(model: Wav2Vec2Model, settings: Mapping, args: argparse.Namespace) -> 
             model.prune(args.round_to)
     except PruningError as error:
         raise UserError(f"{args.distilled_ckpt}: {error}") from error
-    after, pruned_size, pruned_macs = model.widths(), count_parameters(model), multiply_accumulates(model)
     reached = 1 - model.count(sparsity_of).total() / teacher_cost
     what = {"params": "parameters", "macs": "multiply-accumulates"}[sparsity_of]
-    lines = [f"{'':24}{'before':>12}{'after':>12}"]
-    for kind, name in ROWS.items():
-        widths = zip(before[kind], after[kind], strict=True)
-        lines += [f"{name.format(i):24}{had:>12}{has:>12}" for i, (had, has) in enumerate(widths)]
-    lines += [
-        f"{'parameters':24}{size:>12,}{pruned_size:>12,}",
-        f"{'MACs a second of audio':24}{macs / 1e6:>11,.0f}M{pruned_macs / 1e6:>11,.0f}M",
+    lines = [
+        *size_table(before, measure(model)),
         f"sparsity {reached:.4f} of the teacher's {what}; after training the gates expected {expected:.4f}",
     ]
     if args.target_sparsity is None and asked_for is not None and abs(reached - asked_for) > TOLERANCE:

@@ -1,14 +1,16 @@
-"""The rows of docs/results.md: students of a quarter of their teacher's size, made in four ways.
+"""The rows of docs/results.md: students of one size, with a learnt structure and with other ones.
 
     python benchmarks/results.py params --seed 1 --tsv_dir TSV --teacher_ckpt teacher.pth --out exp/results
     python benchmarks/results.py table --tsv_dir TSV --teacher_ckpt teacher.pth --out exp/results --data FSDD
 
 A row trains its student in a folder of --out, with the same number of updates in sum and the same learning
-rate: ``params`` and ``macs`` run the recipe by run.sh, pruned to exactly the target of parameters or of
-multiply-accumulates; ``random`` cuts the same share of every kind of unit, drawn at random, before any
-training; ``first_layers`` is DistilHuBERT's way (Chang et al. 2022): the teacher's first two layers, from
-whose end --distill_mode predlayer predicts three layers of the teacher. ``table`` runs report.py and
-evaluate.py on every student in --out, and prints their figures together.
+rate. ``params`` and ``macs`` run the recipe by run.sh, pruned to exactly the target of parameters or of
+multiply-accumulates. The others are trained by stage 3 alone, and have as many parameters as ``params``, or
+nearly so: ``random`` cuts the same share of every kind of unit, drawn at random, and ``random_macs`` does
+so to the multiply-accumulates of ``params``, which has to be made first; ``distilhubert`` predicts all
+layers from the end of the teacher's first ones (Chang et al. 2022); ``fithubert`` is thin and learns every
+layer (Lee et al. 2022); ``deep`` is thin and ``wide`` is shallow (Ashihara et al. 2022). ``table`` runs
+report.py and evaluate.py on every student in --out, and prints their figures together.
 """
 
 from __future__ import annotations
@@ -23,20 +25,22 @@ from pathlib import Path
 import common
 import torch
 
-from lightning import distill_projections, parse_distill_layers
 from utils.checkpoint import load_model, save_checkpoint
 from utils.cli import fraction, nonnegative_int, path, positive, positive_int, run_script
 from utils.files import UserError
-from wav2vec2 import Wav2Vec2Model, prune_to, wav2vec2_model
+from wav2vec2 import prune_to
+from wav2vec2.cost import count_parameters
 
 ROOT = Path(__file__).parent.parent
 STUDENT = Path("final", "ckpts", "pruned_hubert_base.pth")
+SHAPES = {"distilhubert": "width", "fithubert": "depth", "deep": "depth", "wide": "width"}
+"""Rows of a shape made by hand, and what make_student.py --keep keeps of the teacher's."""
 
 
 def parse_args() -> argparse.Namespace:
     parser = common.make_parser(__doc__)
     flag = parser.add_argument
-    flag("row", choices=["params", "macs", "random", "first_layers", "table"])
+    flag("row", choices=["params", "macs", "random", "random_macs", *SHAPES, "table"])
     flag("--seed", type=nonnegative_int, default=1)
     flag("--tsv_dir", type=path, required=True, help="manifests train100.tsv and valid.tsv")
     flag("--teacher_ckpt", type=path, required=True)
@@ -87,45 +91,52 @@ def recipe(args: argparse.Namespace) -> None:
     run("bash", ROOT / "run.sh", **shared_settings(args), **variables)
 
 
-def cut_at_random(teacher: Wav2Vec2Model, sparsity: float) -> Wav2Vec2Model:
-    """The teacher cut at random to exactly the parameters that ``sparsity`` leaves."""
-    student = common.gated_copy(teacher, sparsity).eval()
-    prune_to(student, sparsity)
-    return student
+def cut_at_random(args: argparse.Namespace, start: Path) -> None:
+    """Writes the teacher cut at random to the target's parameters, or to the multiply-accumulates of the row
+    ``params``."""
+    torch.manual_seed(args.seed)
+    student = common.gated_copy(load_model(args.teacher_ckpt), args.target_sparsity).eval()
+    if args.row == "random":
+        prune_to(student, args.target_sparsity)
+    else:
+        learnt = load_model(args.out / f"params-{args.seed}" / STUDENT).count("macs").total()
+        prune_to(student, 1 - learnt / student.count("macs").total(), "macs")
+    save_checkpoint(start, student)
 
 
-def first_layers(teacher: Wav2Vec2Model) -> Wav2Vec2Model:
-    """The teacher without its layers after the first two."""
-    config = {
-        key: value[:2] if key.startswith("encoder_") and isinstance(value, (list, tuple)) else value
-        for key, value in teacher.config.items()
-    }
-    student = wav2vec2_model(**{**config, "encoder_num_layers": 2})
-    names = student.state_dict()
-    student.load_state_dict({key: value for key, value in teacher.state_dict().items() if key in names})
-    return student
+def make_by_hand(args: argparse.Namespace, start: Path) -> dict[str, object]:
+    """Writes a student of one of ``SHAPES``; returns the flags that it is distilled by."""
+    teacher = load_model(args.teacher_ckpt)
+    size = {"params": (1 - args.target_sparsity) * count_parameters(teacher), "keep": SHAPES[args.row]}
+    if args.row == "fithubert":
+        # FitHuBERT has 480 feed-forward features for a teacher of width 768.
+        size["intermediate"] = teacher.config["encoder_embed_dim"] * 5 // 8
+    if not start.is_file():
+        script("make_student.py", teacher_ckpt=args.teacher_ckpt, out=start, seed=args.seed, **size)
+    layers = [int(layer) for layer in args.distill_layers.replace(".", ",").split(",")]
+    if args.row == "distilhubert":
+        learnt = ",".join(str(layer) for layer in layers if layer)
+        return {"distill_mode": "predlayer", "predlayer_activation": "none", "distill_layers": learnt}
+    depth, ours = (len(model.encoder.transformer.layers) for model in (teacher, load_model(start)))
+    if args.row == "fithubert":
+        layers = range(depth + 1)
+    # A projection for each layer, since the student's may be the same for several.
+    read = [-(-layer * ours // depth) for layer in layers]
+    return {"distill_layers": ".".join(map(str, layers)), "student_layers": ".".join(map(str, read))}
 
 
 def distil_alone(args: argparse.Namespace) -> None:
     """Makes the rows without gates: stage 3 with all updates."""
-    torch.manual_seed(args.seed)
-    teacher = load_model(args.teacher_ckpt)
-    if args.row == "random":
-        mode, student = "layer2layer", cut_at_random(teacher, args.target_sparsity)
-    else:
-        mode, student = "predlayer", first_layers(teacher)
-        args.distill_layers = args.distill_layers.rpartition(".")[2]
-    start = args.folder / "ckpts" / STUDENT.name
-    if not start.is_file():
-        groups = parse_distill_layers(args.distill_layers, len(teacher.encoder.transformer.layers))
-        heads = distill_projections(mode, groups, *[teacher.config["encoder_embed_dim"]] * 2)
-        save_checkpoint(start, student, distill_linear_projs=heads.state_dict())
+    start, by_hand = args.folder / "ckpts" / STUDENT.name, {}
+    if args.row in SHAPES:
+        by_hand = make_by_hand(args, start)
+    elif not start.is_file():
+        cut_at_random(args, start)
     script(
         "final_distill.py",
-        **shared_settings(args),
+        **{**shared_settings(args), **by_hand},
         exp_dir=args.folder / "final",
         student_ckpt=start,
-        distill_mode=mode,
         learning_rate=args.learning_rate,
         warmup_updates=args.updates[0] // 20,
         max_updates=sum(args.updates),

@@ -263,10 +263,9 @@ def validation_losses(logs: dict) -> dict[str, float]:
 
 def last_layer(students: list[dict]) -> dict | None:
     """The last student's distance from the teacher's last layer, or None where none was measured."""
-    layers = [
-        layer for student in students[-1:] for layer in student["hidden_states"] or student["projected"]
-    ]
-    return layers[-1] if layers else None
+    kinds = ("hidden_states", "projected")
+    rows = [row for student in students[-1:] for kind in kinds for row in student[kind]]
+    return max(rows, key=lambda row: row["layer"], default=None)
 
 
 def distance_curves(students: list[dict]) -> dict[str, tuple[dict[int, dict], dict]]:

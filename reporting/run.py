@@ -58,12 +58,15 @@ class Student:
         (batch, frame, feature)."""
         # Computed here because importing lightning.py takes longer than all the rest of a small report.
         predicts = self.settings.get("distill_mode") == "predlayer"
+        layers = self.settings.get("distill_layers", []) if self.projections else []
+        read = self.settings.get("student_layers") or layers
         result = {}
-        for place, layer in enumerate(self.settings.get("distill_layers", []) if self.projections else []):
+        for place, layer in enumerate(layers):
             name = f"{place}.0" if predicts else str(place)
             weight, bias = self.projections[f"{name}.weight"], self.projections[f"{name}.bias"]
-            projected = F.linear(states[-1 if predicts else layer], weight, bias)
-            result[layer] = F.gelu(projected) if predicts else projected
+            projected = F.linear(states[-1 if predicts else read[place]], weight, bias)
+            curved = predicts and self.settings.get("predlayer_activation") != "none"
+            result[layer] = F.gelu(projected) if curved else projected
         return dict(sorted(result.items()))
 
 

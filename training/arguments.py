@@ -72,8 +72,12 @@ def training_parser(
     distillation("--teacher_ckpt", type=path, default=HUBERT_BASE, help="the teacher's file")
     layers = "layers to match: commas separate those of a group, which share a projection, periods the groups"
     distillation("--distill_layers", default="0.4,8,12", help=layers)
+    depths = "the student's layer for each of these, written in the same way, where it has another depth"
+    distillation("--student_layers", help=depths)
     modes = "; ".join(f"{mode}: {what}" for mode, what in DISTILL_MODES.items())
     distillation("--distill_mode", choices=DISTILL_MODES, default="layer2layer", help=modes)
+    ends = "what ends the heads of predlayer; without GELU they can predict negative values too"
+    distillation("--predlayer_activation", choices=["gelu", "none"], default="gelu", help=ends)
     distillation("--l2_weight", type=nonnegative, default=0.0, help="weight of the squared error")
     distillation("--l1_weight", type=nonnegative, default=1.0, help="weight of the L1 distance")
     distillation("--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance")
@@ -87,18 +91,42 @@ def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2
     a UserError where the flags do not go together, or not with the models."""
     if not (args.l2_weight or args.l1_weight or args.cos_weight):
         raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: give one of them a weight")
-    # In predlayer mode the student's last layer predicts them all, so it may have fewer layers.
-    compared = (teacher,) if args.distill_mode == "predlayer" else (teacher, student)
-    num_layers = min(len(model.encoder.transformer.layers) for model in compared)
-    groups = parse_distill_layers(args.distill_layers, num_layers)
+    depth, student_depth = (len(model.encoder.transformer.layers) for model in (teacher, student))
+    groups, student_layers = parse_distill_layers(args.distill_layers, depth), None
+    layers = [layer for group in groups for layer in group]
+    predlayer = args.distill_mode == "predlayer"
+    if predlayer and args.student_layers is not None:
+        raise UserError(
+            "--student_layers: with --distill_mode predlayer the last layer predicts all; leave it out"
+        )
+    if not predlayer and args.predlayer_activation != "gelu":
+        raise UserError(
+            "--predlayer_activation: belongs to --distill_mode predlayer; leave it out or give that"
+        )
+    if args.student_layers is not None:
+        named = parse_distill_layers(args.student_layers, student_depth, "student")
+        if [len(group) for group in named] != [len(group) for group in groups]:
+            raise UserError(
+                f"--student_layers {args.student_layers} does not have the groups of --distill_layers "
+                f"{args.distill_layers}: name one layer of the student for each of the teacher's"
+            )
+        student_layers = [layer for group in named for layer in group]
+    elif not predlayer and max(layers) > student_depth:
+        raise UserError(
+            f"--distill_layers {args.distill_layers}: the student has {student_depth} layers and the teacher "
+            f"{depth}; name the student's layer for each of them with --student_layers"
+        )
     dimensions = [model.config["encoder_embed_dim"] for model in (student, teacher)]
-    names = "distill_mode learning_rate weight_decay warmup_updates max_updates"
+    names = "distill_mode predlayer_activation learning_rate weight_decay warmup_updates max_updates"
     recorded = "tsv_dir train_subset seconds_per_batch num_workers seed"
     return {
         "teacher_model": teacher,
         "student_model": student,
-        "distill_layers": [layer for group in groups for layer in group],
-        "distill_linear_projs": distill_projections(args.distill_mode, groups, *dimensions),
+        "distill_layers": layers,
+        "student_layers": student_layers,
+        "distill_linear_projs": distill_projections(
+            args.distill_mode, groups, *dimensions, args.predlayer_activation
+        ),
         "distill_loss": DistillLoss(args.l2_weight, args.l1_weight, args.cos_weight, args.cos_type),
         **{name: getattr(args, name) for name in f"{names} {recorded}".split()},
     }

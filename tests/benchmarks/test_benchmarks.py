@@ -1,6 +1,7 @@
 """Each benchmark runs as a user would run it, on a tiny model, and gives every figure that it promises."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -84,11 +85,16 @@ def test_deploy_measures_teacher_and_student_in_every_way(figures, teacher):
 def test_results_compares_students_made_in_every_way(figures, teacher, manifests, tmp_path):
     short = ("--updates", 2, 1, "--seconds_per_batch", 4, "--distill_layers", "0.1,3")
     common = ("--tsv_dir", manifests, "--teacher_ckpt", teacher, "--out", tmp_path / "results")
-    for row in ("random", "first_layers"):
+    results = tmp_path / "results"
+    for row in ("random", "random_macs", "fithubert"):
         run("benchmarks/results.py", row, "--seed", 3, *common, *short, "--target_sparsity", 0.5)
+        if row == "random":
+            shutil.copytree(results / "random-3", results / "params-3")
     rows = figures("results", "table", *common, "--repeats", 1)["rows"]
     whole = rows["teacher"]["parameters"]
-    random, layers = rows["random-3"], rows["first_layers-3"]
-    assert 0.45 * whole < random["parameters"] <= 0.5 * whole < layers["parameters"] < whole
+    random, by_macs, thin = rows["random-3"], rows["random_macs-3"], rows["fithubert-3"]
+    assert 0.45 * whole < random["parameters"] <= 0.5 * whole
+    assert abs(thin["parameters"] - 0.5 * whole) < 0.1 * whole
+    assert 0.9 * random["M MACs/s"] < by_macs["M MACs/s"] <= random["M MACs/s"]
     assert random.keys() >= {"projected 0", "projected 1", "projected 3", "layer 3", "times faster"}
-    assert layers.keys() >= {"projected 1", "projected 3"} and "layer 3" not in layers
+    assert thin.keys() >= {"projected 2"} and "layer 3" not in thin
