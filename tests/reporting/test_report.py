@@ -134,6 +134,7 @@ def test_distances_are_those_computed_from_the_audio(report, stages, teacher, ma
         error = np.linalg.norm(student - wanted) / np.linalg.norm(wanted)
         assert entry["cosine"] == pytest.approx(cosine.mean(), abs=1e-5)
         assert entry["relative_error"] == pytest.approx(error, rel=1e-4)
+        assert entry["l1"] == pytest.approx(np.abs(student - wanted).mean(), rel=1e-4)
 
     wanted = hidden_states(teacher)
     tensors = tensors_of(stages / "final" / "ckpts" / "last.ckpt")
@@ -168,8 +169,32 @@ def test_speeds_are_given_for_both_lengths_of_audio(report):
 
 
 def test_the_page_is_complete_in_itself(report):
-    assert pictures_of(report[1]) == 3 + 5 + 2
+    # Both distillations add the validation loss by kind, and the learning rates.
+    assert pictures_of(report[1]) == 3 + 5 + 4 + 2
+    session = report[0]["stages"]["distill"]["sessions"][-1]
+    assert "max_updates" in session["changed"] and "clip_norm" not in session["changed"]
+    head, _, folded = report[1].partition("<details>")
+    assert "--max_updates" in head and "--clip_norm" not in head and "--clip_norm" in folded
+    assert report[0]["audio"]["train100"]["utterances"] == 12 and "Hours of audio" in report[1]
+    assert "Loss by distilled layer and kind" in report[1]
     assert "report.html" in report[2].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side(stages, teacher, manifests, tmp_path, monkeypatch, fails):
+    other = tmp_path / "other"
+    shutil.copytree(stages, other, ignore=shutil.ignore_patterns("final", "report"))
+    content = json.loads((other / "run.json").read_text())
+    content["distill"]["sessions"][-1]["flags"]["target_sparsity"] = 0.5
+    (other / "run.json").write_text(json.dumps(content))
+    several = ["--teacher_ckpt", teacher, "--root_dir", stages, other, "--tsv_dir", manifests, "--repeats", 1]
+    assert "--out is missing" in fails("report", *several)
+    assert "--final_dir has 1 folders" in fails("report", *several, "--final_dir", stages / "final")
+    call(monkeypatch, "report", *several, "--out", tmp_path / "out")
+    numbers, page = read(tmp_path / "out")
+    assert [report["student"]["stage"] for report in numbers.values()] == ["after stage 2"] * 2
+    assert "distill --target_sparsity" in page and "distill --learning_rate" not in page
+    assert pictures_of(page) == 1 + 3
 
 
 def test_a_run_in_stage_3_and_its_record(stages, report, teacher, manifests, tmp_path, monkeypatch):
@@ -219,7 +244,7 @@ def test_a_wavlm_without_validation_in_stages_1_and_2(manifests, tmp_path, monke
     assert 0 < content["sparsity"]["expected"] < 1
     assert content["training"]["final_distill"] == {}
     assert len(content["distance"]["students"][0]["hidden_states"]) == 4
-    assert pictures_of(page) == 3 + 4 + 2
+    assert pictures_of(page) == 3 + 5 + 2
 
     call(monkeypatch, "prune", *as_words(distilled_ckpt=last, original_ckpt=teacher))
     call(monkeypatch, "report", *more)
@@ -231,7 +256,7 @@ def test_a_wavlm_without_validation_in_stages_1_and_2(manifests, tmp_path, monke
     assert content["sizes"]["student"]["parameters"] == numel(state_dict)
     assert content["distance"] is None and "valid_loss" not in content["training"]["distill"]
     assert "Not measured: no" in page and "No validation loss was logged" in page
-    assert pictures_of(page) == 3 + 4
+    assert pictures_of(page) == 3 + 5
 
 
 def test_the_later_values_of_a_resumed_run_count(tmp_path):
