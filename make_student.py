@@ -3,6 +3,11 @@
 et al. 2022; FitHuBERT, Lee et al. 2022; Deep versus Wide, Ashihara et al. 2022). A convolution, linear layer
 or norm of the teacher's shape starts from the teacher's weights, and any other anew."""
 
+if __name__ == "__main__":
+    from utils import processes
+
+    processes.begin()
+
 import argparse
 import math
 import re
@@ -10,10 +15,10 @@ from bisect import bisect_left
 
 import torch
 
-from utils import run_record
 from utils.checkpoint import load_model, save_checkpoint
 from utils.cli import nonnegative_int, number, path, positive_int, run_script
 from utils.files import UserError
+from utils.outputs import check_outputs
 from utils.size_table import measure, size_table
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.cost import count_parameters
@@ -152,7 +157,7 @@ def copy_weights(student: Wav2Vec2Model, teacher: Wav2Vec2Model, layers: list[in
 
 def main() -> None:
     args = parse_args()
-    run_record.refuse_overwriting(args.out, {"teacher_ckpt": args.teacher_ckpt})
+    check_outputs({"out": args.out}, {"teacher_ckpt": args.teacher_ckpt})
     teacher = load_model(args.teacher_ckpt)
     if teacher.is_gated:
         raise UserError(f"{args.teacher_ckpt}: has gates; give a model without, as prune.py writes it")

@@ -83,12 +83,14 @@ def own_cache(folder: Path) -> Iterator[None]:
         return {name: sys.modules.pop(name) for name in names}
 
     users, modules = dynamic_module_utils.HF_MODULES_CACHE, set_imported_code_aside()
+    path = list(sys.path)
+    sys.path[:] = [entry for entry in path if not Path(entry, "transformers_modules").is_dir()]
     dynamic_module_utils.HF_MODULES_CACHE = str(folder)
     try:
         yield
     finally:
         dynamic_module_utils.HF_MODULES_CACHE = users
-        sys.path[:] = [path for path in sys.path if path != str(folder)]
+        sys.path[:] = path
         set_imported_code_aside()
         sys.modules.update(modules)
 
