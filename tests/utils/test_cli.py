@@ -59,11 +59,19 @@ def test_a_name_that_is_not_utf8_is_refused(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    "script",
-    ["evaluate", "report", "prune", "save_final_ckpt", "export_to_hf", "export_to_onnx"]
-    + ["convert_hubert_from_hf", "convert_wavlm_from_unilm", "prepare_data"],
+    ("script", "number"),
+    [
+        ("evaluate", signal.SIGINT),
+        ("report", signal.SIGTERM),
+        ("prune", signal.SIGHUP),
+        ("save_final_ckpt", signal.SIGINT),
+        ("export_to_hf", signal.SIGTERM),
+        ("export_to_onnx", signal.SIGHUP),
+        ("convert_hubert_from_hf", signal.SIGINT),
+        ("make_student", signal.SIGINT),
+        ("prepare_data", signal.SIGTERM),
+    ],
 )
 def test_a_signal_ends_a_command_in_one_sentence(script, number, tmp_path):
     """During its imports, which take seconds."""
