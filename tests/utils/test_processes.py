@@ -35,7 +35,7 @@ def test_names_are_utf8_in_a_locale_that_is_not(corpus, tmp_path):
 
 def test_nohup_keeps_a_command_from_hearing_of_the_terminal():
     program = "from utils.processes import handle_signals as h; print([n.name for n in h(print)])"
-    ignoring = [sys.executable, "-c", f"import signal; signal.signal(1, signal.SIG_IGN); {program}"]
-    for words, heeds in (([sys.executable, "-c", program], True), (ignoring, False)):
+    for handler, heeds in (("SIG_DFL", True), ("SIG_IGN", False)):
+        words = [sys.executable, "-c", f"import signal; signal.signal(1, signal.{handler}); {program}"]
         said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
         assert ("SIGHUP" in said) == heeds and "SIGTERM" in said
