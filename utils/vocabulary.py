@@ -1,0 +1,145 @@
+"""The tokens or labels of a model's head, which lie in ``NAME.vocab.json`` beside ``NAME.pth``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+from utils.files import UserError, atomic_write
+
+BLANK = "<pad>"
+"""The token of CTC's blank, as transformers has it. A file that is read may also name it as in ``BLANKS``."""
+
+BLANKS = (BLANK, "[PAD]", "<blank>", "[blank]", "<ctc_blank>")
+SPACES = ("|", "\u2581", " ")
+"""What stands for a space between words, or in front of a word, in the vocabularies that people have."""
+
+SPECIAL = re.compile(r"<[^>]+>|\[[^\]]+\]")
+
+
+class Vocabulary:
+    """The tokens of a CTC head, or the labels of a classifier, by the number of the output.
+
+    Args:
+        tokens: they, one for each output.
+        tokenizer: a tokenizer of transformers with these tokens, which divides texts in its own way.
+        source: where they come from, named in errors.
+    """
+
+    def __init__(self, tokens: Sequence[str], tokenizer=None, source: str | Path = "the vocabulary") -> None:
+        found = next((blank for blank in BLANKS if blank in tokens), None)
+        self.tokens = [BLANK if token == found else token for token in tokens]
+        self.blank = None if found is None else self.tokens.index(BLANK)
+        self.tokenizer, self.source = tokenizer, source
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {token: number for number, token in enumerate(self.tokens)}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern:
+        texts = [token for token in self.tokens if token and not SPECIAL.fullmatch(token)]
+        return re.compile("|".join(re.escape(token) for token in sorted(texts, key=len, reverse=True)) + "|.")
+
+    @cached_property
+    def _space(self) -> str:
+        """What stands for a space; the last, a space itself, where no token has one of the others."""
+        return next((s for s in SPACES if any(s in token for token in self.tokens)), SPACES[-1])
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens' numbers of a text, of which each is as long as can be from left to right.
+
+        Raises:
+            UserError: the text is empty, or has characters that no token has.
+        """
+        words = text.split()
+        if not words:
+            raise UserError("the text is empty")
+        if self.tokenizer is not None:
+            return self.tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+        spaced = self._space.join(words)
+        pieces = self._pattern.findall(f"{self._space}{spaced}" if self._space == "\u2581" else spaced)
+        unknown = sorted({piece for piece in pieces if piece not in self._numbers})
+        if unknown:
+            raise UserError(f"{''.join(unknown)!r:.80} is not among the tokens of {self.source}")
+        return [self._numbers[piece] for piece in pieces]
+
+    def decode(self, best: Iterable[int]) -> str:
+        """The text of the best token of each frame: repeated ones count once, and blanks not (CTC, Graves et
+        al. 2006, section 3.1)."""
+        numbers = [number for number, _ in groupby(best) if number != self.blank]
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(numbers, skip_special_tokens=True)
+        text = "".join(
+            self.tokens[number] for number in numbers if not SPECIAL.fullmatch(self.tokens[number])
+        )
+        return " ".join(text.replace(self._space, " ").split())
+
+    def write(self, path: str | Path) -> None:
+        """Writes a file as transformers' ``vocab.json``: token -> number."""
+        with atomic_write(path) as temporary:
+            text = json.dumps({token: number for number, token in enumerate(self.tokens)}, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def of_characters(texts: Iterable[str]) -> Vocabulary:
+    """The characters of some texts, with ``|`` between words."""
+    return Vocabulary([BLANK, "|", *sorted(set().union(*(text for text in texts)) - set(" \t|"))])
+
+
+def read_vocabulary(path: str | Path) -> Vocabulary:
+    """The vocabulary in a file like transformers' ``vocab.json``, or of a tokenizer's folder.
+
+    Raises:
+        UserError: there is none, or it does not give each of its tokens a number from 0 up.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_tokenizer(path)
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a vocab.json") from error
+    except (ValueError, RecursionError):
+        numbers = None
+    if not isinstance(numbers, dict) or sorted(map(repr, numbers.values())) != sorted(
+        map(repr, range(len(numbers)))
+    ):
+        raise UserError(f"{path}: is no vocabulary, which gives each token or label a number from 0 up")
+    return Vocabulary(sorted(numbers, key=numbers.get), source=path)
+
+
+def _read_tokenizer(folder: Path) -> Vocabulary:
+    from utils.cli import needs_extra
+
+    with needs_extra("hf"):
+        from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        numbers = tokenizer.get_vocab()
+        blank = tokenizer.pad_token
+    except Exception as error:  # transformers raises many kinds.
+        raise UserError(f"{folder}: transformers cannot read a tokenizer from it ({error})") from error
+    tokens = sorted(numbers, key=numbers.get)
+    return Vocabulary([BLANK if token == blank else token for token in tokens], tokenizer, folder)
+
+
+def beside(checkpoint: str | Path) -> Path:
+    """Where the vocabulary of a model's file lies, or would."""
+    return Path(checkpoint).with_suffix(".vocab.json")
+
+
+def copy_vocabulary(source: str | Path, checkpoint: str | Path) -> None:
+    """Copies the vocabulary that lies beside one model's file, where there is one, to beside another's."""
+    if beside(source).is_file() and beside(source).absolute() != beside(checkpoint).absolute():
+        with atomic_write(beside(checkpoint)) as temporary:
+            shutil.copyfile(beside(source), temporary)
