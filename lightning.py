@@ -7,6 +7,7 @@ otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -94,6 +95,28 @@ class DistillLoss(nn.Module):
         return self.l2_weight * mse + self.l1_weight * l1 + self.cos_weight * cos, (mse, l1, cos)
 
 
+def head_loss(student: Tensor, teacher: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """The Kullback-Leibler divergence of the student's distribution over tokens from the teacher's, in nats,
+    as the mean over frames (Hinton et al. 2015, arXiv 1503.02531, at temperature 1); computed in float32 or
+    better.
+
+    Args:
+        student, teacher: (batch, frame, token), outputs of the heads.
+        lengths: (batch,) valid frames, or None where all are.
+    """
+    precise = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = (outputs.to(precise).log_softmax(-1) for outputs in (student, teacher))
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    if lengths is not None:
+        divergence = divergence[valid_frames(lengths, divergence.size(1))]
+    return divergence.mean()
+
+
+def valid_frames(lengths: Tensor, frames: int) -> Tensor:
+    """Which of so many frames are not padding, (batch, frame)."""
+    return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(-1)
+
+
 def parse_distill_layers(text: str, num_layers: int, model: str = "teacher") -> list[list[int]]:
     """``"0.4,8,12"`` -> [[0], [4, 8, 12]]: commas separate the layers of a group, and periods the groups.
 
@@ -145,6 +168,22 @@ def distill_projections(
     return heads
 
 
+class ModelPass(NamedTuple):
+    """What a pass of both models gave.
+
+    Attributes:
+        student, teacher: hidden states, each (batch, frame, feature); none of a teacher that is not there.
+        outputs, wanted: what the student's and the teacher's heads gave, (batch, frame, token), or None.
+        frames: (batch,) valid frames, or None where all are.
+    """
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    outputs: Tensor | None
+    wanted: Tensor | None
+    frames: Tensor | None
+
+
 class DistillModule(pl.LightningModule):
     """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which units may go.
 
@@ -152,7 +191,8 @@ class DistillModule(pl.LightningModule):
     After --accum_grad batches come ``configure_gradient_clipping`` and the steps of optimiser and scheduler.
 
     Args:
-        teacher_model: the teacher, which is frozen here.
+        teacher_model: the teacher, which is frozen here; None where training has another loss, as
+            training.finetuning.FinetuneModule has.
         student_model: the student, with gates where ``use_reg``.
         distill_mode: one of ``DISTILL_MODES``.
         distill_layers: layers to match, 0 to the number of layers, one for each of ``distill_linear_projs``.
@@ -167,6 +207,7 @@ class DistillModule(pl.LightningModule):
         sparsity_of: the cost that is constrained: "params", parameters, or "macs", multiply-accumulates of an
             utterance of 10 s (HJ-Pruning, Peng et al. 2023b, section 3).
         sparsity_warmup_updates: the target grows linearly from 0 over these.
+        head_weight: weight of :func:`head_loss`, where both models have a head of the same outputs.
         tsv_dir, train_subset, seconds_per_batch, num_workers, predlayer_activation: flags, kept among the
             hyper-parameters; ``Trainer.fit`` gets its batches from a ``SpeechDataModule`` or any loader.
         seed: seeds dropout and the gates' samples.
@@ -180,7 +221,7 @@ class DistillModule(pl.LightningModule):
     def __init__(
         self,
         *,
-        teacher_model: Wav2Vec2Model,
+        teacher_model: Wav2Vec2Model | None,
         student_model: Wav2Vec2Model,
         distill_mode: str,
         distill_layers: Sequence[int],
@@ -197,6 +238,7 @@ class DistillModule(pl.LightningModule):
         sparsity_of: str = "params",
         student_layers: Sequence[int] | None = None,
         predlayer_activation: str = "gelu",
+        head_weight: float = 0.0,
         tsv_dir: str | None = None,
         train_subset: str | None = None,
         seconds_per_batch: float | None = None,
@@ -210,12 +252,12 @@ class DistillModule(pl.LightningModule):
         self.save_hyperparameters(
             ignore=["teacher_model", "student_model", "distill_linear_projs", "distill_loss"], logger=False
         )
-        self.teacher_model = teacher_model.requires_grad_(False).eval()
+        self.teacher_model = None if teacher_model is None else teacher_model.requires_grad_(False).eval()
         self.student_model = student_model
         self.distill_linear_projs = distill_linear_projs
         self.distill_loss = distill_loss
         if use_reg:
-            total = teacher_model.count(sparsity_of).total()
+            total = (teacher_model or student_model).count(sparsity_of).total()
             # Pruning to a target of the teacher's cost needs it, and does not read the teacher.
             self.hparams["teacher_cost"] = total
             constraint = SizeConstraint(
@@ -239,10 +281,14 @@ class DistillModule(pl.LightningModule):
         """
         trained = [p for p in self.parameters() if p.requires_grad]
         with torch.random.fork_rng(devices=[]):
-            loss = self._losses(torch.zeros(1, 4000, device=trained[0].device), None)["loss"]
+            loss = self._losses(*self._silence(trained[0].device))["loss"]
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
+
+    def _silence(self, device: torch.device) -> tuple:
+        """A batch to try."""
+        return torch.zeros(1, 4000, device=device), None
 
     def train(self, mode: bool = True) -> DistillModule:
         self.training = mode
@@ -259,16 +305,33 @@ class DistillModule(pl.LightningModule):
             waveforms: (batch, time).
             lengths: (batch,) valid samples, or None where all are whole.
         """
+        run = self._run_models(waveforms, lengths)
+        return self._compared(run.student, run.teacher)
+
+    def _run_models(self, waveforms: Tensor, lengths: Tensor | None, outputs: bool = False) -> ModelPass:
+        """Runs both models as far as the loss reads them; to their ends for their ``outputs``."""
+        teacher_layers = self.hparams.distill_layers
+        student_layers = self.hparams.student_layers or teacher_layers
+        ends = outputs or self.hparams.head_weight > 0
+        top = None if ends or self.hparams.distill_mode == "predlayer" else max(student_layers)
+        # A GPU is asked which gates are open before it is given the teacher's work.
+        model, teacher, wanted = self.narrow(self.student_model), [], None
+        if self.teacher_model is not None:
+            taught = self.hparams.head_weight > 0
+            with torch.no_grad():
+                teacher, _ = self.teacher_model.extract_features(
+                    waveforms, lengths, None if taught else max(teacher_layers)
+                )
+                wanted = self.teacher_model.output(teacher[-1]) if taught else None
+        student, frames = model.extract_features(waveforms, lengths, top)
+        return ModelPass(student, teacher, model.output(student[-1]) if ends else None, wanted, frames)
+
+    def _compared(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What ``forward`` returns, of the models' hidden states."""
         teacher_layers = self.hparams.distill_layers
         student_layers = self.hparams.student_layers or teacher_layers
         layered = self.hparams.distill_mode != "predlayer"
         means = self.hparams.distill_mode == "group_mean"
-        top = max(student_layers) if layered else None
-        # A GPU is asked which gates are open before it is given the teacher's work.
-        student_model = self.narrow(self.student_model)
-        with torch.no_grad():
-            teacher, _ = self.teacher_model.extract_features(waveforms, lengths, max(teacher_layers))
-        student, _ = student_model.extract_features(waveforms, lengths, top)
         # Layers that share a projection go through it together.
         together: dict[nn.Module, list[list[int]]] = {}
         for projection, *pair in zip(self.distill_linear_projs, student_layers, teacher_layers, strict=True):
@@ -281,15 +344,29 @@ class DistillModule(pl.LightningModule):
             taught.append(wanted.mean(1, keepdim=True) if means else wanted)
         return torch.cat(learnt, dim=1), torch.cat(taught, dim=1)
 
-    def _losses(self, waveforms: Tensor, lengths: Tensor | None) -> dict[str, Tensor | float]:
-        loss_distill, (mse, l1, cos) = self.distill_loss(*self(waveforms, lengths))
-        losses = {"loss_distill": loss_distill, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+    def _losses(self, waveforms: Tensor, lengths: Tensor | None, *labels: Tensor) -> dict[str, Tensor]:
+        """The sum, ``loss``, its parts before weighting, and what else there is to log."""
+        run = self._run_models(waveforms, lengths)
+        losses = self._distill_losses(*self._compared(run.student, run.teacher), run)
+        return self._with_size(losses)
+
+    def _distill_losses(self, learnt: Tensor, taught: Tensor, run: ModelPass) -> dict[str, Tensor]:
+        loss_distill, (mse, l1, cos) = self.distill_loss(learnt, taught)
+        losses = {"loss": loss_distill, "loss_distill": loss_distill}
+        losses |= {"loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+        if self.hparams.head_weight:
+            losses["loss_head"] = head_loss(run.outputs, run.wanted, run.frames)
+            losses["loss"] = loss_distill + self.hparams.head_weight * losses["loss_head"]
+        return losses
+
+    def _with_size(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the size constraint to the sum, where there is one."""
         if not self.hparams.use_reg:
-            return {"loss": loss_distill, **losses}
+            return losses
         loss_reg, sparsity = self.constraint(self.global_step), self.constraint.sparsity
         return {
-            "loss": loss_distill + loss_reg,
             **losses,
+            "loss": losses["loss"] + loss_reg,
             "loss_reg": loss_reg,
             "sparsity_expected": sparsity,
             "sparsity_target": sparsity.new_full((), self.constraint.target(self.global_step)),
@@ -299,7 +376,7 @@ class DistillModule(pl.LightningModule):
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """One batch: waveforms (batch, time), alone or with their lengths (batch,)."""
-        losses = self._losses(*_waveforms_and_lengths(batch))
+        losses = self._losses(*_parts(batch))
         update, last = self.global_step + 1, self.trainer.max_steps
         if self.device.type == "cuda" and update % self.trainer.log_every_n_steps and update != last:
             # A GPU notes only what is written to the logs, since noting it takes milliseconds.
@@ -311,8 +388,8 @@ class DistillModule(pl.LightningModule):
         return losses["loss"]
 
     def validation_step(self, batch: Tensor | tuple[Tensor, Tensor | None], batch_idx: int) -> None:
-        waveforms, lengths = _waveforms_and_lengths(batch)
-        losses = self._losses(waveforms, lengths)
+        waveforms, *rest = _parts(batch)
+        losses = self._losses(waveforms, *rest)
         logged = {f"valid_{name}": value for name, value in losses.items() if name.startswith("loss")}
         self.log_dict(logged, batch_size=waveforms.numel(), sync_dist=True, on_epoch=True)
 
@@ -320,9 +397,10 @@ class DistillModule(pl.LightningModule):
         """Notes faults of the batch's files, and drops lengths that say nothing, so that no mask is built."""
         if isinstance(batch, (tuple, list)):
             waveforms, lengths, *more = batch
-            self.faults += [fault for faults in more for fault in faults]
+            if more and isinstance(more[-1], list):
+                self.faults += more.pop()
             whole = lengths is None or bool((lengths == waveforms.size(1)).all())
-            return waveforms, None if whole else lengths
+            return waveforms, None if whole else lengths, *more
         return batch
 
     def configure_optimizers(self):
@@ -394,8 +472,9 @@ class DistillModule(pl.LightningModule):
         return values
 
 
-def _waveforms_and_lengths(batch: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+def _parts(batch: Tensor | tuple) -> tuple:
+    """Waveforms, lengths, and labels where there are any."""
+    return (batch, None) if isinstance(batch, Tensor) else tuple(batch)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The flags that stages 1 and 3 share, and what they make of them."""
+"""The flags that training stages share, and what they make of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import argparse
 import sys
 from typing import NoReturn
 
+from torch import nn
+
 from dataset.datamodule import SpeechDataModule
 from lightning import DISTILL_MODES, DistillLoss, distill_projections, parse_distill_layers
 from utils import run_record
-from utils.cli import nonnegative, nonnegative_int, path, positive, positive_int
+from utils.cli import fraction, nonnegative, nonnegative_int, path, positive, positive_int
 from utils.files import UserError
 from utils.processes import reports_errors
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.cost import COUNTS, UTTERANCE_SECONDS
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """Lightning's names for the values of --precision."""
@@ -30,16 +33,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def training_parser(
-    description: str, learning_rate: float, warmup_updates: int, max_updates: int
+    description: str, learning_rate: float, warmup_updates: int, max_updates: int, labelled: bool = False
 ) -> argparse.ArgumentParser:
-    """The parser of a training stage's flags; the numbers are the stage's own defaults."""
+    """The parser of a training stage's flags; the numbers are the stage's own defaults. A stage with
+    ``labelled`` audio uses utterances whole, and needs no teacher."""
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data").add_argument
     data("--tsv_dir", type=path, default="data/librispeech", help="folder of the manifests (prepare_data.py)")
     data("--train_subset", default="train100", help="NAME of the training manifest NAME.tsv")
     data("--seconds_per_batch", type=positive, default=87.5, help="seconds of audio per batch and device")
-    long = "recordings above 15.6 s: leave them out, or train on them in equal pieces"
-    data("--long_utterances", choices=["drop", "split"], default="drop", help=long)
+    if not labelled:
+        long = "recordings above 15.6 s: leave them out, or train on them in equal pieces"
+        data("--long_utterances", choices=["drop", "split"], default="drop", help=long)
     skip = "train on another utterance where a file cannot be read, in place of saving and ending the run"
     data("--skip_unreadable", action="store_true", help=skip)
     data("--num_workers", type=nonnegative_int, default=1, help="processes per device that read audio")
@@ -69,7 +74,8 @@ def training_parser(
     optimisation("--accum_grad", type=positive_int, default=1, help="batches per update")
 
     distillation = parser.add_argument_group("distillation").add_argument
-    distillation("--teacher_ckpt", type=path, default=HUBERT_BASE, help="the teacher's file")
+    teacher = "the teacher's file" + ("; without one nothing is distilled" if labelled else "")
+    distillation("--teacher_ckpt", type=path, default=None if labelled else HUBERT_BASE, help=teacher)
     layers = "layers to match: commas separate those of a group, which share a projection, periods the groups"
     distillation("--distill_layers", default="0.4,8,12", help=layers)
     depths = "the student's layer for each of these, written in the same way, where it has another depth"
@@ -83,12 +89,68 @@ def training_parser(
     distillation("--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance")
     cosines = "the cosine distance: -cos, or -log sigmoid(cos)"
     distillation("--cos_type", choices=["raw", "log_sig"], default="raw", help=cosines)
+    unless = "0, since the labels say what to output" if labelled else "1 where both have a head"
+    head = (
+        f"weight of the divergence of the head's outputs from those of the teacher's head; default: {unless}"
+    )
+    distillation("--head_weight", type=nonnegative, help=head)
     return parser
 
 
-def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> dict:
-    """The keyword arguments of ``DistillModule`` that both stages make of their flags in the same way; raises
+def add_pruning(
+    parser: argparse.ArgumentParser, sparsity_warmup_updates: int, optional: bool = False
+) -> None:
+    """Adds the flags of training with gates, which are used where any unit is named if they are
+    ``optional``."""
+    pruning = parser.add_argument_group("pruning").add_argument
+    units = None if optional else "conv,head,interm,attlayer,ffnlayer"
+    named = "units that get gates, a comma list of conv, head, interm, attlayer and ffnlayer"
+    pruning("--pruning_units", default=units, help=named + ("; default: none" if optional else ""))
+    pruning("--reg_learning_rate", type=positive, default=0.02, help="peak learning rate of the gates")
+    whole = "teacher's (without one, the model's)" if optional else "teacher's"
+    pruning("--target_sparsity", type=fraction, default=0.75, help=f"part of the {whole} cost that is to go")
+    cost = f"the cost: parameters, or multiply-accumulates for an utterance of {UTTERANCE_SECONDS} s"
+    pruning("--sparsity_of", choices=COUNTS, default="params", help=cost)
+    rises = "updates to the target"
+    pruning("--sparsity_warmup_updates", type=nonnegative_int, default=sparsity_warmup_updates, help=rises)
+
+
+def pruning(args: argparse.Namespace, student: Wav2Vec2Model) -> dict:
+    """Puts the gates that the flags ask for on ``student``; returns the arguments of ``DistillModule`` for
+    them. Raises a UserError where no such gates can be put on it."""
+    try:
+        student.add_gates(args.pruning_units)
+    except ValueError as error:
+        raise UserError(f"--pruning_units {args.pruning_units}: {error}") from error
+    names = ["reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "sparsity_of"]
+    return {"use_reg": True, **{name: getattr(args, name) for name in names}}
+
+
+def head_weight(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> float:
+    """The weight of what the teacher's head teaches, by default 1 where both models have a head."""
+    heads = [None if model.aux is None else model.aux.out_features for model in (teacher, student)]
+    given = getattr(args, "head_weight", None)
+    if given == 0 or (given is None and None in heads):
+        return 0.0
+    if heads[0] != heads[1]:
+        said = [f"one of {head} outputs" if head else "none" for head in heads]
+        raise UserError(
+            f"--head_weight: the teacher's head is {said[0]}, and the student's {said[1]}; give models that "
+            "both have the same head, which convert_*.py keeps by --keep_head, or --head_weight 0"
+        )
+    return 1.0 if given is None else given
+
+
+def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model | None, student: Wav2Vec2Model) -> dict:
+    """The keyword arguments of ``DistillModule`` that all stages make of their flags in the same way; raises
     a UserError where the flags do not go together, or not with the models."""
+    names = "distill_mode predlayer_activation learning_rate weight_decay warmup_updates max_updates"
+    recorded = "tsv_dir train_subset seconds_per_batch num_workers seed"
+    arguments = {name: getattr(args, name) for name in f"{names} {recorded}".split()}
+    arguments |= {"teacher_model": teacher, "student_model": student}
+    if teacher is None:
+        nothing = {"distill_layers": [], "distill_linear_projs": nn.ModuleList(), "distill_loss": None}
+        return {**arguments, **nothing}
     if not (args.l2_weight or args.l1_weight or args.cos_weight):
         raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: give one of them a weight")
     depth, student_depth = (len(model.encoder.transformer.layers) for model in (teacher, student))
@@ -117,22 +179,19 @@ def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2
             f"{depth}; name the student's layer for each of them with --student_layers"
         )
     dimensions = [model.config["encoder_embed_dim"] for model in (student, teacher)]
-    names = "distill_mode predlayer_activation learning_rate weight_decay warmup_updates max_updates"
-    recorded = "tsv_dir train_subset seconds_per_batch num_workers seed"
     return {
-        "teacher_model": teacher,
-        "student_model": student,
+        **arguments,
         "distill_layers": layers,
         "student_layers": student_layers,
         "distill_linear_projs": distill_projections(
             args.distill_mode, groups, *dimensions, args.predlayer_activation
         ),
         "distill_loss": DistillLoss(args.l2_weight, args.l1_weight, args.cos_weight, args.cos_type),
-        **{name: getattr(args, name) for name in f"{names} {recorded}".split()},
+        "head_weight": head_weight(args, teacher, student),
     }
 
 
-def data_module(args: argparse.Namespace) -> SpeechDataModule:
+def data_module(args: argparse.Namespace, **labels) -> SpeechDataModule:
     """The batches that the flags ask for."""
     return SpeechDataModule(
         args.tsv_dir,
@@ -140,5 +199,6 @@ def data_module(args: argparse.Namespace) -> SpeechDataModule:
         args.seconds_per_batch,
         args.num_workers,
         args.seed,
-        args.long_utterances,
+        getattr(args, "long_utterances", "drop"),
+        **labels,
     )

@@ -250,6 +250,10 @@ class LastCheckpoint(AfterUpdates):
             trainer.save_checkpoint(self.run.last)
 
 
+VALIDATED = [f"valid_{name}" for name in ("loss_distill", "loss_head", "loss_task", "wer", "cer", "accuracy")]
+"""What is shown of a validation, of what it logs."""
+
+
 class Progress(AfterUpdates):
     """Shows loss, sparsity, its target and speed: a bar over all updates, or lines without a terminal."""
 
@@ -300,8 +304,10 @@ class Progress(AfterUpdates):
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         logged = trainer.callback_metrics
-        if "valid_loss_distill" in logged:
-            line = f"update {trainer.global_step}: valid loss_distill {logged['valid_loss_distill']:.4f}"
+        names = [name for name in VALIDATED if name in logged]
+        if names:
+            shown = ", ".join(f"{name.removeprefix('valid_')} {logged[name]:.4f}" for name in names)
+            line = f"update {trainer.global_step}: valid {shown}"
             with suppress(OSError):  # as in say
                 say(line) if self._bar is None else tqdm.write(line, file=sys.stderr)
 

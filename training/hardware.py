@@ -161,7 +161,7 @@ def prepare_models(module: DistillModule, args: argparse.Namespace, precision: s
     if devices_per_node(args)[0] == "gpu":
         from training.gpu_weights import HALF, cast_frozen_weights, narrowed_together
 
-        if precision in HALF:
+        if precision in HALF and module.teacher_model is not None:
             cast_frozen_weights(module.teacher_model, HALF[precision])
         # Several processes send the gradients of a quarter of a Base model while others are computed.
         module.narrow = partial(narrowed_together, layers=3 if world_size(args) > 1 else 12)

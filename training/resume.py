@@ -72,7 +72,8 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
         UserError: the checkpoint was made with other flags or inputs, or cannot be read; another run is in
             the folder; or something failed that is not this program's fault.
     """
-    inputs = {name: run_record.file_input(getattr(args, name)) for name in ("teacher_ckpt", "student_ckpt")}
+    given = {name: getattr(args, name, None) for name in ("teacher_ckpt", "student_ckpt", "model")}
+    inputs = {name: run_record.file_input(path) for name, path in given.items() if path is not None}
     inputs["train_subset"] = run_record.manifest_input(args.tsv_dir, args.train_subset)
     batches = world_size(args) * args.accum_grad
     run = Run(args, run_record.make_record(stage, args, inputs, batches_an_update=batches))

@@ -60,10 +60,12 @@ def begin(
 
 def check_student(trained: Mapping, now: Mapping, flag: str, source: str, allow_changed: str) -> None:
     """Refuses another file for ``--flag`` in the record ``now`` than the training stage of ``trained``, which
-    was read from ``source``, had as its ``--student_ckpt``."""
+    was read from ``source``, had as its ``--student_ckpt`` or, fine-tuning, ``--model``."""
     if "run" in trained:
-        then = {"flags": {}, "inputs": {flag: trained["run"]["inputs"]["student_ckpt"]}}
-        remedy = f"Give --{flag} what {trained['run']['stage']}.py had as --student_ckpt"
+        inputs = trained["run"]["inputs"]
+        started_from = next(name for name in ("student_ckpt", "model") if name in inputs)
+        then = {"flags": {}, "inputs": {flag: inputs[started_from]}}
+        remedy = f"Give --{flag} what {trained['run']['stage']}.py had as --{started_from}"
         run_record.check_unchanged(then, now, source, allow_changed, remedy)
 
 

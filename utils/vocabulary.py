@@ -62,9 +62,12 @@ class Vocabulary:
         """
         words = text.split()
         if not words:
-            raise UserError("the text is empty")
+            raise UserError("its text is empty")
         if self.tokenizer is not None:
-            return self.tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+            numbers = self.tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+            if self.tokenizer.unk_token_id in numbers:
+                raise UserError(f"it has characters that are not among the tokens of {self.source}")
+            return numbers
         spaced = self._space.join(words)
         pieces = self._pattern.findall(f"{self._space}{spaced}" if self._space == "\u2581" else spaced)
         unknown = sorted({piece for piece in pieces if piece not in self._numbers})
@@ -72,16 +75,25 @@ class Vocabulary:
             raise UserError(f"{''.join(unknown)!r:.80} is not among the tokens of {self.source}")
         return [self._numbers[piece] for piece in pieces]
 
+    def number_of_label(self, label: str) -> list[int]:
+        """The number of a label, alone in a list; raises a UserError where it is not among these."""
+        if label not in self._numbers:
+            raise UserError(f"the label {label!r:.80} is not among those of {self.source}")
+        return [self._numbers[label]]
+
     def decode(self, best: Iterable[int]) -> str:
         """The text of the best token of each frame: repeated ones count once, and blanks not (CTC, Graves et
         al. 2006, section 3.1)."""
-        numbers = [number for number, _ in groupby(best) if number != self.blank]
+        return self.text([number for number, _ in groupby(best) if number != self.blank])
+
+    def text(self, numbers: Sequence[int]) -> str:
+        """The text that these tokens make; those like ``<s>`` are left out."""
         if self.tokenizer is not None:
-            return self.tokenizer.decode(numbers, skip_special_tokens=True)
-        text = "".join(
-            self.tokens[number] for number in numbers if not SPECIAL.fullmatch(self.tokens[number])
-        )
-        return " ".join(text.replace(self._space, " ").split())
+            # A tokenizer made for CTC would take repeated tokens for one.
+            as_they_are = {"group_tokens": False} if hasattr(self.tokenizer, "word_delimiter_token") else {}
+            return self.tokenizer.decode(numbers, skip_special_tokens=True, **as_they_are)
+        tokens = [self.tokens[number] for number in numbers if not SPECIAL.fullmatch(self.tokens[number])]
+        return " ".join("".join(tokens).replace(self._space, " ").split())
 
     def write(self, path: str | Path) -> None:
         """Writes a file as transformers' ``vocab.json``: token -> number."""
