@@ -1,19 +1,23 @@
 """Bucketed batches of crops: which samples of which utterances make a batch, and how they are read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from utils.files import UserError
 
 from .audio import SAMPLE_RATE, AudioError, LoaderError, format_complaint, open_audio, samples_complaint
-from .manifest import MAX_SAMPLES, MIN_SAMPLES, read_manifest, unused_complaint
+from .labels import encode_texts
+from .manifest import MAX_SAMPLES, MIN_SAMPLES, WINDOW, read_manifest, unused_complaint
 from .workers import leave_signals_to_training, start_method
 
 NUM_BUCKETS = 1_000  # ranges of length that utterances are sorted into
@@ -42,6 +46,11 @@ def _random_bits(*keys: int | np.ndarray) -> np.ndarray:
 _FOR_ORDER, _FOR_CROPS, _FOR_SUBSTITUTES = 0, 1, 2
 
 
+def is_usable(lengths: np.ndarray, whole: bool) -> np.ndarray:
+    """Which utterances are long enough, and short enough where they are not used whole."""
+    return lengths >= WINDOW if whole else (lengths >= MIN_SAMPLES) & (lengths <= MAX_SAMPLES)
+
+
 class BucketBatchSampler(Sampler[list[Crop]]):
     """The batches of one rank: lists of crops ``(utterance, first sample, number of samples)``.
 
@@ -51,6 +60,9 @@ class BucketBatchSampler(Sampler[list[Crop]]):
     Utterances of ``MIN_SAMPLES`` to ``MAX_SAMPLES`` are sorted into ``NUM_BUCKETS`` equal ranges of length
     and keep their order within one. From short to long, a batch takes utterances until the next would
     bring the sum of their lengths above ``seconds_per_batch``. A batch is cropped to its shortest member.
+    With ``whole``, utterances from ``WINDOW`` up are used whole, and each counts as what it is padded to on a
+    GPU: the longest of its batch, rounded up to a multiple of ``GPU_CROP_MULTIPLE``. So batches do not depend
+    on the device.
 
     All ranks have the same number of batches, and an epoch has every utterance once: where the number of
     batches is no multiple of ``world_size``, the largest batches are halved until it is. Only where every
@@ -58,8 +70,9 @@ class BucketBatchSampler(Sampler[list[Crop]]):
 
     Args:
         lengths: (utterance,), in samples.
-        seconds_per_batch: the most seconds of audio in a batch, before cropping.
+        seconds_per_batch: the most seconds of audio in a batch, before cropping or after padding.
         crop_multiple: lengths of crops are rounded down to a multiple of this number of samples.
+        whole: whether utterances are used whole.
         shuffle: whether batches and crops change with the epoch. Without it, batches come from short to long
             and every epoch has the crops of epoch 0, so that validation always sees the same samples.
         seed: determines the order of batches and the crops.
@@ -76,16 +89,17 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         seconds_per_batch: float,
         *,
         crop_multiple: int = 1,
+        whole: bool = False,
         shuffle: bool = True,
         seed: int = 2022,
         rank: int = 0,
         world_size: int = 1,
         run: range | None = None,
     ):
-        self.crop_multiple, self.shuffle, self.seed = crop_multiple, shuffle, seed
+        self.crop_multiple, self.whole, self.shuffle, self.seed = crop_multiple, whole, shuffle, seed
         self.rank, self.world_size = rank, world_size
         self._lengths = np.asarray(lengths, dtype=np.int64)
-        usable = np.flatnonzero((self._lengths >= MIN_SAMPLES) & (self._lengths <= MAX_SAMPLES))
+        usable = np.flatnonzero(is_usable(self._lengths, whole))
         above = self._lengths[usable] - self._lengths[usable].min(initial=MAX_SAMPLES)
         buckets = above * NUM_BUCKETS // (above.max(initial=0) + 1)
         self._utterances = usable[np.argsort(buckets, kind="stable")]
@@ -96,12 +110,16 @@ class BucketBatchSampler(Sampler[list[Crop]]):
         self._order: tuple[int, np.ndarray] | None = None
 
     def _fill(self, max_batch_samples: float) -> np.ndarray:
-        bounds, samples = [0], 0
-        for position, length in enumerate(self._lengths[self._utterances].tolist()):
-            if samples + length > max_batch_samples and position > bounds[-1]:
+        lengths = self._lengths[self._utterances]
+        if self.whole:
+            lengths = -(-lengths // GPU_CROP_MULTIPLE) * GPU_CROP_MULTIPLE
+        bounds, samples, longest = [0], 0, 0
+        for position, length in enumerate(lengths.tolist()):
+            longest = max(longest, length)
+            samples = longest * (position + 1 - bounds[-1]) if self.whole else samples + length
+            if samples > max_batch_samples and position > bounds[-1]:
                 bounds.append(position)
-                samples = 0
-            samples += length
+                samples = longest = length
         if len(self._utterances):
             bounds.append(len(self._utterances))
         while (len(bounds) - 1) % self.world_size:
@@ -138,6 +156,11 @@ class BucketBatchSampler(Sampler[list[Crop]]):
 
     def _crops(self, utterances: np.ndarray, epoch: int) -> list[Crop]:
         lengths = self._lengths[utterances]
+        if self.whole:
+            return [
+                (index, 0, length)
+                for index, length in zip(utterances.tolist(), lengths.tolist(), strict=True)
+            ]
         length = lengths.min() // self.crop_multiple * self.crop_multiple
         choices = (lengths - length + 1).astype(np.uint64)
         fractions = _random_bits(self.seed, epoch, _FOR_CROPS, utterances) >> np.uint64(32)
@@ -152,6 +175,15 @@ class Fault(NamedTuple):
     line: str
 
 
+class Item(NamedTuple):
+    """What was read for a crop: samples (time,) float32; with labels, the numbers (token,) int64 of the text;
+    and, where it was read in place of another, that one's fault."""
+
+    waveform: Tensor
+    target: Tensor | None
+    fault: Fault | None
+
+
 class AudioDataset(Dataset[Tensor]):
     """The utterances of the manifest ``tsv_dir/name.tsv``, read crop by crop.
 
@@ -159,19 +191,32 @@ class AudioDataset(Dataset[Tensor]):
         tsv_dir, name: the manifest.
         long_utterances: "split" makes utterances of every recording above ``MAX_SAMPLES``: as few pieces of
             equal length as there can be. "drop" leaves it as it is.
+        labels: gives the numbers of a text or label, or raises a UserError that says why it has none. With
+            it, utterances are used whole, and ``long_utterances`` does not apply.
+        frames: for CTC, gives the number of a model's frames by that of samples.
 
     Attributes:
         lengths: (utterance,) int64, in samples.
     Raises:
-        UserError: the manifest is missing or malformed.
+        UserError: the manifest is missing or malformed; with ``labels``, also where it has none, or one is
+            empty, has no numbers, or has more of them than CTC can place in the frames of its utterance.
     """
 
-    def __init__(self, tsv_dir: str | Path, name: str, long_utterances: str = "drop"):
+    def __init__(
+        self,
+        tsv_dir: str | Path,
+        name: str,
+        long_utterances: str = "drop",
+        labels: Callable[[str], list[int]] | None = None,
+        frames: Callable[[int], int] | None = None,
+    ):
         self.tsv = Path(tsv_dir) / f"{name}.tsv"
-        self.root, self.paths, self.recordings = read_manifest(tsv_dir, name)
-        self.complaint = unused_complaint(self.recordings, long_utterances)
+        manifest = read_manifest(tsv_dir, name)
+        self.root, self.paths, self.recordings, _ = manifest
+        self.complaint = unused_complaint(self.recordings, long_utterances, labels is not None)
+        self.targets = None if labels is None else encode_texts(self.tsv, manifest, labels, frames)
         pieces = np.ones(len(self.paths), dtype=np.int64)
-        if long_utterances == "split":
+        if labels is None and long_utterances == "split":
             pieces = np.maximum(1, -(-self.recordings // MAX_SAMPLES))
         self._recording = np.repeat(np.arange(len(pieces)), pieces)
         piece = np.arange(len(self._recording)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -219,7 +264,7 @@ class AudioDataset(Dataset[Tensor]):
     def _line(self, crop: Crop) -> str:
         return f"line {self._recording[crop[0]] + 2} of {self.tsv}"
 
-    def __getitems__(self, crops: list[Crop]) -> list[tuple[Tensor, Fault | None]]:
+    def __getitems__(self, crops: list[Crop]) -> list[Item]:
         """Reads the crops of a batch. For one that cannot be read another utterance is, which follows from
         the crop.
 
@@ -228,35 +273,57 @@ class AudioDataset(Dataset[Tensor]):
         """
         return [self._read_or_substitute(crop) for crop in crops]
 
-    def _read_or_substitute(self, crop: Crop) -> tuple[Tensor, Fault | None]:
+    def _read_or_substitute(self, crop: Crop) -> Item:
         try:
-            return self._read(crop), None
+            return self._item(crop, None)
         except AudioError as error:
             fault = Fault(str(error), self._line(crop))
-        length = crop[2]
+        for other in self._substitutes(crop):
+            with suppress(AudioError):
+                return self._item(other, fault)
+        raise AudioError(
+            f"{fault.complaint}, nor can up to {SUBSTITUTES} other utterances of {self.tsv} be read: "
+            f"see whether {self.root} is as it was"
+        )
+
+    def _item(self, crop: Crop, fault: Fault | None) -> Item:
+        target = None if self.targets is None else torch.from_numpy(self.targets[crop[0]])
+        return Item(self._read(crop), target, fault)
+
+    def _substitutes(self, crop: Crop) -> Iterator[Crop]:
+        """Crops to read in place of one, which follow from it: of its length, or, of those used whole, the
+        utterances nearest to it in length."""
+        index, _, length = crop
+        if self.targets is not None:
+            others = np.flatnonzero(is_usable(self.lengths, whole=True) & (np.arange(len(self)) != index))
+            nearest = others[np.argsort(abs(self.lengths[others] - length), kind="stable")[:SUBSTITUTES]]
+            yield from ((other, 0, int(self.lengths[other])) for other in nearest.tolist())
+            return
         others = np.flatnonzero((self.lengths >= length) & (self.lengths <= MAX_SAMPLES))
         for attempt in range(SUBSTITUTES):
             utterance, start = (_random_bits(*crop, _FOR_SUBSTITUTES, attempt, key)[0] for key in (0, 1))
-            index = int(others[utterance % np.uint64(len(others))])
-            with suppress(AudioError):
-                start = int(start % np.uint64(self.lengths[index] - length + 1))
-                return self._read((index, start, length)), fault
-        raise AudioError(
-            f"{fault.complaint}, nor can {SUBSTITUTES} other utterances of {self.tsv} be read: see whether "
-            f"{self.root} is as it was"
-        )
+            other = int(others[utterance % np.uint64(len(others))])
+            yield other, int(start % np.uint64(self.lengths[other] - length + 1)), length
 
 
-def collate(items: list[tuple[Tensor, Fault | None]]) -> tuple:
-    """Stacks crops (time,) of one length: (batch, time) float32, and their lengths (batch,) int64; then a
-    list of the faults, where there are any.
+def collate(items: list[Item], multiple: int = 1) -> tuple:
+    """Makes a batch of crops or utterances (time,).
 
+    Args:
+        items: of a batch.
+        multiple: all are padded with zeros to the longest, rounded up to a multiple of this.
+    Returns:
+        (batch, time) float32 and the lengths (batch,) int64; where items have targets, these one after the
+        other (token,) int64, and their lengths (batch,) int64; then a list of the faults, if there are any.
     Raises:
         LoaderError: in a reading process, where no shared memory is left to hand the batch over.
     """
-    stacked = torch.stack([waveform for waveform, _ in items])
-    faults = [fault for _, fault in items if fault is not None]
-    batch = stacked, torch.full((len(stacked),), stacked.shape[1], dtype=torch.long)
+    stacked = pad_sequence([item.waveform for item in items], batch_first=True)
+    stacked = pad(stacked, (0, -stacked.shape[1] % multiple))
+    batch = [stacked, torch.tensor([len(item.waveform) for item in items])]
+    if targets := [item.target for item in items if item.target is not None]:
+        batch += [torch.cat(targets), torch.tensor([len(target) for target in targets])]
+    faults = [item.fault for item in items if item.fault is not None]
     more = (faults,) if faults else ()
     if get_worker_info() is None:
         return *batch, *more
@@ -277,28 +344,48 @@ def make_loader(
     num_workers: int,
     *,
     long_utterances: str = "drop",
-    for_gpu: bool = False,
-    **sampling,
+    labels: Callable[[str], list[int]] | None = None,
+    frames: Callable[[int], int] | None = None,
+    **loading,
 ) -> DataLoader:
-    """The loader of one rank's batches ``(waveforms, lengths)``, which leaves global random states alone.
-    A third entry lists the faults of files for which other utterances were read, where there are any.
+    """The loader of one rank's batches ``(waveforms, lengths)``, or with ``labels`` ``(waveforms, lengths,
+    targets, target_lengths)``, which leaves global random states alone. A last entry lists the faults of
+    files for which other utterances were read, where there are any.
 
     Args:
         tsv_dir, name: the manifest is ``tsv_dir/name.tsv``.
-        seconds_per_batch: the most seconds of audio in a batch, before cropping.
+        seconds_per_batch: the most seconds of audio in a batch, before cropping or after padding.
         num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
-        long_utterances: "split" or "drop", as for :class:`AudioDataset`.
-        for_gpu: whether to pin batches in memory and crop them to multiples of ``GPU_CROP_MULTIPLE``.
-        sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
+        long_utterances, labels, frames: as for :class:`AudioDataset`.
+        loading: further arguments of :func:`loader_of`.
     Returns:
         The loader. With ``shuffle=False`` its length is 0 where no utterance can be used.
     Raises:
         UserError: the manifest is missing or malformed, or no utterance in it can be used for training.
     """
-    dataset = AudioDataset(tsv_dir, name, long_utterances)
-    crop_multiple = GPU_CROP_MULTIPLE if for_gpu else 1
-    batches = BucketBatchSampler(dataset.lengths, seconds_per_batch, crop_multiple=crop_multiple, **sampling)
+    dataset = AudioDataset(tsv_dir, name, long_utterances, labels, frames)
+    return loader_of(dataset, seconds_per_batch, num_workers, **loading)
+
+
+def loader_of(
+    dataset: AudioDataset, seconds_per_batch: float, num_workers: int, *, for_gpu: bool = False, **sampling
+) -> DataLoader:
+    """As :func:`make_loader`, of a dataset that is there.
+
+    Args:
+        for_gpu: whether to pin batches in memory, and crop or pad them to multiples of ``GPU_CROP_MULTIPLE``.
+        sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
+    """
+    multiple, whole = GPU_CROP_MULTIPLE if for_gpu else 1, dataset.targets is not None
+    batches = BucketBatchSampler(
+        dataset.lengths, seconds_per_batch, crop_multiple=multiple, whole=whole, **sampling
+    )
     if batches.shuffle and batches.batches_an_epoch == 0:
+        if whole:
+            raise UserError(
+                f"{dataset.tsv} has {len(dataset)} utterances, but none of {WINDOW} samples "
+                f"({WINDOW / SAMPLE_RATE:g} s) or more: give it some of that length"
+            )
         seconds = f"{MIN_SAMPLES / SAMPLE_RATE:g} to {MAX_SAMPLES / SAMPLE_RATE:g} s"
         split = ", or --long_utterances split" if (dataset.lengths > MAX_SAMPLES).any() else ""
         raise UserError(
@@ -308,7 +395,7 @@ def make_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(collate, multiple=multiple),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=leave_signals_to_training,

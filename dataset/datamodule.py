@@ -1,5 +1,7 @@
 """The place in the data: which batches training and validation get, from the first update or any other."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -7,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from utils.processes import say
 
-from .batches import make_loader
+from .batches import AudioDataset, loader_of
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -20,6 +22,7 @@ class SpeechDataModule(pl.LightningDataModule):
         num_workers: processes per device that read audio.
         seed: the order of batches and the crops follow from it.
         long_utterances: what is done with recordings longer than training takes: "drop" or "split".
+        labels, frames: for labelled utterances, as for :class:`~dataset.batches.AudioDataset`.
 
     Attributes:
         first_update: where training starts: 0, or the update of the checkpoint that is resumed.
@@ -33,6 +36,8 @@ class SpeechDataModule(pl.LightningDataModule):
         num_workers: int,
         seed: int = 2022,
         long_utterances: str = "drop",
+        labels: Callable[[str], list[int]] | None = None,
+        frames: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__()
         self.tsv_dir = tsv_dir
@@ -40,7 +45,10 @@ class SpeechDataModule(pl.LightningDataModule):
         self.seconds_per_batch = seconds_per_batch
         self.num_workers = num_workers
         self.seed = seed
-        self.long_utterances = long_utterances
+        # Texts are encoded once.
+        self._dataset = cache(
+            lambda subset: AudioDataset(self.tsv_dir, subset, long_utterances, labels, frames)
+        )
         self.first_update = 0
         self._training: DataLoader | None = None
 
@@ -61,8 +69,7 @@ class SpeechDataModule(pl.LightningDataModule):
                 say(f"{self.tsv_dir}/{subset}.tsv: {complaint}")
 
     def _batches(self, subset: str, num_workers: int = 0, **arguments) -> DataLoader:
-        arguments["long_utterances"] = self.long_utterances
-        return make_loader(self.tsv_dir, subset, self.seconds_per_batch, num_workers, **arguments)
+        return loader_of(self._dataset(subset), self.seconds_per_batch, num_workers, **arguments)
 
     def train_dataloader(self) -> DataLoader:
         """The batches of the updates from ``first_update`` to the trainer's last one.

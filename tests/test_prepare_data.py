@@ -228,7 +228,10 @@ def test_many_workers_list_each_file_once_in_one_of_the_sets(tmp_path):
     assert len(valid.paths) == 75 and len({*train.paths, *valid.paths}) == 300
     for manifest in (train, valid):
         assert manifest.paths == sorted(manifest.paths)
-        assert all(length == 400 + int(Path(path).stem) for path, length in zip(*manifest[1:], strict=True))
+        assert all(
+            length == 400 + int(Path(path).stem)
+            for path, length in zip(manifest.paths, manifest.lengths, strict=True)
+        )
 
 
 def converted(folder: Path) -> dict[str, np.ndarray]:

@@ -52,14 +52,14 @@ def file_input(path: str | Path) -> dict[str, str]:
 
 
 def manifest_input(tsv_dir: str | Path, name: str) -> dict[str, str]:
-    """A manifest among a stage's inputs: its utterances count, not the folder that they lie in. Raises a
-    UserError where it is missing or malformed."""
+    """A manifest among a stage's inputs: its utterances and their texts count, not the folder that they lie
+    in. Raises a UserError where it is missing or malformed."""
     # Stages 2 and 4 read no audio, and need none of the packages that do.
     from dataset import read_manifest
 
     manifest = read_manifest(tsv_dir, name)
     digest = hashlib.sha256(manifest.lengths.astype("<i8").tobytes())
-    digest.update("\n".join(manifest.paths).encode())
+    digest.update("\n".join(manifest.paths + (manifest.texts or [])).encode())
     return {"path": str(Path(tsv_dir) / f"{name}.tsv"), "sha256": digest.hexdigest()}
 
 

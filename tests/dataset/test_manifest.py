@@ -1,10 +1,13 @@
 """Manifests as they are written and read."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from dataset import read_manifest, write_manifests
 from utils.files import UserError
+from utils.run_record import manifest_input
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
@@ -60,3 +63,36 @@ def test_a_bad_root_folder_is_an_error_that_names_it(tmp_path, root, reason):
     (tmp_path / "train.tsv").write_bytes(root + b"\na.flac\t32000\n")
     with pytest.raises(UserError, match=f"train.tsv.*{reason}"):
         read_manifest(tmp_path, "train")
+
+
+def test_a_labelled_manifest_is_read_as_it_was_written(tmp_path):
+    utterances = [("a b.flac", 400, "ONE\u2028 TWO"), ("z.flac", 500, "")]
+    write_manifests(tmp_path, str(tmp_path), {"train": utterances})
+    manifest = read_manifest(tmp_path, "train")
+    assert list(zip(manifest.paths, manifest.lengths.tolist(), manifest.texts, strict=True)) == utterances
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("a\t400\nb\t400\tB\n", "has a text or label"),
+        ("a\t400\tA\nb\t400\tB\nc\t400\n", "has no text or label"),
+    ],
+)
+def test_texts_are_given_in_every_line_or_in_none(tmp_path, lines, words):
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\n{lines}")
+    with pytest.raises(UserError, match=rf"train\.tsv, line {1 + lines.count(chr(10))}: {words}"):
+        read_manifest(tmp_path, "train")
+
+
+def test_labels_count_in_a_manifests_fingerprint(tmp_path):
+    def fingerprint(*labels):
+        write_manifests(
+            tmp_path, str(tmp_path), {"train": [("a.flac", 400, *labels), ("b.flac", 500, *labels)]}
+        )
+        return manifest_input(tmp_path, "train")["sha256"]
+
+    # As earlier versions recorded it.
+    before = hashlib.sha256(np.array([400, 500], "<i8").tobytes() + b"a.flac\nb.flac").hexdigest()
+    assert fingerprint() == before
+    assert len({before, fingerprint("A"), fingerprint("B")}) == 3
