@@ -7,6 +7,7 @@ if __name__ == "__main__":
     processes.begin()
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,9 +21,11 @@ from wav2vec2 import Wav2Vec2Model
 
 with needs_extra("train"):
     from dataset import read_manifest
+    from dataset.labels import texts_of
+    from evaluation.heads import TASKS, labelling
     from training.arguments import add_pruning, data_module, distillation, pruning, training_parser
     from training.errors import LESS_MEMORY
-    from training.finetuning import TASKS, FinetuneModule, labels
+    from training.finetuning import FinetuneModule
     from training.resume import open_run
     from training.trainer import make_trainer
 
@@ -68,8 +71,8 @@ def vocabulary_of(args: argparse.Namespace, model: Wav2Vec2Model) -> Vocabulary:
             "them: name them with --vocab"
         )
     manifest = read_manifest(args.tsv_dir, args.train_subset)
-    labels = manifest.labels or []  # the data module refuses a manifest without any
-    return of_characters(labels) if args.task == "ctc" else Vocabulary(sorted(set(labels)))
+    texts = texts_of(Path(args.tsv_dir, f"{args.train_subset}.tsv"), manifest)
+    return of_characters(texts) if args.task == "ctc" else Vocabulary(sorted(set(texts)))
 
 
 def put_head(args: argparse.Namespace, model: Wav2Vec2Model, vocabulary: Vocabulary) -> None:
@@ -99,7 +102,7 @@ def main() -> None:
         module = FinetuneModule(
             task=args.task, vocabulary=vocabulary, **distillation(args, teacher, model), **gates
         )
-        data = data_module(args, **labels(args.task, vocabulary, model))
+        data = data_module(args, **labelling(args.task, vocabulary, model))
         trainer = make_trainer(run, module, data)
         if is_first():
             vocabulary.write(beside(run.last))

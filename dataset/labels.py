@@ -21,6 +21,16 @@ class Targets:
         return self._numbers[self._ends[index] : self._ends[index + 1]].astype(np.int64)
 
 
+def texts_of(tsv: Path, manifest: Manifest) -> list[str]:
+    """The texts or labels of a manifest, ``tsv``; raises a UserError where it has none."""
+    if manifest.paths and manifest.texts is None:
+        raise UserError(
+            f"{tsv} has no texts or labels: make it with prepare_data.py --labels, or write one in each line "
+            "(path<TAB>samples<TAB>text)"
+        )
+    return manifest.texts or []
+
+
 def encode_texts(
     tsv: Path,
     manifest: Manifest,
@@ -37,14 +47,9 @@ def encode_texts(
     Raises:
         UserError: there are no texts, or one is empty or has no numbers, or more than fit its frames.
     """
-    if manifest.paths and manifest.texts is None:
-        raise UserError(
-            f"{tsv} has no texts or labels: make it with prepare_data.py --labels, or write one in each line "
-            "(path<TAB>samples<TAB>text)"
-        )
     numbers, ends = array("i"), array("q", [0])
     mistakes: dict[str, list[str]] = {}
-    rows = zip(manifest.paths, manifest.lengths.tolist(), manifest.texts or [], strict=True)
+    rows = zip(manifest.paths, manifest.lengths.tolist(), texts_of(tsv, manifest), strict=True)
     for line, (path, length, text) in enumerate(rows, start=2):
         if length >= WINDOW:
             try:

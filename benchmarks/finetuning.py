@@ -1,0 +1,210 @@
+"""The second table of docs/results.md: ways to a fine-tuned model of a quarter of the size.
+
+    python benchmarks/finetuning.py data --fsdd FSDD --out exp/finetuning
+    python benchmarks/finetuning.py ROW --seed 1 --teacher_ckpt teacher.pth --out exp/finetuning
+    python benchmarks/finetuning.py table --teacher_ckpt teacher.pth --out exp/finetuning
+
+``data`` makes digit strings of the spoken digits in FSDD (in evaluate.py's format), with their words as
+texts; the voices of valid.tsv are not trained on. A row then trains for the same number of updates: ``whole``
+fine-tunes the teacher and compresses nothing; ``before`` compresses by run.sh and fine-tunes then;
+``keep_head`` compresses ``whole`` of the same seed by run.sh, which does not read the texts; ``gates`` is
+finetune.py with gates, prune.py, and finetune.py again; ``gates_teacher`` does so with ``whole``, which also
+teaches its layers; ``gates_means`` teaches their means. ``table`` measures what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import common
+import numpy as np
+import soundfile
+import torch
+from results import ROOT, run, script
+from tqdm import tqdm
+
+from dataset import read_recording
+from dataset.manifest import write_manifests
+from evaluation.heads import error_rates
+from reporting.measure import speeds
+from utils.checkpoint import load_model
+from utils.cli import fraction, nonnegative_int, path, positive, positive_int, run_script
+from utils.vocabulary import beside, read_vocabulary
+from wav2vec2.cost import count_parameters, multiply_accumulates
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGITS = 7
+"""Digits in a string, which makes nearly all longer than the 2 s that distillation uses."""
+
+ROWS = ("whole", "before", "keep_head", "gates", "gates_teacher", "gates_means")
+"""The rows, in the table's order."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.make_parser(__doc__)
+    flag = parser.add_argument
+    flag("row", choices=["data", *ROWS, "table"])
+    flag("--seed", type=nonnegative_int, default=1)
+    flag("--fsdd", type=path, help="data: the recordings' folder, with digit.tsv")
+    flag("--voices", nargs="+", default=["lucas", "yweweler"], help="data: speakers to validate on")
+    flag("--teacher_ckpt", type=path)
+    flag("--out", type=Path, required=True, help="folder of the data and of the rows' folders")
+    flag("--target_sparsity", type=fraction, default=0.75)
+    flag("--updates", type=positive_int, default=600)
+    flag("--learning_rate", type=positive, default=5e-4)
+    flag("--reg_learning_rate", type=positive, default=0.05)
+    flag("--seconds_per_batch", type=positive, default=8.0)
+    flag("--distill_layers", default="0.2,4,6")
+    flag("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
+    args = parser.parse_args()
+    args.folder = args.out / f"{args.row}-{args.seed}"
+    return args
+
+
+def make_data(args: argparse.Namespace) -> None:
+    """Writes digit strings of one voice each, in which every recording occurs three times, and manifests."""
+    recordings = defaultdict(list)
+    for line in Path(args.fsdd, "digit.tsv").read_text().splitlines():
+        name, digit, voice = line.split("\t")
+        recordings[voice].append((read_recording(Path(args.fsdd, name)), WORDS[int(digit)]))
+    root, draw = (args.out / "audio").absolute(), random.Random(0)
+    sets: dict[str, list[tuple[str, int, str]]] = {"train": [], "valid": []}
+    for voice in tqdm(sorted(recordings)):
+        order = [draw.sample(recordings[voice], len(recordings[voice])) for _ in range(3)]
+        spoken = [recording for each in order for recording in each]
+        (root / voice).mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(spoken) - DIGITS + 1, DIGITS):
+            parts, words = zip(*spoken[start : start + DIGITS], strict=True)
+            name, samples = f"{voice}/{start}.flac", np.concatenate(parts)
+            soundfile.write(root / name, samples, 16_000)
+            subset = "valid" if voice in args.voices else "train"
+            sets[subset].append((name, len(samples), " ".join(words)))
+    write_manifests(args.out / "data", str(root), sets)
+
+
+def last(folder: Path) -> Path:
+    return folder / "ckpts" / "last.ckpt"
+
+
+def pruned(folder: Path) -> Path:
+    return folder / "ckpts" / "pruned_hubert_base.pth"
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """What all trainings share, by the names of run.sh's variables and of the flags."""
+    names = ["seconds_per_batch", "distill_layers", "seed"]
+    fixed = {"tsv_dir": args.out / "data", "train_subset": "train", "gpus": 0, "log_interval": 50}
+    return {**fixed, **{name: getattr(args, name) for name in names}}
+
+
+def finetune(args: argparse.Namespace, folder: Path, model: Path, updates: int, **flags: object) -> None:
+    """Fine-tunes ``model`` in ``folder``, and leaves it as its ``ckpts/pruned_hubert_base.pth``."""
+    shared = settings(args)
+    if "teacher_ckpt" not in flags:
+        del shared["distill_layers"]
+    script(
+        "finetune.py",
+        **{**shared, **flags},
+        model=model,
+        exp_dir=folder,
+        learning_rate=args.learning_rate,
+        warmup_updates=updates // 10,
+        max_updates=updates,
+    )
+    if "pruning_units" in flags:
+        cut = {"distilled_ckpt": last(folder), "original_ckpt": model, "out": pruned(folder)}
+        script("prune.py", **cut, target_sparsity=args.target_sparsity)
+    else:
+        script(
+            "save_final_ckpt.py", config_path=model, ckpt_after_final_distill=last(folder), out=pruned(folder)
+        )
+
+
+def with_gates(args: argparse.Namespace, model: Path, **flags: object) -> None:
+    """Fine-tunes ``model`` with gates, and again when they have been cut."""
+    first = args.updates * 3 // 5
+    gates = {"pruning_units": "conv,head,interm", "target_sparsity": args.target_sparsity}
+    gates |= {"reg_learning_rate": args.reg_learning_rate, "sparsity_warmup_updates": first // 3}
+    finetune(args, args.folder, model, first, **gates, **flags)
+    finetune(args, args.folder / "final", pruned(args.folder), args.updates - first, **flags)
+
+
+def recipe(args: argparse.Namespace, teacher: Path, updates: int) -> None:
+    """Compresses ``teacher`` by run.sh in the row's folder."""
+    first = updates * 4 // 5
+    given = {
+        "PYTHON": common.sys.executable,
+        "python": common.sys.executable,
+        "precision": 32,
+        "num_workers": 1,
+    }
+    folders = {"root_dir": args.folder, "final_dir": args.folder / "final", "teacher_ckpt": teacher}
+    size = {"target_sparsity": args.target_sparsity, "match_target": 1, "reg_lr": args.reg_learning_rate}
+    stage_1 = {"lr": args.learning_rate, "max": first, "warmup": first // 20, "sparsity_warmup": first // 3}
+    stage_3 = {"final_lr": args.learning_rate, "final_max": updates - first, "final_warmup": updates // 50}
+    run("bash", ROOT / "run.sh", **settings(args), **given, **folders, **size, **stage_1, **stage_3)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Makes a row, whose student is ``final/ckpts/pruned_hubert_base.pth`` in its folder."""
+    whole = pruned(args.out / f"whole-{args.seed}" / "final")
+    if args.row == "whole":
+        finetune(args, args.folder / "final", args.teacher_ckpt, args.updates)
+    elif args.row == "before":
+        final = args.folder / "final"
+        recipe(args, args.teacher_ckpt, args.updates // 2)
+        finetune(args, final / "tuned", pruned(final), args.updates - args.updates // 2)
+    elif args.row == "keep_head":
+        recipe(args, whole, args.updates)
+    elif args.row == "gates":
+        with_gates(args, args.teacher_ckpt)
+    else:
+        mode = {"gates_teacher": "layer2layer", "gates_means": "group_mean"}[args.row]
+        with_gates(args, whole, teacher_ckpt=whole, distill_mode=mode)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Measures the finished rows, and prints a table: each number is the mean over seeds, with the least and
+    the greatest."""
+    machine, teacher = common.describe(torch.device("cpu")), load_model(args.teacher_ckpt)
+    rows: dict[str, dict[str, list]] = {}
+    for row in ROWS:
+        figures = rows[row] = defaultdict(list)
+        for folder in sorted(args.out.glob(f"{row}-*")):
+            final = folder / "final"
+            file = pruned(final / "tuned" if row == "before" else final)
+            model = load_model(file).eval()
+            rates = error_rates(model, read_vocabulary(beside(file)), args.out / "data", "valid", 60)
+            speed = next(
+                x
+                for x in speeds(teacher, model, args.repeats)
+                if (x["audio_seconds"], x["threads"]) == (10, 1)
+            )
+            figures["word errors, %"].append(100 * rates["wer"])
+            figures["character errors, %"].append(100 * rates["cer"])
+            figures["parameters"].append(float(count_parameters(model)))
+            figures["M MACs/s"].append(multiply_accumulates(model, 10) / 1e6)
+            figures["real-time factor"].append(speed["student"]["real_time_factor"])
+    shown = {
+        row: {
+            name: f"{statistics.mean(each):,.5g} ({min(each):,.5g} to {max(each):,.5g})"
+            for name, each in figures.items()
+        }
+        for row, figures in rows.items()
+        if figures
+    }
+    common.print_table(shown, dict.fromkeys(name for row in shown.values() for name in row))
+    common.write_json(args, machine=machine, rows=rows)
+
+
+def main() -> None:
+    args = parse_args()
+    {"data": make_data, "table": table}.get(args.row, train)(args)
+
+
+if __name__ == "__main__":
+    run_script(main)
