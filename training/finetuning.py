@@ -32,7 +32,7 @@ class FinetuneModule(DistillModule):
             if model is not None:
                 model.masked_group_norm = True
         super().__init__(**arguments)
-        self.hparams["task"] = task
+        del self.hparams["vocabulary"]  # a checkpoint holds plain values
         self.rates = new_rates(task)
 
     def _silence(self, device: torch.device) -> tuple:

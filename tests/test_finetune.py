@@ -1,0 +1,250 @@
+"""finetune.py: a task's loss, whole utterances, gates and a teacher; and what a head teaches a head."""
+
+import itertools
+import json
+import math
+import re
+import signal
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.nn import functional as F
+
+from dataset import write_manifests
+from evaluation.heads import error_rates
+from lightning import DistillLoss, distill_projections, head_loss
+from tests.helpers.models import config_of, ungated, without_dropout
+from tests.helpers.stages import (
+    assert_equal_to_the_bit,
+    call,
+    checkpoint,
+    ended,
+    run,
+    sentence_of,
+    start,
+    wait_for,
+    weights,
+)
+from training.finetuning import FinetuneModule
+from utils.checkpoint import load_model, save_checkpoint
+from utils.vocabulary import Vocabulary, beside, of_characters, read_vocabulary
+from wav2vec2 import wav2vec2_model
+
+TEXTS = ["low", "high low", "low low", "high"]
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    """Utterances whose words are tones in noise, with texts, and with labels in ``labels``."""
+    root, generator = tmp_path_factory.mktemp("tones"), np.random.default_rng(0)
+    time, gap = np.arange(3_200) / 16_000, np.zeros(1_600)
+    tone = {"low": np.sin(2 * np.pi * 200 * time), "high": np.sin(2 * np.pi * 2_000 * time)}
+    rows = []
+    for number in range(48):
+        text = TEXTS[number % 4]
+        silence = np.zeros(generator.integers(500, 4_000))
+        samples = np.concatenate(
+            [silence, *(part for word in text.split() for part in (0.5 * tone[word], gap))]
+        )
+        soundfile.write(root / f"{number}.flac", samples + generator.normal(0, 0.01, len(samples)), 16_000)
+        rows.append((f"{number}.flac", len(samples), text))
+    write_manifests(root, str(root), {"train": rows[:40], "valid": rows[40:]})
+    labels = [(path, samples, text.split()[0]) for path, samples, text in rows]
+    write_manifests(root / "labels", str(root), {"train": labels[:40], "valid": labels[40:]})
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    save_checkpoint(path, wav2vec2_model(**without_dropout()))
+    return path
+
+
+def flags(tsv_dir, model, exp_dir, /, **changes):
+    values = {
+        "tsv_dir": tsv_dir,
+        "train_subset": "train",
+        "model": model,
+        "exp_dir": exp_dir,
+        "gpus": 0,
+        "num_workers": 0,
+        "max_updates": 6,
+        "warmup_updates": 2,
+        "seconds_per_batch": 3,
+        "save_interval": 2,
+        "log_interval": 1,
+        **changes,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def module_of(student, teacher=None, task="ctc", vocabulary=None):
+    taught = {"distill_layers": [], "distill_linear_projs": torch.nn.ModuleList(), "distill_loss": None}
+    if teacher is not None:
+        projections = distill_projections("layer2layer", [[0], [3]], 32, 32)
+        loss = DistillLoss(0, 1, 1, "raw")
+        taught = {"distill_layers": [0, 3], "distill_linear_projs": projections, "distill_loss": loss}
+    return FinetuneModule(
+        task=task,
+        vocabulary=vocabulary or of_characters(["abc"]),
+        teacher_model=teacher,
+        student_model=student,
+        distill_mode="layer2layer",
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        warmup_updates=1,
+        max_updates=4,
+        use_reg=False,
+        **taught,
+    )
+
+
+@pytest.mark.parametrize("family", ["hubert_base", "hubert_large", "wavlm_base"])
+def test_padding_is_left_out_of_every_loss(family):
+    torch.manual_seed(0)
+    vocabulary = of_characters(["abc"])
+    student = wav2vec2_model(**config_of(family, aux_num_out=len(vocabulary)))
+    module = module_of(student, ungated(family)).eval()
+    waveforms, lengths = torch.randn(2, 9_000), torch.tensor([9_000, 5_000])
+    targets = [torch.tensor([2, 3, 3]), torch.tensor([4])]
+    together = module._losses(waveforms, lengths, torch.cat(targets), torch.tensor([3, 1]))
+    alone = [
+        module._losses(waveforms[i : i + 1, :length], None, targets[i], torch.tensor([len(targets[i])]))
+        for i, length in enumerate([9_000, 5_000])
+    ]
+    assert together["loss_task"].item() == pytest.approx(
+        sum(each["loss_task"] for each in alone).item() / 2, rel=1e-4
+    )
+    for name in ("loss_l1", "loss_cos"):
+        expected = (27 * alone[0][name] + 15 * alone[1][name]) / 42  # frames
+        assert together[name].item() == pytest.approx(expected.item(), rel=1e-4), name
+    assert together["loss"].item() == pytest.approx((together["loss_task"] + together["loss_distill"]).item())
+
+
+def test_classes_are_judged_by_the_mean_of_valid_frames():
+    torch.manual_seed(0)
+    student = wav2vec2_model(**config_of("hubert_base", aux_num_out=3))
+    module = module_of(student, task="classify", vocabulary=Vocabulary(["a", "b", "c"])).eval()
+    waveforms, lengths = torch.randn(2, 9_000), torch.tensor([9_000, 5_000])
+    loss = module._losses(waveforms, lengths, torch.tensor([2, 0]), torch.ones(2, dtype=torch.long))["loss"]
+    scores = [student(waveforms[:1])[0].mean(1), student(waveforms[1:, :5_000])[0].mean(1)]
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(torch.cat(scores), torch.tensor([2, 0])).item(), rel=1e-4
+    )
+
+
+def test_head_loss_is_the_divergence_of_valid_frames():
+    student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1)
+    assert head_loss(student, teacher).item() == pytest.approx(divergence.mean().item(), rel=1e-5)
+    valid = torch.cat([divergence[0], divergence[1, :1]])
+    assert head_loss(student, teacher, torch.tensor([3, 1])).item() == pytest.approx(
+        valid.mean().item(), rel=1e-5
+    )
+
+
+def test_words_are_learnt_pruned_and_saved(tones, model, tmp_path, monkeypatch, capsys):
+    exp, final = tmp_path / "exp", tmp_path / "final"
+    rates = {"learning_rate": 3e-3, "warmup_updates": 10, "seconds_per_batch": 6, "log_interval": 60}
+    gates = {"pruning_units": "head,interm", "target_sparsity": 0.3, "reg_learning_rate": 0.1}
+    call(monkeypatch, "finetune", *flags(tones, model, exp, max_updates=40, **rates, **gates))
+    cut = {"distilled_ckpt": exp / "ckpts/last.ckpt", "original_ckpt": model, "target_sparsity": 0.3}
+    call(monkeypatch, "prune", *(word for name, value in cut.items() for word in (f"--{name}", value)))
+    pruned = exp / "ckpts/pruned_hubert_base.pth"
+    call(monkeypatch, "finetune", *flags(tones, pruned, final, max_updates=80, **rates))
+    said = re.findall(r"valid loss_task (\S+), wer (\S+), cer (\S+)", capsys.readouterr().err)
+    assert float(said[-1][0]) < 0.3 * float(said[0][0])
+    trained = ["--ckpt_after_final_distill", final / "ckpts/last.ckpt"]
+    call(monkeypatch, "save_final_ckpt", "--config_path", pruned, *trained)
+    small, whole = load_model(final / "ckpts/pruned_hubert_base.pth"), load_model(model)
+    assert 0.68 < small.count().total() / whole.count().total() < 0.71
+    vocabulary = read_vocabulary(beside(final / "ckpts/pruned_hubert_base.pth"))
+    assert vocabulary.tokens == ["<pad>", "|", "g", "h", "i", "l", "o", "w"]
+    rates = error_rates(small, vocabulary, tones, "valid", 10)
+    assert [f"{rate:.4f}" for rate in rates.values()] == list(said[-1][1:])
+
+
+def test_labels_are_learnt_beside_a_teacher(tones, model, tmp_path, monkeypatch, capsys):
+    changes = {"task": "classify", "teacher_ckpt": model, "distill_layers": "0.3", "max_updates": 60}
+    rates = {"learning_rate": 3e-3, "warmup_updates": 10, "seconds_per_batch": 6, "log_interval": 60}
+    call(monkeypatch, "finetune", *flags(tones / "labels", model, tmp_path / "exp", **changes, **rates))
+    assert "accuracy 1.0000" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert json.loads(beside(tmp_path / "exp/ckpts/last.ckpt").read_text()) == {"high": 0, "low": 1}
+    [projection, _] = [
+        name for name in weights(tmp_path / "exp") if name.startswith("distill_linear_projs.0")
+    ]
+    assert weights(tmp_path / "exp")[projection].abs().sum() > 32
+
+
+def test_a_stopped_run_goes_on_to_the_bit(tones, model, tmp_path):
+    changes = {"pruning_units": "interm", "seconds_per_batch": 1.5, "max_updates": 12}
+    run("finetune.py", *flags(tones, model, tmp_path / "whole", **changes))
+    process = start("finetune.py", *flags(tones, model, tmp_path / "stopped", **changes))
+    wait_for(process, "update 3/12")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+    assert 3 <= checkpoint(tmp_path / "stopped")["global_step"] < 12
+    run("finetune.py", *flags(tones, model, tmp_path / "stopped", **changes))
+    assert_equal_to_the_bit(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("stage", ["distill", "final_distill"])
+def test_a_teachers_head_teaches_the_students(stage, manifests, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "teacher.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path / "student.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
+    shared = {
+        "tsv_dir": manifests,
+        "gpus": 0,
+        "distill_layers": "0.1,3",
+        "seconds_per_batch": 8,
+        "max_updates": 3,
+    }
+    shared |= {"teacher_ckpt": tmp_path / "teacher.pth", "student_ckpt": tmp_path / "student.pth"}
+    shared |= {"warmup_updates": 1, "log_interval": 1, "learning_rate": 1e-2}
+    moved = {}
+    for weight in (None, 0, 5):
+        given = (
+            shared | {"exp_dir": tmp_path / str(weight)} | ({} if weight is None else {"head_weight": weight})
+        )
+        call(monkeypatch, stage, *itertools.chain(*((f"--{k}", v) for k, v in given.items())))
+        before = load_model(tmp_path / "student.pth").aux.weight
+        moved[weight] = (weights(tmp_path / str(weight))["student_model.aux.weight"] - before).norm().item()
+    assert moved[0] == 0 and moved[None] > 1e-3 and not math.isclose(moved[None], moved[5])
+
+
+MISTAKES = [
+    ({"model": "no.pth"}, "no.pth: no such file"),
+    ({"target_sparsity": 0.5}, "--target_sparsity belongs to --pruning_units"),
+    ({"cos_weight": 2}, "--cos_weight belongs to --teacher_ckpt"),
+    ({"pruning_units": "heads"}, "heads is none of conv"),
+    ({"vocab": "no.json"}, "no.json: cannot be read"),
+    ({"vocab": "labels.json"}, "has no <pad>, the blank that --task ctc needs"),
+    ({"vocab": "few.json"}, "'hi' is not among the tokens of few.json"),
+    ({"vocab": "wrong.json"}, "wrong.json: is no vocabulary"),
+    ({"model": "nameless.pth"}, "names them: name them with --vocab"),
+    ({"task": "classify", "vocab": "labels.json"}, "the label 'high low' is not among those of labels.json"),
+    ({"tsv_dir": "unlabelled"}, "has no texts or labels"),
+]
+
+
+@pytest.mark.parametrize("changes, words", MISTAKES)
+def test_a_mistake_is_one_sentence(changes, words, tones, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, tokens in {"labels": ["low", "high"], "few": ["<pad>", "|", "l", "o", "w", "g"]}.items():
+        Vocabulary(tokens).write(f"{name}.json")
+    (tmp_path / "wrong.json").write_text('{"a": 1}')
+    save_checkpoint("nameless.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
+    write_manifests("unlabelled", str(tones), {"train": [("0.flac", 6000)]})
+    arguments = flags(tones, model, tmp_path / "exp", **changes)
+    if changes.keys() & {"target_sparsity", "cos_weight"}:  # which argparse says
+        assert words in run("finetune.py", *arguments, check=False).stderr.splitlines()[-1]
+    else:
+        assert words in sentence_of(monkeypatch, capsys, "finetune", *arguments)
+    assert not list(tmp_path.rglob("*.ckpt"))
