@@ -96,16 +96,6 @@ def _lines(file: Path) -> list[str]:
         raise UserError(f"{file} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
 
 
-class Targets:
-    """Numbers (token,) int64 of each utterance, by its index, in two arrays: processes share their memory."""
-
-    def __init__(self, numbers: array, ends: array) -> None:
-        self._numbers, self._ends = np.array(numbers), np.array(ends)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self._numbers[self._ends[index] : self._ends[index + 1]].astype(np.int64)
-
-
 def texts_of(tsv: Path, manifest: Manifest) -> list[str]:
     """The texts or labels of a manifest, ``tsv``; raises a UserError where it has none."""
     if manifest.paths and manifest.texts is None:
@@ -121,14 +111,17 @@ def encode_texts(
     manifest: Manifest,
     encode: Callable[[str], list[int]],
     frames: Callable[[int], int] | None,
-) -> Targets:
-    """Encodes the texts of a manifest, of which those too short for training get no number.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes the texts of a manifest, but those of utterances that are too short to use.
 
     Args:
         tsv: its file, named in errors.
         encode: gives the numbers of a text, or raises a UserError that says why it has none.
         frames: for CTC, gives the number of a model's frames by that of samples. As many are needed as there
             are tokens, and a blank between two that are equal (Graves et al. 2006).
+    Returns:
+        The numbers of all texts (token,), a byte each where that is enough; and where each text begins, and
+        the last ends (utterance + 1,).
     Raises:
         UserError: there are no texts, or one is empty or has no numbers, or more than fit its frames.
     """
@@ -149,7 +142,7 @@ def encode_texts(
             for remedy, (first, *more) in mistakes.items()
         )
         raise UserError("; ".join(counted))
-    return Targets(numbers, ends)
+    return np.array(numbers, dtype=np.min_scalar_type(max(numbers, default=0))), np.array(ends)
 
 
 def _encode(text: str, encode: Callable[[str], list[int]], frames: int | None) -> list[int]:
