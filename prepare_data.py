@@ -4,6 +4,7 @@ Usage:
     python prepare_data.py --data /corpora/LibriSpeech --out data/librispeech
     python prepare_data.py --data /corpora/any --layout flat --extension wav --out data/any
     python prepare_data.py --data /corpora/mp3 --layout flat --convert_to /corpora/mp3-16k --out data/mp3
+    python prepare_data.py --data /corpora/LibriSpeech --labels transcripts --out data/labelled
 """
 
 if __name__ == "__main__":
@@ -20,7 +21,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -45,6 +46,7 @@ with cli.needs_extra("train"):
         open_audio,
         recording_blocks,
     )
+    from dataset.labels import SOURCES, find_labels
     from dataset.manifest import unused_complaint, write_manifests
 
 UNLISTABLE = re.compile("[\t\r\n\ud800-\udfff]")
@@ -218,8 +220,32 @@ def split_off(paths: list[str], share: float, seed: int) -> set[str]:
     count = round(share * len(paths))
     if share > 0 and len(paths) > 1:
         count = min(max(count, 1), len(paths) - 1)
-    ranked = sorted(paths, key=lambda path: hashlib.blake2b(f"{seed}\n{path}".encode()).digest())
-    return set(ranked[:count])
+    return set(by_hash(paths, seed)[:count])
+
+
+def by_hash(names: Iterable[str], seed: int) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.blake2b(f"{seed}\n{name}".encode()).digest())
+
+
+def speakers_to_hold_out(rows: list[tuple[str, ...]], share: float, seed: int) -> set[str]:
+    """Chooses speakers to validate on, in the order of a hash of seed and name: those that bring the number
+    of files nearer to the share, or else the one with the fewest. None are chosen where none are named, or
+    where the label says who speaks.
+
+    Args:
+        rows: (label,) or (label, speaker) of each file.
+        share: the share of the files to validate on.
+    """
+    files = Counter(row[1] for row in rows if len(row) == 2)
+    if share == 0 or len(files) < 2 or len(set(rows)) == len(files) == len({row[0] for row in rows}):
+        return set()
+    chosen: set[str] = set()
+    missing = share * len(rows)
+    for speaker in by_hash(files, seed)[:-1]:  # At least one is left to train on.
+        if abs(missing - files[speaker]) < abs(missing):
+            chosen.add(speaker)
+            missing -= files[speaker]
+    return chosen or {min(by_hash(files, seed), key=files.__getitem__)}
 
 
 def prepare(
@@ -232,6 +258,7 @@ def prepare(
     num_workers: int,
     convert_to: str | None = None,
     verify: bool = False,
+    labels: str | None = None,
 ) -> None:
     """Writes the manifests of the folder ``data`` to the folder ``out``; the arguments are the flags'."""
     root = os.path.abspath(data)
@@ -253,7 +280,10 @@ def prepare(
             raise UserError(f"--convert_to {convert_to} lies in --data {data}: name a folder outside of it")
     set_names = ("train100", "train960", "valid") if layout == "librispeech" else ("train", "valid")
     copies = None if convert_to is None else os.path.join(convert_to, "audio.flac")
-    check_outputs({"out": [os.path.join(out, f"{name}.tsv") for name in set_names], "convert_to": copies}, {})
+    check_outputs(
+        {"out": [os.path.join(out, f"{name}.tsv") for name in set_names], "convert_to": copies},
+        {"labels": None if labels in SOURCES else labels},
+    )
 
     paths, left_out = find_audio(root, suffixes)
     if layout == "librispeech":
@@ -267,23 +297,29 @@ def prepare(
     if not paths and not left_out:
         raise UserError(f"no {kind} file under {data}: change --data, or --extension for other audio")
 
+    names = {path: path for path in paths} if convert_to is None else converted_names(paths)
+    labelled: dict[str, tuple[str, ...]] = {}
+    if labels is not None and paths:
+        labelled, unused = find_labels(labels, root, paths)
+        unlabelled = [path for path in paths if path not in labelled]
+        for what, these in (("files without a label", unlabelled), ("labels without a file", unused)):
+            if these:
+                print(f"left out {len(these)} {what}: {these[0]!r} for one", file=sys.stderr)
+        paths = [path for path in paths if path in labelled]
     if convert_to is None:
-        listed = paths
         results = in_parallel(partial(inspect, root, verify), paths, num_workers, "reading")
     else:
         for left_by_a_killed_run in Path(convert_to).rglob(".*.flac.*.tmp"):
             left_by_a_killed_run.unlink(missing_ok=True)
-        names = converted_names(paths)
-        listed = list(names.values())
         work = partial(convert, root, convert_to)
-        results = in_parallel(work, list(names.items()), num_workers, "converting")
+        results = in_parallel(work, [(path, names[path]) for path in paths], num_workers, "converting")
         root = convert_to
     left_out += [
         (path, result) for path, result in zip(paths, results, strict=True) if isinstance(result, str)
     ]
-    lengths = {
-        path: result for path, result in sorted(zip(listed, results, strict=True)) if isinstance(result, int)
-    }
+    inspected = zip(paths, results, strict=True)
+    lengths = dict(sorted((names[path], result) for path, result in inspected if isinstance(result, int)))
+    labelled = {names[path]: row for path, row in labelled.items() if names[path] in lengths}
     for path, why in left_out:
         print(f"left out {path!r}: {why}", file=sys.stderr)
     counts = Counter(why.partition(" (")[0] for _, why in left_out)
@@ -298,15 +334,20 @@ def prepare(
         sets_of = {path: librispeech_sets(path) for path in lengths}
     else:
         valid = split_off(list(lengths), valid_share, seed)
+        if held_out := speakers_to_hold_out(list(labelled.values()), valid_share, seed):
+            valid = {path for path, (_, speaker) in labelled.items() if speaker in held_out}
+            print(f"valid.tsv has all files of {len(held_out)} of the speakers: {cli.some(sorted(held_out))}")
         sets_of = {path: ["valid"] if path in valid else ["train"] for path in lengths}
-    sets = {name: [pair for pair in lengths.items() if name in sets_of[pair[0]]] for name in set_names}
+    rows = [(path, length, *labelled.get(path, ())[:1]) for path, length in lengths.items()]
+    sets = {name: [row for row in rows if name in sets_of[row[0]]] for name in set_names}
     write_manifests(out, root, sets)
 
     for name, chosen in sets.items():
-        hours = sum(length for _, length in chosen) / SAMPLE_RATE / 3600
+        chosen_lengths = np.array([row[1] for row in chosen], dtype=np.int64)
+        hours = chosen_lengths.sum() / SAMPLE_RATE / 3600
         what = f"{len(chosen)} files, {hours:.2f} hours" if chosen else "empty, this corpus has none for it"
         print(f"{os.path.join(out, name)}.tsv: {what}")
-        if complaint := unused_complaint(np.array([length for _, length in chosen], dtype=np.int64)):
+        if complaint := unused_complaint(chosen_lengths, labelled=labels is not None):
             print(f"{os.path.join(out, name)}.tsv: {complaint}")
     if left_out:
         print(f"left out {len(left_out)}: {summary}")
@@ -324,6 +365,12 @@ def main() -> None:
         "decode every file, and write it to this folder as 16 kHz mono FLAC, which the manifests list"
     )
     parser.add_argument("--convert_to", type=cli.path, metavar="FOLDER", help=conversion)
+    label_sources = (
+        "write what is said, or a label, into the manifests, for finetune.py: transcripts (LibriSpeech's "
+        "*.trans.txt beside the audio), folders (the names of those in --data), or a FILE of lines "
+        "path<TAB>text or label[<TAB>speaker], with paths relative to --data or to its own folder"
+    )
+    parser.add_argument("--labels", type=cli.path, metavar="WHERE", help=label_sources)
     verification = "decode every file to its end, in place of believing its header"
     parser.add_argument("--verify", action="store_true", help=verification)
     parser.add_argument(
@@ -333,7 +380,8 @@ def main() -> None:
         help="librispeech: sets by train-clean-100, train and dev in the path; flat: train and valid.tsv",
     )
     flat = parser.add_argument_group("layout flat")
-    flat.add_argument("--valid_share", type=cli.fraction, default=0.01, help="share of files in valid.tsv")
+    share = "share of files in valid.tsv; of whole speakers, at least one, where --labels names them"
+    flat.add_argument("--valid_share", type=cli.fraction, default=0.01, help=share)
     flat.add_argument("--seed", type=cli.nonnegative_int, default=2022, help="chooses the files of valid.tsv")
     parser.add_argument(
         "--num_workers", type=cli.positive_int, default=available_cpus(), help="processes that read audio"

@@ -2,14 +2,13 @@
 
 from .audio import SAMPLE_RATE, AudioError, open_audio, read_recording
 from .batches import AudioDataset, BucketBatchSampler, make_loader
-from .manifest import count_frames, read_manifest, write_manifests
+from .manifest import read_manifest, write_manifests
 
 __all__ = [
     "SAMPLE_RATE",
     "AudioDataset",
     "AudioError",
     "BucketBatchSampler",
-    "count_frames",
     "make_loader",
     "open_audio",
     "read_manifest",

@@ -175,13 +175,9 @@ class Fault(NamedTuple):
     line: str
 
 
-class Item(NamedTuple):
-    """What was read for a crop: samples (time,) float32; with labels, the numbers (token,) int64 of the text;
-    and, where it was read in place of another, that one's fault."""
-
-    waveform: Tensor
-    target: Tensor | None
-    fault: Fault | None
+Item = tuple[Tensor, Tensor | None, Fault | None]
+"""Samples (time,) float32; with labels, the numbers (token,) int64 of the text; and the fault of the file
+that they were read in place of."""
 
 
 class AudioDataset(Dataset[Tensor]):
@@ -287,8 +283,11 @@ class AudioDataset(Dataset[Tensor]):
         )
 
     def _item(self, crop: Crop, fault: Fault | None) -> Item:
-        target = None if self.targets is None else torch.from_numpy(self.targets[crop[0]])
-        return Item(self._read(crop), target, fault)
+        target = None
+        if self.targets is not None:
+            numbers, ends = self.targets
+            target = torch.from_numpy(numbers[ends[crop[0]] : ends[crop[0] + 1]].astype(np.int64))
+        return self._read(crop), target, fault
 
     def _substitutes(self, crop: Crop) -> Iterator[Crop]:
         """Crops to read in place of one, which follow from it: of its length, or, of those used whole, the
@@ -318,12 +317,13 @@ def collate(items: list[Item], multiple: int = 1) -> tuple:
     Raises:
         LoaderError: in a reading process, where no shared memory is left to hand the batch over.
     """
-    stacked = pad_sequence([item.waveform for item in items], batch_first=True)
+    waveforms, targets, faults = zip(*items, strict=True)
+    stacked = pad_sequence(waveforms, batch_first=True)
     stacked = pad(stacked, (0, -stacked.shape[1] % multiple))
-    batch = [stacked, torch.tensor([len(item.waveform) for item in items])]
-    if targets := [item.target for item in items if item.target is not None]:
-        batch += [torch.cat(targets), torch.tensor([len(target) for target in targets])]
-    faults = [item.fault for item in items if item.fault is not None]
+    batch = [stacked, torch.tensor([*map(len, waveforms)])]
+    if targets[0] is not None:
+        batch += [torch.cat(targets), torch.tensor([*map(len, targets)])]
+    faults = [fault for fault in faults if fault is not None]
     more = (faults,) if faults else ()
     if get_worker_info() is None:
         return *batch, *more

@@ -32,11 +32,6 @@ class Manifest(NamedTuple):
     texts: list[str] | None = None
 
 
-def count_frames(samples: int) -> int:
-    """The number of frames that the models make of so many samples."""
-    return max(0, 1 + (samples - WINDOW) // HOP)
-
-
 def leaves_root(path: str) -> bool:
     """Whether a path in a manifest, which anyone may have written, is not below the manifest's root."""
     return path.startswith("/") or ".." in path.split("/") or "\0" in path

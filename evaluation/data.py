@@ -14,12 +14,10 @@ from tqdm import tqdm
 
 from dataset import AudioError, read_recording
 from dataset.audio import SUFFIXES
-from dataset.manifest import leaves_root
+from dataset.labels import read_labels
+from dataset.manifest import HOP, WINDOW
 from utils.cli import some
 from utils.files import UserError
-
-WINDOW, HOP = 400, 320
-"""Samples that a frame of the models reads, and from one frame to the next: 25 and 20 ms."""
 
 
 def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray, np.ndarray | None]:
@@ -39,7 +37,7 @@ def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray,
         raise UserError(f"{data} has several manifests: choose one of {names} with --task")
     if manifests:
         source = manifests[task or names]
-        rows = read_manifest(source)
+        rows = [(data / path, *more) for path, *more in read_labels(source)]
     else:
         source = data
         rows = [
@@ -55,33 +53,6 @@ def read_examples(data: Path, task: str | None) -> tuple[list[Path], np.ndarray,
         raise UserError(f"{source} has {found}: give two labels, by a manifest NAME.tsv or a folder for each")
     paths, found, *speakers = zip(*rows, strict=True)
     return list(paths), np.array(found), np.array(speakers[0]) if speakers else None
-
-
-def read_manifest(manifest: Path) -> list[tuple]:
-    """Reads the lines of a manifest as (path, label) or (path, label, speaker)."""
-    try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{manifest} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
-    rows: list[tuple] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{manifest}, line {number}"
-        path, *columns = map(str.strip, line.split("\t"))
-        if len(columns) not in (1, 2) or not all([path, *columns]):
-            raise UserError(f"{place}: not path<TAB>label or path<TAB>label<TAB>speaker")
-        if rows and len(columns) + 1 != len(rows[0]):
-            raise UserError(f"{place}: name the speaker in every line or in none")
-        if leaves_root(path):
-            raise UserError(f"{place}: {path!r:.300}: give a path below the manifest's folder, without ..")
-        if path in seen:
-            # One fold would train on it and another judge it, so its label would be known beforehand.
-            raise UserError(f"{place}: {path} is also in line {seen[path]}; keep one of the two lines")
-        seen[path] = number
-        rows.append((manifest.parent / path, *columns))
-    return rows
 
 
 def make_folds(

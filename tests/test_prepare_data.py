@@ -378,3 +378,113 @@ def test_audio_that_training_leaves_out_is_counted(tmp_path, capsys):
     prepare(tmp_path / "data", tmp_path / "out", share=0)
     sentence = "of 5 utterances, 2 above 15.6 s, 58.9% of the audio and 1 below 2 s, 2.22% of the audio"
     assert f"{sentence} (--long_utterances split uses" in capsys.readouterr().out
+
+
+def labelled_lines(out: Path, name: str) -> dict[str, str]:
+    manifest = read_manifest(out, name)
+    return dict(zip(manifest.paths, manifest.texts or [], strict=True))
+
+
+def test_librispeechs_transcripts_become_labels(tmp_path, capsys):
+    data = tmp_path / "data"
+    for path in ("train-clean-100/1/2/1-2-0000", "train-clean-100/1/2/1-2-0001", "dev-clean/3/4/3-4-0000"):
+        write_audio(data / f"{path}.flac")
+    lines = "1-2-0000 MISTER  QUILTER'S\r\n1-2-0007 GONE\n1-2-0001\n"
+    (data / "train-clean-100/1/2/1-2.trans.txt").write_text(lines)
+    (data / "dev-clean/3/4/3-4.trans.txt").write_text("3-4-0000 \u00dcBER\u2028ALL", encoding="utf-8")
+    prepare(data, tmp_path / "out", "librispeech", labels="transcripts")
+    train = {"train-clean-100/1/2/1-2-0000.flac": "MISTER QUILTER'S"}
+    assert (
+        labelled_lines(tmp_path / "out", "train100") == labelled_lines(tmp_path / "out", "train960") == train
+    )
+    assert labelled_lines(tmp_path / "out", "valid") == {"dev-clean/3/4/3-4-0000.flac": "\u00dcBER ALL"}
+    said = capsys.readouterr().err
+    assert "left out 1 files without a label: 'train-clean-100/1/2/1-2-0001.flac' for one" in said
+    assert "left out 1 labels without a file: 'train-clean-100/1/2/1-2-0007' for one" in said
+
+
+def test_names_of_folders_become_labels_of_converted_files(tmp_path, capsys):
+    data = tmp_path / "data"
+    for path in ("yes/deep/a.wav", "yes/a.wav", "no way/a.wav", "a.wav"):
+        write_audio(data / path, 4_000, rate=8_000)
+    flags = {"extension": None, "convert_to": str(tmp_path / "16k"), "labels": "folders"}
+    prepare(data, tmp_path / "out", share=0, **flags)
+    labels = {"no way/a.flac": "no way", "yes/a.flac": "yes", "yes/deep/a.flac": "yes"}
+    assert labelled_lines(tmp_path / "out", "train") == labels
+    assert read_manifest(tmp_path / "out", "train").root == str(tmp_path / "16k")
+    said = capsys.readouterr()
+    assert "left out 1 files without a label: 'a.wav' for one" in said.err and "16k/a.flac" not in said.err
+    assert not (tmp_path / "16k/a.flac").exists()
+    # Half a second is too little for crops alone.
+    assert "training leaves out" not in said.out
+
+
+@pytest.mark.parametrize("root", ["data", "data/clips"])
+def test_paths_of_labels_are_below_data_or_the_files_folder(tmp_path, root, capsys):
+    for name in ("a.flac", "deep/b.flac"):
+        write_audio(tmp_path / "data/clips" / name)
+    text = "\ufeff./clips/a.flac\tA B\r\nclips/deep/b.flac\tB\nclips/c.flac\tC\n"
+    (tmp_path / "data/l.tsv").write_text(text, encoding="utf-8")
+    prepare(tmp_path / root, tmp_path / "out", share=0, labels=str(tmp_path / "data/l.tsv"))
+    assert list(labelled_lines(tmp_path / "out", "train").values()) == ["A B", "B"]
+    assert "left out 1 labels without a file: " in capsys.readouterr().err
+    shutil.move(tmp_path / "data/l.tsv", tmp_path / "l.tsv")
+    if root == "data":
+        prepare(tmp_path / root, tmp_path / "out", share=0, labels=str(tmp_path / "l.tsv"))
+        assert list(labelled_lines(tmp_path / "out", "train").values()) == ["A B", "B"]
+
+
+def test_whole_speakers_are_held_out_where_labels_name_them():
+    hold_out = prepare_data.speakers_to_hold_out
+    rows = [(str(digit), f"s{speaker}") for speaker in range(10) for digit in range(20)]
+    assert [len(hold_out(rows, share, seed=1)) for share in (0, 0.01, 0.14, 0.16, 0.34, 0.99)] == [
+        0,
+        1,
+        1,
+        2,
+        3,
+        9,
+    ]
+    assert hold_out(rows[::-1], 0.34, seed=1) == hold_out(rows, 0.34, seed=1)
+    assert len({tuple(hold_out(rows, 0.01, seed)) for seed in range(20)}) > 4
+    # A speaker with most of the files is none to validate a little on.
+    assert hold_out([*rows[:40], *([("x", "much")] * 400)], 0.1, seed=1) in ({"s0"}, {"s1"}, {"s0", "s1"})
+    for none in ([row[:1] for row in rows], [(s, s) for _, s in rows], rows[:20]):
+        assert hold_out(none, 0.1, seed=1) == set()
+    # Everyone reads a text of their own, and several.
+    assert hold_out([(f"{s} {d}", s) for d, s in rows], 0.1, seed=1) != set()
+
+
+def test_held_out_speakers_are_in_validation_alone(tmp_path, capsys):
+    lines = []
+    for number in range(24):
+        write_audio(tmp_path / f"data/{number}.flac")
+        lines.append(f"{number}.flac\t{number % 2}\tvoice {number // 2 % 4}\n")
+    (tmp_path / "data/l.tsv").write_text("".join(lines))
+    prepare(tmp_path / "data", tmp_path / "out", share=0.2, labels=str(tmp_path / "data/l.tsv"))
+    train, valid = (
+        {int(path[:-5]) // 2 % 4 for path in listed(tmp_path / "out", name)} for name in ("train", "valid")
+    )
+    assert (len(train), len(valid), len(train & valid)) == (3, 1, 0)
+    assert f"valid.tsv has all files of 1 of the speakers: voice {valid.pop()}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--labels nothing", "there is no file nothing: give transcripts, folders or a file with --labels"),
+        ("--labels transcripts", r"*.trans.txt beside the audio has a line ID TEXT"),
+        ("--labels folders", "none for the 1 audio files under"),
+        ("--labels a.tsv", "a.tsv, line 2: not path<TAB>label"),
+        ("--labels b.tsv", "has none for the 1 audio files"),
+        ("--labels train.tsv --out .", "--out train.tsv is --labels, which it would replace"),
+    ],
+)
+def test_a_mistake_in_labels_is_named_and_nothing_written(tmp_path, monkeypatch, capsys, flags, words):
+    write_audio(tmp_path / "1.flac")
+    for name, text in {"a": "1.flac\tA\n2.flac\n", "b": "2.flac\tB\n", "train": "1.flac\tA\n"}.items():
+        (tmp_path / f"{name}.tsv").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", ".", "--layout", "flat", "--out", "out", *flags.split()]
+    assert words in sentence_of(monkeypatch, capsys, "prepare_data", *arguments)
+    assert len(list(tmp_path.iterdir())) == 4
