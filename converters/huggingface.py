@@ -160,9 +160,10 @@ def read_tokens(name: str, vocab: str | None, size: int) -> Vocabulary:
     is a file or folder that has it instead. Raises a UserError where it is not this head's."""
     folder = fetch(name, "*.json")
     try:
-        vocabulary = read_vocabulary(vocab or folder)
+        vocabulary = read_vocabulary(folder if vocab is None else vocab)
     except UserError as error:
-        raise UserError(f"{error}, or give --vocab FILE: the tokens of the head are needed") from error
+        remedy = ", or give --vocab FILE: the head's tokens are needed" if vocab is None else ""
+        raise UserError(f"{error}{remedy}") from error
     # transformers computes the loss of all these models with this number, 0 unless the config has another.
     return vocabulary.of_head(size, read_json(folder / "config.json").get("pad_token_id", 0))
 

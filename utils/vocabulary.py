@@ -175,16 +175,22 @@ def _read_tokenizer(folder: Path) -> Vocabulary:
 
     with needs_extra("convert"):
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # It warns of types of models that it does not know.
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         numbers, blank = tokenizer.get_vocab(), tokenizer.pad_token_id
     except Exception as error:  # transformers raises many kinds.
-        reason = " ".join(str(error).split())[:300]
+        files = [*folder.glob("vocab*"), *folder.glob("tokenizer*")]
+        reason = " ".join(str(error).split())[:300] if files else "there is none"
         raise UserError(
             f"{folder}: transformers cannot read a tokenizer of one language from it ({reason}); add its "
             "files (vocab.json, tokenizer_config.json)"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     return Vocabulary(_in_order(numbers, folder), tokenizer, folder, blank)
 
 
