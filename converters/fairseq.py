@@ -145,7 +145,7 @@ def read_tokens(path: str, vocab: str | None, size: int) -> Vocabulary:
         state = plain_values(safe_pickle.load(path).get("task_state"))
         dictionary = state.get("target_dictionary") if isinstance(state, dict) else None
         tokens = dictionary.get("symbols") if isinstance(dictionary, dict) else None
-        if not isinstance(tokens, list):
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise UserError(f"{path}: has no dictionary for its CTC head; give --vocab dict.ltr.txt")
     # fairseq's decoders know the blank so, and its loss takes the first token, too.
     blank = tokens.index("<ctc_blank>") if "<ctc_blank>" in tokens else 0
