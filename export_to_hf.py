@@ -16,6 +16,7 @@ from utils.checkpoint import fingerprint
 from utils.cli import path, run_script
 from utils.outputs import check_outputs
 from utils.run_record import folder_of, read_run
+from utils.vocabulary import beside, read_vocabulary
 from wav2vec2.cost import count_parameters
 
 
@@ -24,6 +25,9 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", type=path, required=True, help="a checkpoint without gates, pruned or converted")
     add("--out", type=path, required=True, help="the folder to write, which must not be there yet")
+    processor = "folder or hub's name of the tokenizer and the feature extractor that a CTC head was trained "
+    processor += "with; without it, the tokenizer is made from the .vocab.json beside --ckpt, if there is one"
+    add("--processor", type=path, help=processor)
     return parser.parse_args()
 
 
@@ -36,7 +40,9 @@ def main() -> None:
     # Beside it may lie what the same stage has made another time.
     recorded = read_run(folder_of(args.ckpt)).items()
     run = {stage: x for stage, x in recorded if x.get("output", this)["sha256"] == this["sha256"]}
-    error = export(model, out, run)
+    known = model.aux is not None and beside(args.ckpt).is_file()
+    vocabulary = read_vocabulary(beside(args.ckpt)) if known else None
+    error = export(model, out, run, vocabulary, args.processor)
     head = "no CTC head" if model.aux is None else f"a CTC head of {model.aux.out_features} tokens"
     print(
         f"{args.ckpt} -> {args.out}: {count_parameters(model):,} parameters, {head}; loaded by transformers, "

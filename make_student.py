@@ -20,6 +20,7 @@ from utils.cli import nonnegative_int, number, path, positive_int, run_script
 from utils.files import UserError
 from utils.outputs import check_outputs
 from utils.size_table import measure, size_table
+from utils.vocabulary import copy_vocabulary
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.cost import count_parameters
 
@@ -186,9 +187,14 @@ def main() -> None:
     for kind in ("heads", "feed_forward"):
         widths = dict(zip(layers, after[kind], strict=True))
         after[kind] = [widths.get(layer, 0) for layer in range(1, len(before[kind]) + 1)]
+    head = ""
+    if student.aux is not None:
+        copy_vocabulary(args.teacher_ckpt, args.out)
+        kept = student.aux.weight.shape == teacher.aux.weight.shape
+        head = "; the head is the teacher's" if kept else "; the head is new"
     save_checkpoint(args.out, student)
     print(*size_table(before, after, first_layer=1), sep="\n")
-    print(f"width {width}; {copied:,} of the parameters are the teacher's\nwrote {args.out}")
+    print(f"width {width}; {copied:,} of the parameters are the teacher's{head}\nwrote {args.out}")
 
 
 if __name__ == "__main__":

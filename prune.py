@@ -10,11 +10,10 @@ import argparse
 from collections.abc import Mapping
 
 from utils import run_record
-from utils.checkpoint import save_checkpoint
 from utils.cli import fraction, path, positive_int, run_script
 from utils.files import UserError
 from utils.size_table import measure, size_table
-from utils.stage_checkpoint import begin, check_student, gated_student, part, read_finished
+from utils.stage_checkpoint import begin, check_student, gated_student, part, read_finished, save_student
 from wav2vec2 import PruningError, Wav2Vec2Model, prune_to
 
 TOLERANCE = 0.005
@@ -89,7 +88,8 @@ def main() -> None:
     with log:
         table = prune(student, trained["hyper_parameters"], args)
         projections = part(trained["state_dict"], "distill_linear_projs.")
-        save_checkpoint(out, student, verify=True, distill_linear_projs=projections)
+        inputs = args.distilled_ckpt, args.original_ckpt
+        save_student(out, student, *inputs, distill_linear_projs=projections)
         log.note(output=run_record.file_input(out))
         if "run" in trained:
             log.note(distilled=trained["run"])

@@ -9,10 +9,17 @@ if __name__ == "__main__":
 import argparse
 
 from utils import run_record
-from utils.checkpoint import build_model, read_checkpoint, save_checkpoint
+from utils.checkpoint import build_model
 from utils.cli import path, run_script
 from utils.files import UserError
-from utils.stage_checkpoint import begin, check_student, read_finished, student_tensors
+from utils.stage_checkpoint import (
+    begin,
+    check_student,
+    config_of,
+    read_finished,
+    save_student,
+    student_tensors,
+)
 from wav2vec2.cost import count_parameters
 
 
@@ -38,13 +45,12 @@ def main() -> None:
     trained = read_finished(args.ckpt_after_final_distill, args)
     tensors = student_tensors(trained, args.ckpt_after_final_distill)
     check_student(trained, log.record, "config_path", args.ckpt_after_final_distill, args.allow_changed)
-    config = read_checkpoint(args.config_path)["config"]
     source = f"{args.ckpt_after_final_distill} with the config of --config_path {args.config_path}"
-    model = build_model(config, tensors, source).eval()
+    model = build_model(config_of(args.config_path, tensors), tensors, source).eval()
     if model.gates():
         raise UserError(f"{args.config_path}: its config has gates; give stage 2's file")
     with log:
-        save_checkpoint(out, model, verify=True)
+        save_student(out, model, args.ckpt_after_final_distill, args.config_path)
         log.note(output=run_record.file_input(out))
     print(f"wrote {out}: {count_parameters(model):,} parameters")
 

@@ -13,10 +13,14 @@ from utils.checkpoint import build_model, save_checkpoint
 from utils.cli import abbreviate, path, some
 from utils.files import UserError
 from utils.outputs import check_outputs
+from utils.vocabulary import Vocabulary, beside
 from wav2vec2.config import WAVLM_KEYS
 from wav2vec2.model import Wav2Vec2Model, base_config
 
 FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0", "wavlm": "WavLM"}
+
+CTC_HEADS = ("lm_head", "proj")
+"""What transformers and fairseq call the CTC head of a fine-tuned model."""
 
 CONVERTED = "only HuBERT, wav2vec 2.0, WavLM, UniSpeech and UniSpeech-SAT models can be converted"
 
@@ -100,7 +104,8 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], sourc
 def left_out(names: Iterable[str]) -> str:
     """The end of a remark that says in which parts of a model are the tensors that were left out."""
     parts = sorted({name.removeprefix("module.").partition(".")[0] for name in names})
-    return f"; left out: {', '.join(parts)}" if parts else ""
+    heads = [f" (--keep_head keeps {part})" for part in parts if part in CTC_HEADS]
+    return f"; left out: {', '.join(parts)}{''.join(heads)}" if parts else ""
 
 
 def build(config: dict, tensors: Mapping[str, Tensor], source: str) -> Wav2Vec2Model:
@@ -121,7 +126,9 @@ def run_converter(
     flag: str,
     meaning: str,
     suffix: str,
-    load: Callable[[str], tuple[Wav2Vec2Model, str]],
+    load: Callable[[str, bool], tuple[Wav2Vec2Model, str]],
+    read_tokens: Callable[[str, str | None, int], Vocabulary],
+    vocab: str,
     default: str | None = None,
 ) -> None:
     """Converts what the command line names, writes the result atomically, and prints a line about it.
@@ -130,19 +137,30 @@ def run_converter(
         description: what the command does.
         flag, meaning, default: the flag that names the source, its help, and the source without it.
         suffix: the end of the default output's name, which begins with the source's name.
-        load: source -> the model, and a remark about the conversion.
+        load: source, and whether to keep a CTC head -> the model, and a remark about the conversion.
+        read_tokens: source, --vocab or None, and the head's outputs -> their vocabulary.
+        vocab: the help of --vocab.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{flag}", type=path, default=default, required=default is None, help=meaning)
     parser.add_argument(
         "--out", type=path, help="the file to write; by default in pretrained/, named after what is converted"
     )
+    keep = "keep the CTC head of a fine-tuned model, with its tokens in OUT's name and .vocab.json"
+    parser.add_argument("--keep_head", action="store_true", help=keep)
+    parser.add_argument("--vocab", type=path, help=vocab)
     args = parser.parse_args()
+    if args.vocab is not None and not args.keep_head:
+        raise UserError("--vocab belongs to --keep_head: give both or neither")
     source = getattr(args, flag)
     name = Path(source).name if suffix == ".hf.pth" else Path(source).stem
     out = args.out or f"pretrained/{name or Path(source).resolve().name}{suffix}"
-    check_outputs({"out": out}, {flag: source})
-    model, remark = load(source)
+    outputs = {"out": out, **({"out's vocabulary": beside(out)} if args.keep_head else {})}
+    check_outputs(outputs, {flag: source, "vocab": args.vocab})
+    model, remark = load(source, args.keep_head)
+    if model.aux is not None:
+        read_tokens(source, args.vocab, model.aux.out_features).write(beside(out))
+        remark = f"a CTC head of {model.aux.out_features} tokens, {remark}"
     save_checkpoint(out, model)
     waveform = "normalised" if model.normalize_waveform else "not normalised"
     print(f"{source} -> {out}: {int(model.get_num_params()):,} parameters, input {waveform}, {remark}")

@@ -7,9 +7,11 @@ nothing is compared. Instead, every tensor must have its place here, or be one t
 import ast
 import math
 import re
+from pathlib import Path
 
 from utils.cli import abbreviate
 from utils.files import UserError
+from utils.vocabulary import Vocabulary, read_vocabulary
 from wav2vec2.model import Wav2Vec2Model
 
 from . import safe_pickle
@@ -69,6 +71,11 @@ TENSORS = {
     "mask_emb|label_embs_concat": None,
     r"(quantizer|project_q|final_proj|target_glu|proj)\..*": None,
 }
+CTC_HEAD = {r"proj\.(weight|bias)": r"aux.\1"}
+"""Where the CTC head of a fine-tuned model goes if it is kept."""
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+"""The tokens with which every dictionary begins, and which its file leaves out."""
 
 
 def main(family: str) -> None:
@@ -79,21 +86,24 @@ def main(family: str) -> None:
         "ckpt",
         "the .pt file, as it was published",
         ".unilm.pth" if family == "wavlm" else ".fairseq.pth",
-        lambda path: load_fairseq(path, family),
+        lambda path, keep_head: load_fairseq(path, family, keep_head),
+        read_tokens,
+        "dict.ltr.txt with the tokens of the head, where the file has no dictionary itself; or a vocab.json",
     )
 
 
-def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
+def load_fairseq(path: str, family: str, keep_head: bool = False) -> tuple[Wav2Vec2Model, str]:
     """The encoder of a checkpoint of fairseq or, for WavLM, of Microsoft's release.
 
     Args:
         path: the file; no code in it is run.
         family: "hubert", "wav2vec2" or "wavlm".
+        keep_head: keep its CTC head, as the model's ``aux`` layer.
     Returns:
         The model in evaluation mode, and a remark on how many tensors were used and what was left out.
     Raises:
         UserError: the file cannot be read, is of another family, describes something that the model here
-            cannot compute, or a tensor is missing or left over.
+            cannot compute, a tensor is missing or left over, or it has no head to keep.
     """
     tensors, options = read_fairseq(path)
     tensors = safe_pickle.named_tensors(tensors, path)
@@ -113,10 +123,49 @@ def load_fairseq(path: str, family: str) -> tuple[Wav2Vec2Model, str]:
     tensors = {
         re.sub(r"^(module\.)?(w2v_encoder\.)?(w2v_model\.)?", "", key): t for key, t in tensors.items()
     }
-    renamed = rename(tensors, TENSORS, path)
+    table = CTC_HEAD | TENSORS if keep_head else TENSORS
+    renamed = rename(tensors, table, path)
+    if keep_head:
+        if "aux.weight" not in renamed:
+            raise UserError(f"{path}: has no CTC head (w2v_encoder.proj); leave out --keep_head")
+        config["aux_num_out"] = len(renamed["aux.weight"])
     model = build(config, renamed, path)
-    unused = [name for name in tensors if not rename({name: tensors[name]}, TENSORS, path)]
+    unused = [name for name in tensors if not rename({name: tensors[name]}, table, path)]
     return model, f"{len(renamed)} tensors used{left_out(unused)}"
+
+
+def read_tokens(path: str, vocab: str | None, size: int) -> Vocabulary:
+    """The vocabulary of the CTC head, of so many outputs, of a checkpoint: from its dictionary, which is in
+    the checkpoint or the file ``vocab``. Raises a UserError where there is none, or it is another head's."""
+    if vocab is not None and (Path(vocab).is_dir() or vocab.endswith(".json")):
+        return read_vocabulary(vocab).of_head(size)
+    if vocab is not None:
+        tokens = read_dictionary(vocab)
+    else:
+        state = plain_values(safe_pickle.load(path).get("task_state"))
+        dictionary = state.get("target_dictionary") if isinstance(state, dict) else None
+        tokens = dictionary.get("symbols") if isinstance(dictionary, dict) else None
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise UserError(f"{path}: has no dictionary for its CTC head; give --vocab dict.ltr.txt")
+    # fairseq's decoders know the blank so, and its loss takes the first token, too.
+    blank = tokens.index("<ctc_blank>") if "<ctc_blank>" in tokens else 0
+    return Vocabulary(tokens, None, vocab or path, blank).of_head(size)
+
+
+def read_dictionary(path: str) -> list[str]:
+    """The tokens of fairseq's ``dict.ltr.txt``, with those that the file leaves out. Raises a UserError where
+    it is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give fairseq's dict.ltr.txt") from error
+    pairs = [line.rstrip().rpartition(" ") for line in lines]
+    tokens = [*SPECIAL, *(token for token, *_ in pairs)]
+    if len(set(tokens)) < len(tokens) or not all(token and count.isdigit() for token, _, count in pairs):
+        raise UserError(
+            f"{path}: is no dictionary of fairseq, whose lines are another TOKEN and its COUNT each"
+        )
+    return tokens
 
 
 def read_fairseq(path: str) -> tuple[dict, dict]:

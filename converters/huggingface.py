@@ -18,6 +18,7 @@ from utils.checkpoint import build_model, not_finite
 from utils.cli import needs_extra, some
 from utils.compare import relative_difference
 from utils.files import UserError
+from utils.vocabulary import Vocabulary, read_vocabulary
 from wav2vec2.config import NO_GATES, Wav2Vec2Config
 from wav2vec2.model import Wav2Vec2Model, normalize
 
@@ -97,14 +98,18 @@ def main(family: str, model: str) -> None:
     run_converter(
         f"Converts a {FAMILIES[family]} model of Hugging Face's transformers.",
         "model",
-        f"a folder or a hub's name; heads are left out; by default {model}",
+        f"a folder or a hub's name; by default {model}",
         ".hf.pth",
-        lambda name: load_huggingface(name, family),
+        lambda name, keep_head: load_huggingface(name, family, keep_head),
+        read_tokens,
+        "vocab.json or folder with the tokens of the head, where --model has no tokenizer",
         default=model,
     )
 
 
-def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Model, str]:
+def load_huggingface(
+    name: str, family: str | None = None, keep_head: bool = False
+) -> tuple[Wav2Vec2Model, str]:
     """The encoder of a checkpoint in the format of ``transformers``, compared with that library's own model.
 
     An export of this project is read from its config and weights, and there is nothing to compare it with.
@@ -112,28 +117,34 @@ def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Mode
     Args:
         name: a folder or a hub's name.
         family: "hubert", "wav2vec2" or "wavlm"; None takes any.
+        keep_head: keep its CTC head, as the model's ``aux`` layer.
     Returns:
         The model in evaluation mode, and a remark on what the comparison found and what was left out.
     Raises:
         UserError: it cannot be read, is of another family, describes something that the model here cannot
-            compute, or differs from the source.
+            compute, differs from the source, or has no head to keep.
     """
     transformers = _import_transformers()
-    folder = _fetch(name, "*config.json")
+    folder = fetch(name, "*config.json")
     values = read_json(folder / "config.json")
     if not values:
         raise UserError(f"{name}: has no config.json; {GIVE}")
     check_family(family_of(values, family), family, name, "hf")
     if values["model_type"] == EXPORT:
-        model, heads = load_export(name)
+        model, heads = load_export(name, keep_head)
+        if keep_head and model.aux is None:
+            raise UserError(name + NO_HEAD)
         note = "; masked_group_norm is not part of a checkpoint" if model.masked_group_norm else ""
         return model, f"an export of this project{left_out(heads)}{note}"
     weights, heads = _read_weights(name, "feature_projection.projection.weight")
-    original = _build_original(transformers, values, weights, name)
+    head = _take_head(heads) if keep_head else {}
+    if keep_head and not head:
+        raise UserError(name + NO_HEAD)
+    original = _build_original(transformers, values, weights, head, name)
     normalized = _normalizes(folder)
     if normalized is None:  # The architecture has a convention.
         normalized = original.config.feat_extract_norm == "layer"
-    model = import_huggingface_model(original, normalized, name)
+    model = import_huggingface_model(original, normalized, name, keep_head)
     error = largest_difference(model, original)
     if not error <= TOLERANCE:
         raise UserError(
@@ -142,6 +153,19 @@ def load_huggingface(name: str, family: str | None = None) -> tuple[Wav2Vec2Mode
             "transformers"
         )
     return model, f"largest relative difference from transformers {error:.1e}{left_out(heads)}"
+
+
+def read_tokens(name: str, vocab: str | None, size: int) -> Vocabulary:
+    """The vocabulary of the CTC head, of so many outputs, in the folder or on the hub where it is; ``vocab``
+    is a file or folder that has it instead. Raises a UserError where it is not this head's."""
+    folder = fetch(name, "*.json")
+    try:
+        vocabulary = read_vocabulary(folder if vocab is None else vocab)
+    except UserError as error:
+        remedy = ", or give --vocab FILE: the head's tokens are needed" if vocab is None else ""
+        raise UserError(f"{error}{remedy}") from error
+    # transformers computes the loss of all these models with this number, 0 unless the config has another.
+    return vocabulary.of_head(size, read_json(folder / "config.json").get("pad_token_id", 0))
 
 
 def family_of(config: Mapping, wanted: str | None = None) -> str:
@@ -174,12 +198,12 @@ def load_export(name: str | Path, keep_head: bool = False) -> tuple[Wav2Vec2Mode
     Raises:
         UserError: it cannot be read, or its tensors do not belong to its config.
     """
-    folder = _fetch(str(name), "*config.json")
+    folder = fetch(str(name), "*config.json")
     values = read_json(folder / "config.json")
     weights, heads = _read_weights(str(name), "encoder.feature_projection.projection.weight")
-    aux = {name: heads.pop(name) for name in list(heads) if keep_head and re.search(CTC_HEAD, name)}
+    head = _take_head(heads) if keep_head else {}
     tensors = rename(weights, EXPORT_TENSORS, str(name))
-    tensors |= {f"aux.{name.rpartition('.')[2]}": tensor for name, tensor in aux.items()}
+    tensors |= {f"aux.{key}": tensor for key, tensor in head.items()}
     if wrong := not_finite(tensors):
         raise UserError(
             f"{name}: its tensor {wrong} has a value that is not finite (NaN or infinity), so training had "
@@ -198,7 +222,7 @@ def load_export(name: str | Path, keep_head: bool = False) -> tuple[Wav2Vec2Mode
 
 
 def import_huggingface_model(
-    original: nn.Module, normalize_waveform: bool, source: str = "the model"
+    original: nn.Module, normalize_waveform: bool, source: str = "the model", keep_head: bool = False
 ) -> Wav2Vec2Model:
     """The encoder of a ``transformers`` model; the two share the memory of their float32 weights.
 
@@ -206,11 +230,13 @@ def import_huggingface_model(
         original: a HuBERT, wav2vec 2.0 or WavLM model, with or without a head.
         normalize_waveform: whether the model expects waveforms of zero mean and unit variance.
         source: where it comes from, named in errors.
+        keep_head: keep its CTC head, as the ``aux`` layer.
     Returns:
-        The model in evaluation mode. It has no ``aux`` layer, because a head takes no part in distillation.
+        The model in evaluation mode.
     Raises:
         UserError: the model here cannot compute it.
     """
+    head = original.lm_head.state_dict() if keep_head else {}
     original = original.base_model
     options = original.config
     layers = zip(options.conv_dim, options.conv_kernel, options.conv_stride, strict=True)
@@ -223,16 +249,20 @@ def import_huggingface_model(
         extractor_conv_layer_config=list(layers),
         extractor_mode="layer_norm" if options.feat_extract_norm == "layer" else "group_norm",
         normalize_waveform=normalize_waveform,
+        aux_num_out=len(head["weight"]) if head else None,
     )
     weights = {key: tensor.detach() for key, tensor in original.state_dict().items()}
-    return build(config, rename(weights, TENSORS, source), source)
+    tensors = rename(weights, TENSORS, source) | {f"aux.{key}": tensor for key, tensor in head.items()}
+    return build(config, tensors, source)
 
 
+NO_HEAD = ": has no CTC head (lm_head) among its tensors; leave out --keep_head"
 GIVE = "give a hub's name, or a folder with config.json and the weights"
 
 
-def _fetch(name: str, pattern: str) -> Path:
-    """The folder of a model, with the files that match if it has to be fetched from a hub."""
+def fetch(name: str, pattern: str, give: str = GIVE) -> Path:
+    """The folder of a model, with the files that match if it has to be fetched from a hub; ``give`` is what
+    to do where there is none."""
     if Path(name).exists():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -240,7 +270,7 @@ def _fetch(name: str, pattern: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=pattern))
     except Exception as error:  # The hub's client raises many kinds.
-        raise UserError(f"{name}: no such folder, and no hub has it ({_shorten(error)}); {GIVE}") from error
+        raise UserError(f"{name}: no such folder, and no hub has it ({_shorten(error)}); {give}") from error
 
 
 def _normalizes(folder: Path) -> object:
@@ -267,7 +297,7 @@ def _read_weights(name: str, known: str) -> tuple[dict[str, Tensor], dict[str, T
     others. The encoder's are named without its prefix, which is what precedes the ``known`` name."""
     files: list[Path] = []
     for pattern in WEIGHTS:
-        files = files or sorted(_fetch(name, pattern).glob(pattern))
+        files = files or sorted(fetch(name, pattern).glob(pattern))
     if not files:
         raise UserError(f"{name}: has no {WEIGHTS[0]} or {WEIGHTS[2]}; {GIVE}")
     weights = {key: tensor for path in files for key, tensor in _read_tensors(path).items()}
@@ -285,6 +315,12 @@ def _read_weights(name: str, known: str) -> tuple[dict[str, Tensor], dict[str, T
     return encoder, others
 
 
+def _take_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes a CTC head out of the tensors: its weight and its bias, in float32."""
+    names = [name for name in tensors if re.search(CTC_HEAD, name)]
+    return {name.rpartition(".")[2]: tensors.pop(name).float() for name in names}
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` or ``.bin`` file."""
     if path.suffix == ".bin":
@@ -298,8 +334,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise safe_pickle.damaged(path) from error
 
 
-def _build_original(transformers, values: Mapping, weights: Mapping[str, Tensor], source: str) -> nn.Module:
-    """The model of ``transformers`` in evaluation mode, which shares the memory of the encoder's weights."""
+def _build_original(
+    transformers, values: Mapping, weights: Mapping[str, Tensor], head: Mapping[str, Tensor], source: str
+) -> nn.Module:
+    """The model of ``transformers`` in evaluation mode, which shares the memory of the encoder's weights and
+    of the CTC head's, if there is one."""
     # A config can name code in its folder, and a repository whose code computes the attention.
     values = {key: value for key, value in values.items() if key != "auto_map" and not key.startswith("_")}
     try:
@@ -307,12 +346,14 @@ def _build_original(transformers, values: Mapping, weights: Mapping[str, Tensor]
         config_class = getattr(transformers, f"{kind}Config")
         config = config_class.from_dict(values, attn_implementation="eager")
         with torch.device("meta"):
-            original = getattr(transformers, f"{kind}Model")(config).eval()
-        if (
-            "masked_spec_embed" in original.state_dict()
-        ):  # Training needs it, and not every checkpoint has it.
+            original = getattr(transformers, kind + ("ForCTC" if head else "Model"))(config).eval()
+        if "masked_spec_embed" in original.base_model.state_dict():
+            # Training needs it, and not every checkpoint has it.
             weights = {"masked_spec_embed": torch.zeros(config.hidden_size), **weights}
-        original.load_state_dict(weights, assign=True)  # under either name of a weight norm's parts
+        # Under either name of a weight norm's parts.
+        original.base_model.load_state_dict(weights, assign=True)
+        if head:
+            original.lm_head.load_state_dict(head, assign=True)
     except Exception as error:  # transformers raises many kinds.
         raise UserError(
             f"{source}: transformers cannot build it from its config and weights ({type(error).__name__}: "
@@ -323,13 +364,14 @@ def _build_original(transformers, values: Mapping, weights: Mapping[str, Tensor]
 
 @torch.no_grad()
 def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
-    """The largest difference between any layer's output of the two, relative to its largest value.
+    """The largest difference between any layer's output, and the head's, of the two, relative to its largest
+    value.
 
     Both models read two utterances, one of a second and one of 0.7 s that is padded.
 
     Args:
-        model, original: the converted model, and that of ``transformers`` without a head; both in evaluation
-            mode.
+        model, original: the converted model, and that of ``transformers``, with or without a CTC head; both
+            in evaluation mode.
     """
     generator = torch.Generator().manual_seed(0)
     time = torch.arange(16_000) / 16_000
@@ -345,7 +387,7 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     valid = torch.arange(states[0].size(1)) < frames.unsqueeze(-1)
     # Releases of transformers differ in what they list first and last.
     found = [*states[1:-1], model(waveforms, lengths)[0]]
-    expected = [*output.hidden_states[1:-1], output.last_hidden_state]
+    expected = [*output.hidden_states[1:-1], output[0]]
     return relative_difference([state[valid] for state in found], [state[valid] for state in expected])
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from converters.huggingface import fetch
 from exports.common import writes
 from utils.cli import needs_extra
 from utils.compare import relative_difference
 from utils.files import UserError, flush, remove_left_over, temporary_beside
+from utils.vocabulary import BLANK, Vocabulary, read_vocabulary
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
 from wav2vec2.model import Wav2Vec2Model, normalize
@@ -35,17 +37,26 @@ AUTO_MAP = {
 """For each class of transformers, the one in the exported code that it loads."""
 
 
-def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
+def export(
+    model: Wav2Vec2Model,
+    out: Path,
+    run: Mapping[str, dict],
+    vocabulary: Vocabulary | None = None,
+    processor: str | None = None,
+) -> float:
     """Writes ``model`` to the folder ``out``, whole and checked or not at all.
 
     Args:
         model: without gates, in evaluation mode.
         out: the folder, which must be absent or empty.
         run: what :func:`utils.run_record.read_run` knows of how the model was made, for its card.
+        vocabulary: the tokens of the model's CTC head, if they are known.
+        processor: a folder or a hub's name, from which the tokenizer and the feature extractor are taken.
     Returns:
         The largest relative difference of a hidden state, as transformers computes it, from the model's.
     Raises:
-        UserError: the folder cannot be written, or transformers does not compute what the model does.
+        UserError: the folder cannot be written, the vocabulary or the processor is not this model's, or
+            transformers does not compute what the model does.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"--out {out} is already there: name another folder, or remove it first")
@@ -55,6 +66,9 @@ def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
             f"name it {out.name.strip('.').replace('.', '-') or 'model'}, say"
         )
     transformers.utils.logging.disable_progress_bar()
+    if vocabulary is not None:
+        vocabulary = vocabulary.of_head(model.aux.out_features)
+    from_source = None if processor is None else read_processor(processor, model, vocabulary)
     remove_left_over(out)
     with (
         writes(out, SafetensorError),
@@ -63,7 +77,7 @@ def export(model: Wav2Vec2Model, out: Path, run: Mapping[str, dict]) -> float:
     ):
         # transformers imports the code that it loads under the folder's name, which has no dots.
         folder = beside / out.name
-        write_files(model, folder, run)
+        write_files(model, folder, run, vocabulary, from_source)
         error = largest_difference(folder, model)
         if not error <= 1e-5:
             raise UserError(
@@ -95,28 +109,90 @@ def own_cache(folder: Path) -> Iterator[None]:
         sys.modules.update(modules)
 
 
-def write_files(model: Wav2Vec2Model, folder: Path, run: Mapping[str, dict]) -> None:
-    """Writes ``model`` into the new folder; the arguments are those of :func:`export`."""
+def read_processor(name: str, model: Wav2Vec2Model, vocabulary: Vocabulary | None) -> tuple:
+    """The tokenizer and the feature extractor of transformers in a folder or on a hub; raises a UserError
+    where they are not those of the model and the vocabulary of its head."""
+    if model.aux is None:
+        raise UserError("--processor belongs to a CTC head, which --ckpt has not: convert with --keep_head")
+    folder = fetch(name, "*.json", "name the folder of the tokenizer and the feature extractor")
+    theirs = read_vocabulary(folder)
+    tokens = theirs.of_head(model.aux.out_features)
+    ours = vocabulary or tokens
+    if theirs.blank != tokens.blank or tokens.tokens != ours.tokens:
+        raise UserError(
+            f"--processor {name}: its tokens, or which of them is the blank (pad_token), are not those of "
+            f"{ours.source}: give what the head was trained with"
+        )
+    try:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+        settings = extractor.sampling_rate, extractor.do_normalize
+    except Exception as error:  # transformers raises many kinds.
+        reason = f"transformers finds no feature extractor in it ({error})"
+        raise UserError(f"--processor {name}: {reason}") from error
+    wanted = 16_000, model.normalize_waveform
+    if settings != wanted:
+        raise UserError(
+            f"--processor {name}: its feature extractor has sampling_rate and do_normalize {settings}, and "
+            f"the model reads {wanted}: correct preprocessor_config.json"
+        )
+    if (folder / "language_model").is_dir():
+        print(f"--processor {name}: its language model is left out")
+    return theirs.tokenizer, extractor
+
+
+def write_files(
+    model: Wav2Vec2Model,
+    folder: Path,
+    run: Mapping[str, dict],
+    vocabulary: Vocabulary | None,
+    processor: tuple | None,
+) -> None:
+    """Writes ``model`` into the new folder; the arguments are those of :func:`export`, and ``processor`` what
+    :func:`read_processor` gives."""
     folder.mkdir()
     for file in CODE:
         shutil.copyfile(file, folder / file.name)
-    in_transformers(model, folder).save_pretrained(folder)
-    extractor = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
-    transformers.Wav2Vec2FeatureExtractor(**extractor).save_pretrained(folder)
+    options = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
+    tokenizer, extractor = processor or (None, transformers.Wav2Vec2FeatureExtractor(**options))
+    if tokenizer is None and vocabulary is not None:
+        tokenizer = make_tokenizer(vocabulary, folder)
+    in_transformers(model, folder, tokenizer).save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     card = folder / "README.md"
-    card.write_text(model_card(model, folder.name, run), encoding="utf-8")
+    card.write_text(model_card(model, folder.name, run, tokenizer is not None), encoding="utf-8")
     for file in folder.iterdir():
         with suppress(OSError):  # which some file systems refuse
             file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
         flush(file)
 
 
-def in_transformers(model: Wav2Vec2Model, folder: Path) -> transformers.PreTrainedModel:
+def make_tokenizer(vocabulary: Vocabulary, folder: Path) -> transformers.Wav2Vec2CTCTokenizer | None:
+    """The tokenizer of a vocabulary, which it writes into the folder; None, and a line for the user, where
+    tokens are pieces of words that begin with the sign for a space, which this tokenizer cannot join."""
+    if any(vocabulary.space in token and token != vocabulary.space for token in vocabulary.tokens):
+        print(f"{vocabulary.source}: has pieces of words, so give their tokenizer by --processor")
+        return None
+    vocabulary.write(folder / "vocab.json")
+    unknown = next((token for token in ("<unk>", "[UNK]") if token in vocabulary.tokens), None)
+    special = {"pad_token": BLANK, "unk_token": unknown, "bos_token": None, "eos_token": None}
+    return transformers.Wav2Vec2CTCTokenizer(
+        folder / "vocab.json", **special, word_delimiter_token=vocabulary.space
+    )
+
+
+def in_transformers(model: Wav2Vec2Model, folder: Path, tokenizer=None) -> transformers.PreTrainedModel:
     """The same model as transformers knows it, built by the code in ``folder``."""
     config = {key: value for key, value in model.config.items() if key not in NO_GATES}
     del config["aux_num_out"]
     if model.aux is not None:
         config["vocab_size"] = model.aux.out_features
+    if tokenizer is not None:
+        config["pad_token_id"] = tokenizer.pad_token_id  # CTC's blank
+        config["tokenizer_class"] = type(
+            tokenizer
+        ).__name__  # by which pipelines of 4.48 know that there is one
     name = AUTO_MAP["AutoModel" if model.aux is None else "AutoModelForCTC"]
     kind = dynamic_module_utils.get_class_from_dynamic_module(name, folder)
     exported = kind(kind.config_class(**config, auto_map=dict(AUTO_MAP)))
@@ -142,8 +218,9 @@ def largest_difference(folder: Path, model: Wav2Vec2Model) -> float:
     return relative_difference(found, [*states[:-1], model.output(states[-1])])
 
 
-def model_card(model: Wav2Vec2Model, name: str, run: Mapping[str, dict]) -> str:
-    """The content of README.md for a folder of that name; ``run`` as for :func:`export`."""
+def model_card(model: Wav2Vec2Model, name: str, run: Mapping[str, dict], transcribes: bool) -> str:
+    """The content of README.md for a folder of that name, with a tokenizer or without; ``run`` is as for
+    :func:`export`."""
     family = "WavLM" if "encoder_remaining_heads" in model.config else "wav2vec 2.0 or HuBERT"
     task = "feature-extraction" if model.aux is None else "automatic-speech-recognition"
     size = count_parameters(model)
@@ -152,6 +229,17 @@ def model_card(model: Wav2Vec2Model, name: str, run: Mapping[str, dict]) -> str:
         f"| {units.replace('_', ' ')}, layer by layer | {', '.join(map(str, row))} |"
         for units, row in model.widths().items()
     )
+    use = f"""from transformers import AutoFeatureExtractor, AutoModel
+
+extractor = AutoFeatureExtractor.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+inputs = extractor([waveform], sampling_rate=16_000, padding=True, return_tensors="pt")
+hidden_states = model(**inputs, output_hidden_states=True).hidden_states"""
+    if transcribes:
+        use = f"""from transformers import pipeline
+
+recognise = pipeline("automatic-speech-recognition", "{name}", trust_remote_code=True)
+recognise("speech.wav")["text"]"""
     stages = "\n\n".join(_stage(*stage) for stage in run.items())
     return f"""---
 library_name: transformers
@@ -176,12 +264,7 @@ It reads 16 kHz mono audio{", normalised by the feature extractor" if model.norm
 ## Use
 
 ```python
-from transformers import AutoFeatureExtractor, AutoModel
-
-extractor = AutoFeatureExtractor.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
-inputs = extractor([waveform], sampling_rate=16_000, padding=True, return_tensors="pt")
-hidden_states = model(**inputs, output_hidden_states=True).hidden_states
+{use}
 ```
 
 `AutoModelForCTC` loads it for fine-tuning. The code is in this folder and needs torch and transformers alone.

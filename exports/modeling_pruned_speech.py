@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoFeatureExtractor, PretrainedConfig, PreTrainedModel, Wav2Vec2FeatureExtractor
 from transformers.modeling_outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -374,3 +374,5 @@ PrunedSpeechConfig.register_for_auto_class()
 PrunedSpeechModel.register_for_auto_class("AutoModel")
 PrunedSpeechForCTC.register_for_auto_class("AutoModelForCTC")
 PrunedSpeechForSequenceClassification.register_for_auto_class("AutoModelForAudioClassification")
+# Pipelines of transformers 4.48 load a feature extractor only for the types of models that are listed so.
+AutoFeatureExtractor.register(PrunedSpeechConfig, Wav2Vec2FeatureExtractor, exist_ok=True)

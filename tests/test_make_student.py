@@ -105,6 +105,16 @@ def test_a_pruned_wavlm_keeps_its_position_bias(make):
     assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
 
 
+@pytest.mark.parametrize("width, words", [(32, "the head is the teacher's"), (16, "the head is new")])
+def test_a_head_keeps_its_size_and_its_vocabulary(width, words, make, capsys, tmp_path):
+    (tmp_path / "teacher.vocab.json").write_text('{"<pad>": 0, "a": 1, "b": 2}')
+    teacher = wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=3))
+    student = make(teacher, "--layers=1", f"--width={width}")
+    assert student.aux.weight.shape == (3, width) and words in capsys.readouterr().out
+    assert width != 32 or torch.equal(student.aux.weight, teacher.aux.weight)
+    assert (tmp_path / "student.vocab.json").read_text() == (tmp_path / "teacher.vocab.json").read_text()
+
+
 MISTAKES = [
     (["--layers=4"], "there is no layer 4"),
     (["--layers=1,0"], "'0' is not a whole number above 0"),

@@ -10,9 +10,17 @@ from pathlib import Path
 from torch import Tensor
 
 from utils import run_record
-from utils.checkpoint import build_model, fingerprint, is_state_dict, read_checkpoint, read_file
+from utils.checkpoint import (
+    build_model,
+    fingerprint,
+    is_state_dict,
+    read_checkpoint,
+    read_file,
+    save_checkpoint,
+)
 from utils.files import UserError
 from utils.outputs import check_outputs
+from utils.vocabulary import beside, copy_vocabulary
 from wav2vec2.model import Wav2Vec2Model
 
 GATES = {
@@ -121,6 +129,22 @@ def gated_student(trained: Mapping, distilled_ckpt: str | Path, original_ckpt: s
         raise UserError(
             f"{distilled_ckpt}: its student has no gates; give stage 1's last.ckpt, not stage 3's"
         )
-    config = read_checkpoint(original_ckpt)["config"] | gates
     source = f"{distilled_ckpt} with the config of --original_ckpt {original_ckpt}"
-    return build_model(config, student, source).eval()
+    return build_model(config_of(original_ckpt, student) | gates, student, source).eval()
+
+
+def config_of(path: str | Path, student: Mapping[str, Tensor]) -> dict:
+    """The config in the file that a student started from, with the head that the student has."""
+    head = student.get("aux.weight")
+    return read_checkpoint(path)["config"] | {"aux_num_out": None if head is None else len(head)}
+
+
+def save_student(
+    out: Path, model: Wav2Vec2Model, trained: str | Path, original: str | Path, **extra: dict
+) -> None:
+    """Writes a trained student, and beside it the vocabulary of its head: the one that lies beside the
+    training stage's checkpoint, or else beside what the student started from. ``extra`` is as for
+    :func:`save_checkpoint`."""
+    if model.aux is not None:
+        copy_vocabulary(trained if beside(trained).is_file() else original, out)
+    save_checkpoint(out, model, verify=True, **extra)

@@ -29,13 +29,24 @@ class Vocabulary:
         tokens: they, one for each output.
         tokenizer: a tokenizer of transformers with these tokens, which divides texts in its own way.
         source: where they come from, named in errors.
+        blank: the number of CTC's blank; None where its name tells, or there is none.
     """
 
-    def __init__(self, tokens: Sequence[str], tokenizer=None, source: str | Path = "the vocabulary") -> None:
-        found = next((blank for blank in BLANKS if blank in tokens), None)
-        self.tokens = [BLANK if token == found else token for token in tokens]
-        self.blank = None if found is None else self.tokens.index(BLANK)
-        self.tokenizer, self.source = tokenizer, source
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        tokenizer=None,
+        source: str | Path = "the vocabulary",
+        blank: int | None = None,
+    ) -> None:
+        self.tokens, self.tokenizer, self.source = list(tokens), tokenizer, source
+        named = (self.tokens.index(name) for name in BLANKS if name in self.tokens)
+        self.blank = next(named, None) if blank is None else blank
+        if self.blank is not None:
+            # Another token may have the blank's name, fairseq's <pad> say, and gets the name that this had.
+            other = self.tokens[self.blank]
+            self.tokens = [other if token == BLANK else token for token in self.tokens]
+            self.tokens[self.blank] = BLANK
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -50,7 +61,7 @@ class Vocabulary:
         return re.compile("|".join(re.escape(token) for token in sorted(texts, key=len, reverse=True)) + "|.")
 
     @cached_property
-    def _space(self) -> str:
+    def space(self) -> str:
         """What stands for a space; the last, a space itself, where no token has one of the others."""
         return next((s for s in SPACES if any(s in token for token in self.tokens)), SPACES[-1])
 
@@ -68,8 +79,8 @@ class Vocabulary:
             if self.tokenizer.unk_token_id in numbers:
                 raise UserError(f"it has characters that are not among the tokens of {self.source}")
             return numbers
-        spaced = self._space.join(words)
-        pieces = self._pattern.findall(f"{self._space}{spaced}" if self._space == "\u2581" else spaced)
+        spaced = self.space.join(words)
+        pieces = self._pattern.findall(f"{self.space}{spaced}" if self.space == "\u2581" else spaced)
         unknown = sorted({piece for piece in pieces if piece not in self._numbers})
         if unknown:
             raise UserError(f"{''.join(unknown)!r:.80} is not among the tokens of {self.source}")
@@ -93,7 +104,33 @@ class Vocabulary:
             as_they_are = {"group_tokens": False} if hasattr(self.tokenizer, "word_delimiter_token") else {}
             return self.tokenizer.decode(numbers, skip_special_tokens=True, **as_they_are)
         tokens = [self.tokens[number] for number in numbers if not SPECIAL.fullmatch(self.tokens[number])]
-        return " ".join("".join(tokens).replace(self._space, " ").split())
+        return " ".join("".join(tokens).replace(self.space, " ").split())
+
+    def of_head(self, size: int, blank: int | None = None) -> Vocabulary:
+        """The tokens of a CTC head's outputs, without the special ones beyond them that tokenizers add.
+
+        Args:
+            size: outputs of the head.
+            blank: which one its model takes for the blank; None where nothing but the vocabulary says so.
+        Raises:
+            UserError: they are not this head's.
+        """
+        tokens, beyond = self.tokens[:size], self.tokens[size:]
+        if len(self) < size or not all(map(SPECIAL.fullmatch, beyond)):
+            raise UserError(
+                f"{self.source} has {len(self)} tokens, and the head {size} outputs: give the vocabulary "
+                "that it was trained with"
+            )
+        fitting = Vocabulary(tokens, None, self.source, self.blank if self.blank in range(size) else None)
+        blank = fitting.blank if blank is None else blank
+        if blank is None:
+            raise UserError(f"{self.source} has no {BLANK}, CTC's blank: give the vocabulary of a CTC head")
+        if blank not in range(size) or fitting.blank not in (None, blank):
+            raise UserError(
+                f"{self.source}: CTC's blank is its number {fitting.blank}, and the model's {blank} "
+                "(pad_token_id in its config.json): correct one of the two"
+            )
+        return Vocabulary(tokens, None, self.source, blank)
 
     def write(self, path: str | Path) -> None:
         """Writes a file as transformers' ``vocab.json``: token -> number."""
@@ -122,27 +159,39 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a vocab.json") from error
     except (ValueError, RecursionError):
         numbers = None
-    if not isinstance(numbers, dict) or sorted(map(repr, numbers.values())) != sorted(
-        map(repr, range(len(numbers)))
-    ):
+    return Vocabulary(_in_order(numbers, path), source=path)
+
+
+def _in_order(numbers: object, path: Path) -> list[str]:
+    """The tokens of a {token: number}."""
+    wanted = sorted(map(repr, range(len(numbers)))) if isinstance(numbers, dict) else None
+    if wanted is None or sorted(map(repr, numbers.values())) != wanted:
         raise UserError(f"{path}: is no vocabulary, which gives each token or label a number from 0 up")
-    return Vocabulary(sorted(numbers, key=numbers.get), source=path)
+    return sorted(numbers, key=numbers.get)
 
 
 def _read_tokenizer(folder: Path) -> Vocabulary:
     from utils.cli import needs_extra
 
-    with needs_extra("hf"):
+    with needs_extra("convert"):
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # It warns of types of models that it does not know.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        numbers = tokenizer.get_vocab()
-        blank = tokenizer.pad_token
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        numbers, blank = tokenizer.get_vocab(), tokenizer.pad_token_id
     except Exception as error:  # transformers raises many kinds.
-        raise UserError(f"{folder}: transformers cannot read a tokenizer from it ({error})") from error
-    tokens = sorted(numbers, key=numbers.get)
-    return Vocabulary([BLANK if token == blank else token for token in tokens], tokenizer, folder)
+        files = [*folder.glob("vocab*"), *folder.glob("tokenizer*")]
+        reason = " ".join(str(error).split())[:300] if files else "there is none"
+        raise UserError(
+            f"{folder}: transformers cannot read a tokenizer of one language from it ({reason}); add its "
+            "files (vocab.json, tokenizer_config.json)"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return Vocabulary(_in_order(numbers, folder), tokenizer, folder, blank)
 
 
 def beside(checkpoint: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 import argparse
 import enum
+import json
 import pickle
 import sys
 import types
@@ -41,11 +42,14 @@ def test_files_from_before_torch_1_6_are_read(name, tmp_path):
     assert_layers_equal(converted(RECORDED[name], path, tmp_path), name)
 
 
+TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "|"]
+
+
 def fine_tune(content):
     weights = {f"w2v_encoder.w2v_model.{key}": value for key, value in content["model"].items()}
     content["model"] = weights | {
-        "w2v_encoder.proj.weight": torch.zeros(5, 32),
-        "w2v_encoder.proj.bias": torch.zeros(5),
+        "w2v_encoder.proj.weight": torch.arange(160.0).view(5, 32),
+        "w2v_encoder.proj.bias": torch.arange(5.0),
     }
     if content.get("args") is not None:
         content["args"] = argparse.Namespace(arch="wav2vec_ctc", normalize=False, w2v_args=content["args"])
@@ -64,6 +68,58 @@ def fine_tune(content):
 def test_the_encoder_of_a_fine_tuned_file_is_converted(name, tmp_path):
     path = save_changed(tmp_path / "tuned.pt", name, fine_tune)
     assert_layers_equal(converted(RECORDED[name], path, tmp_path), name)
+
+
+def state_of_task(content, patch, tokens):
+    """Pickles fairseq's dictionary as its tasks do."""
+    module = types.ModuleType("fairseq.data.dictionary")
+    module.Dictionary = type("Dictionary", (), {"__module__": module.__name__})
+    for name in ("fairseq", "fairseq.data", module.__name__):
+        patch.setitem(sys.modules, name, module)
+    dictionary = module.Dictionary()
+    dictionary.symbols, dictionary.indices = tokens, {token: i for i, token in enumerate(tokens)}
+    content["task_state"] = {"target_dictionary": dictionary}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (TOKENS, ["<pad>", "<s>", "</s>", "<unk>", "|"]),
+        ([*TOKENS[:4], "<ctc_blank>"], ["<s>", "<ctc_blank>", "</s>", "<unk>", "<pad>"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["fairseq_hubert_large", "fairseq_wav2vec2_base_namespace"])
+def test_a_kept_head_has_the_blank_that_fairseq_has(name, tokens, expected, tmp_path, monkeypatch):
+    """fairseq's blank is <s>, the first token, unless its dictionary names one."""
+    (tmp_path / "dict.ltr.txt").write_text(f"{tokens[4]} 94802\n")
+    with monkeypatch.context() as patch:
+        whole = save_changed(
+            tmp_path / "whole.pt",
+            name,
+            lambda content: (fine_tune(content), state_of_task(content, patch, tokens)),
+        )
+    bare = save_changed(tmp_path / "bare.pt", name, fine_tune)
+    for path, flags in ((whole, []), (bare, ["--vocab", tmp_path / "dict.ltr.txt"])):
+        out = converted(RECORDED[name], path, tmp_path, "--keep_head", *flags)
+        assert_layers_equal(out, name)
+        assert torch.equal(load(out).aux.weight, torch.arange(160.0).view(5, 32))
+        assert list(json.loads(out.with_name("out.vocab.json").read_text())) == expected
+    assert "has no dictionary for its CTC head; give --vocab" in refused(
+        RECORDED[name], bare, tmp_path / "b", "--keep_head"
+    )
+    for text, word in (
+        ("a 1\nb 2\n", "has 6 tokens, and the head 5 outputs"),
+        ("a\n", "is no dictionary"),
+        ("<s> 1\n", "is no dictionary"),
+    ):
+        (tmp_path / "dict.ltr.txt").write_text(text)
+        assert word in refused(RECORDED[name], bare, tmp_path / "b", "--keep_head", *flags)
+
+
+def test_a_model_without_a_head_has_none_to_keep(tmp_path):
+    assert "has no CTC head (w2v_encoder.proj)" in refused(
+        RECORDED[HUBERT], GOLDEN / f"{HUBERT}.pt", tmp_path, "--keep_head"
+    )
 
 
 def test_configs_of_omegaconf_are_read_without_it(tmp_path, monkeypatch):

@@ -13,11 +13,21 @@ import torch
 import transformers
 
 from converters import huggingface
-from tests.helpers.convert import BASE, CLASSES, converted, hf_model, load, refused
+from tests.helpers.convert import (
+    BASE,
+    CLASSES,
+    TOKENS,
+    converted,
+    hf_model,
+    load,
+    refused,
+    save_recogniser,
+)
 from tests.helpers.stages import ENVIRONMENT, ROOT
 from utils.compare import relative_difference
 from utils.files import UserError
 from wav2vec2 import hubert_base, wavlm_base
+from wav2vec2.model import normalize
 
 SCRIPT = "convert_hubert_from_hf.py"
 DENSE = "encoder.transformer.layers.2.feed_forward.output_dense.weight"
@@ -226,6 +236,78 @@ def test_a_model_that_is_not_whole_is_refused(change, word, folder, tmp_path):
     assert word in sentence and str(folder) in sentence
 
 
+@pytest.mark.parametrize(
+    ("kind", "script", "norm", "outputs"),
+    [
+        ("Hubert", SCRIPT, "large", 12),
+        ("Wav2Vec2", "convert_wav2vec2_from_hf.py", "base", 14),
+        ("WavLM", "convert_wavlm_from_hf.py", "base", 12),
+        ("UniSpeech", "convert_wav2vec2_from_hf.py", "large", 12),
+        ("UniSpeechSat", SCRIPT, "base", 12),
+    ],
+)
+@torch.no_grad()
+def test_a_kept_head_has_the_logits_and_the_tokens(kind, script, norm, outputs, tmp_path):
+    """The tokenizer has 14 tokens, of which a head of 12 outputs knows all but <s> and </s>."""
+    original = save_recogniser(tmp_path / "model", kind, norm, outputs)
+    out = converted(script, tmp_path / "model", tmp_path, "--keep_head")
+    model, lengths = load(out), torch.tensor([12_000, 9_000])
+    mask = (torch.arange(12_000) < lengths.unsqueeze(-1)).long()
+    waveforms = normalize(speech(), lengths) if norm == "large" else speech()
+    expected = original(waveforms, attention_mask=mask).logits
+    logits, frames = model(speech(), lengths)
+    for i, n in enumerate(frames.tolist()):
+        assert relative_difference([logits[i, :n]], [expected[i, :n]]) < 1e-4
+    numbers = json.loads(out.with_name("out.vocab.json").read_text())
+    tokens = [*TOKENS[:11], "<pad>", "<s>", "</s>"][:outputs]
+    assert numbers == {token: number for number, token in enumerate(tokens)}
+
+
+def without_tokenizer(folder):
+    for file in [*folder.glob("*token*"), folder / "vocab.json"]:
+        file.unlink()
+
+
+NOT_12 = "has 2 tokens, and the head 12 outputs"
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "word"),
+    [
+        (lambda folder: hf_model("hubert").save_pretrained(folder), [], "has no CTC head (lm_head)"),
+        (without_tokenizer, [], "(there is none); add its files"),
+        (set_file("vocab.json", '{"eng": {"<pad>": 0}}'), [], "a tokenizer of one language from it"),
+        (set_file("vocab.json", "{"), [], "or give --vocab FILE"),
+        (lambda folder: save_recogniser(folder, outputs=10), [], "has 14 tokens, and the head 10 outputs"),
+        (lambda folder: save_recogniser(folder, outputs=15), [], "has 14 tokens, and the head 15 outputs"),
+        (set_option(pad_token_id=3), [], "CTC's blank is its number 11, and the model's 3"),
+        (set_file("v.json", '{"<pad>": 0, "a": 1}'), ["--vocab", "v.json"], NOT_12),
+        (set_file("v.json", '{"<pad>": 0, "a": 2}'), ["--vocab", "v.json"], "v.json: is no vocabulary"),
+        (set_option(), ["--vocab", "v.json"], "v.json: cannot be read"),
+        (set_option(adapter_attn_dim=16), [], "adapter_attn_dim is 16, which the model here cannot"),
+    ],
+)
+def test_a_head_that_cannot_be_kept_is_refused(change, flags, word, tmp_path):
+    folder = tmp_path / "model"
+    save_recogniser(folder, "Wav2Vec2")
+    change(folder)
+    flags = [str(folder / flag) if flag == "v.json" else flag for flag in flags]
+    script = SCRIPT if "Hubert" in (folder / "config.json").read_text() else "convert_wav2vec2_from_hf.py"
+    sentence = refused(script, folder, tmp_path, "--keep_head", *flags)
+    assert word in sentence and str(folder) in sentence
+
+
+def test_vocab_stands_for_a_tokenizer_that_is_missing(tmp_path):
+    save_recogniser(tmp_path / "model", pad_token_id=0)
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    tokens = ["<pad>", "|", *"ABCDEFGHIJ"]
+    (tmp_path / "v.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    vocab = ["--vocab", tmp_path / "v.json"]
+    out = converted(SCRIPT, tmp_path / "model", tmp_path, "--keep_head", *vocab)
+    assert list(json.loads(out.with_name("out.vocab.json").read_text())) == tokens
+    assert "--vocab belongs to --keep_head" in refused(SCRIPT, tmp_path / "model", tmp_path / "b", *vocab)
+
+
 def test_the_comparison_sees_one_changed_weight():
     original = hf_model("wavlm")
     model = huggingface.import_huggingface_model(original, False)
@@ -262,6 +344,7 @@ def contentvec(config):
         ("Wav2Vec2", "ForPreTraining", "wav2vec2", "quantizer"),
         ("UniSpeech", "ForPreTraining", "wav2vec2", "ctc_proj"),
         ("UniSpeechSat", "ForXVector", "hubert", "tdnn"),
+        ("Hubert", "ForCTC", "hubert", "lm_head"),
     ],
 )
 @pytest.mark.parametrize("parallel", [False, True])
@@ -278,6 +361,7 @@ def test_an_encoder_is_taken_out_of_any_model(kind, make, family, left_out, para
         model.state_dict()[DENSE], original.base_model.encoder.layers[2].feed_forward.output_dense.weight
     )
     assert left_out in remark.partition("left out: ")[2] and "module" not in remark
+    assert ("(--keep_head keeps lm_head)" in remark) == (left_out == "lm_head")
 
 
 def test_a_file_with_two_encoders_is_refused(folder, tmp_path):

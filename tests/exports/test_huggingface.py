@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, dynam
 
 from converters.huggingface import import_huggingface_model, load_huggingface
 from exports import huggingface
-from tests.helpers.convert import CLASSES, converted, hf_model, refused
+from tests.helpers.convert import CLASSES, converted, hf_model, refused, save_recogniser
 from tests.helpers.convert import load as load_checkpoint
 from tests.helpers.models import FAMILIES, config_of, randomly_gated, ungated, with_absent_branches
 from tests.helpers.stages import ENVIRONMENT, call
@@ -209,6 +210,25 @@ def test_a_pipeline_reads_and_times_as_with_hubert(how, recognisers):
     assert ours(waveform.copy(), **how) == expected and len(expected["text"]) > 50
     if "return_timestamps" in how:
         assert expected["chunks"][-1]["timestamp"][1] > 9
+
+
+@pytest.mark.parametrize("norm", ["base", "large"])
+def test_a_kept_head_transcribes_as_the_source(norm, tmp_path, monkeypatch, capsys):
+    """With the tokenizer and the extractor of the source, and with what is made of its vocabulary."""
+    save_recogniser(tmp_path / "source", "Hubert", norm)
+    ckpt = converted("convert_hubert_from_hf.py", tmp_path / "source", tmp_path, "--keep_head")
+    waveform = 0.1 * torch.randn(48_000).numpy()
+    task = "automatic-speech-recognition"
+    theirs = pipeline(task, tmp_path / "source")
+    for name, flags in (("with", ["--processor", tmp_path / "source"]), ("without", [])):
+        call(monkeypatch, "export_to_hf", "--ckpt", ckpt, "--out", tmp_path / name, *flags)
+        # Releases from 4.48 on find both for themselves.
+        ours = transformers.pipeline(task, str(tmp_path / name), trust_remote_code=True)
+        for how in ({}, {"chunk_length_s": 1}):
+            expected = theirs(waveform.copy(), **how)["text"]
+            assert ours(waveform.copy(), **how)["text"] == expected and len(set(expected)) > 1
+        assert ours.model.config.pad_token_id == 11
+        assert "recognise(" in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -429,6 +449,47 @@ def test_the_command_writes_a_model_card_of_the_run(tmp_path, monkeypatch, capsy
     assert {path.name for path in out.iterdir()} == contents | {path.name for path in huggingface.CODE}
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
     assert {path.name for path in tmp_path.iterdir()} == {"exp", "student"}
+
+
+def other_tokens(folder):
+    (folder / "vocab.json").write_text((folder / "vocab.json").read_text().replace("E", "X"))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda folder: (folder / "vocab.json").unlink(), "cannot read a tokenizer of one language"),
+        (lambda folder: shutil.rmtree(folder), "no such folder, and no hub has it"),
+        (lambda folder: save_recogniser(folder, pad_token="<unk>"), "which of them is the blank (pad_token)"),
+        (other_tokens, "are not those of"),
+        (lambda folder: save_recogniser(folder, norm="large"), "do_normalize (16000, True), and"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "no feature extractor in it"),
+    ],
+)
+def test_another_models_processor_is_refused(change, word, fails, tmp_path):
+    save_recogniser(tmp_path / "source")
+    ckpt = converted("convert_hubert_from_hf.py", tmp_path / "source", tmp_path, "--keep_head")
+    change(tmp_path / "source")
+    out = ["--out", tmp_path / "out"]
+    assert word in fails("export_to_hf", "--ckpt", ckpt, *out, "--processor", tmp_path / "source")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_of_another_size_is_refused(fails, teacher, tmp_path):
+    save_checkpoint(tmp_path / "a.pth", wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=7)))
+    (tmp_path / "a.vocab.json").write_text('{"<pad>": 0, "|": 1}')
+    flags = ["--ckpt", tmp_path / "a.pth", "--out", tmp_path / "out"]
+    assert "a.vocab.json has 2 tokens, and the head 7 outputs" in fails("export_to_hf", *flags)
+    flags = ["--ckpt", teacher, "--out", tmp_path / "out", "--processor", tmp_path]
+    assert "--processor belongs to a CTC head" in fails("export_to_hf", *flags)
+
+
+def test_pieces_of_words_need_their_own_tokenizer(monkeypatch, capsys, tmp_path):
+    save_checkpoint(tmp_path / "a.pth", wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=3)))
+    (tmp_path / "a.vocab.json").write_text('{"<pad>": 0, "\u2581the": 1, "n": 2}')
+    call(monkeypatch, "export_to_hf", "--ckpt", tmp_path / "a.pth", "--out", tmp_path / "out")
+    assert "a.vocab.json: has pieces of words" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "vocab.json").exists()
 
 
 def test_mistakes_are_one_sentence_and_nothing_is_written(fails, teacher, tmp_path):

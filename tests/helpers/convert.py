@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -46,21 +47,21 @@ RECORDED = {
 """Checkpoints that were recorded from fairseq and unilm, and the script that takes them."""
 
 
-def _convert(script, source, out):
-    return run_file(script, "--model" if "from_hf" in script else "--ckpt", source, "--out", out)
+def _convert(script, source, out, *flags):
+    return run_file(script, "--model" if "from_hf" in script else "--ckpt", source, "--out", out, *flags)
 
 
-def converted(script, source, folder):
+def converted(script, source, folder, *flags):
     """Runs a converter that must succeed with one line; returns the file that it wrote."""
     out = folder / "new" / "folder" / "out.pth"
-    status, printed, errors = _convert(script, source, out)
+    status, printed, errors = _convert(script, source, out, *flags)
     assert (status, errors) == (0, "") and printed.count("\n") == 1
     return out
 
 
-def refused(script, source, folder):
+def refused(script, source, folder, *flags):
     """Runs a converter that must refuse in one sentence and write no file; returns the sentence."""
-    status, printed, errors = _convert(script, source, folder / "new" / "folder" / "out.pth")
+    status, printed, errors = _convert(script, source, folder / "new" / "folder" / "out.pth", *flags)
     assert (status, printed) == (2, "") and not (folder / "new").exists()
     assert errors.startswith(f"{script}: error: ") and errors.count("\n") == 1 and 50 < len(errors) < 900
     return errors
@@ -111,14 +112,33 @@ def hf_model(family, norm="base", head="Model", **options):
     """A tiny model of transformers with random weights, norms and biases too."""
     import transformers
 
-    config = getattr(transformers, f"{CLASSES[family]}Config")(
+    config = getattr(transformers, f"{CLASSES.get(family, family)}Config")(
         **((LARGE if norm == "large" else BASE) | options)
     )
     torch.manual_seed(0)
-    model = getattr(transformers, CLASSES[family] + head)(config).eval()
+    model = getattr(transformers, CLASSES.get(family, family) + head)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+TOKENS = ["<unk>", "|", *"ETAOINSHR", "[PAD]"]
+"""The tokens of :func:`save_recogniser`, with the blank at the end, as in many models that people train."""
+
+
+def save_recogniser(folder, kind="Hubert", norm="base", outputs=12, pad_token="[PAD]", **options):
+    """Saves a tiny CTC model of transformers with its tokenizer, which adds <s> and </s> to ``TOKENS``, and
+    its feature extractor; returns the model."""
+    import transformers
+
+    model = hf_model(kind, norm, "ForCTC", vocab_size=outputs, **{"pad_token_id": 11, **options})
+    model.save_pretrained(folder)
+    file = folder / "vocab.json"
+    file.write_text(json.dumps({token: number for number, token in enumerate(TOKENS)}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(file, pad_token=pad_token)
+    tokenizer.save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=norm == "large").save_pretrained(folder)
     return model
 
 
