@@ -5,7 +5,7 @@
     python benchmarks/finetuning.py table --teacher_ckpt teacher.pth --out exp/finetuning
 
 ``data`` makes digit strings of the spoken digits in FSDD (in evaluate.py's format), with their words as
-texts; the voices of valid.tsv are not trained on. A row then trains for the same number of updates: ``whole``
+texts; one voice, another for each seed, is not trained on. A row then trains for the same number of updates: ``whole``
 fine-tunes the teacher and compresses nothing; ``before`` compresses by run.sh and fine-tunes then;
 ``keep_head`` compresses ``whole`` of the same seed by run.sh, which does not read the texts; ``gates`` is
 finetune.py with gates, prune.py, and finetune.py again; ``gates_teacher`` does so with ``whole``, which also
@@ -50,7 +50,8 @@ def parse_args() -> argparse.Namespace:
     flag("row", choices=["data", *ROWS, "table"])
     flag("--seed", type=nonnegative_int, default=1)
     flag("--fsdd", type=path, help="data: the recordings' folder, with digit.tsv")
-    flag("--voices", nargs="+", default=["lucas", "yweweler"], help="data: speakers to validate on")
+    held_out = "data: the speakers that seeds 1, 2 and so on do not train on"
+    flag("--voices", nargs="+", default=["lucas", "theo", "yweweler"], help=held_out)
     flag("--teacher_ckpt", type=path)
     flag("--out", type=Path, required=True, help="folder of the data and of the rows' folders")
     flag("--target_sparsity", type=fraction, default=0.75)
@@ -66,24 +67,32 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_data(args: argparse.Namespace) -> None:
-    """Writes digit strings of one voice each, in which every recording occurs three times, and manifests."""
+    """Writes digit strings of one voice each and, for each of ``--voices``, manifests: ``train.tsv`` has every
+    recording of the other voices three times, ``heard.tsv`` once more in other strings, ``valid.tsv`` has the
+    voice."""
     recordings = defaultdict(list)
     for line in Path(args.fsdd, "digit.tsv").read_text().splitlines():
         name, digit, voice = line.split("\t")
         recordings[voice].append((read_recording(Path(args.fsdd, name)), WORDS[int(digit)]))
     root, draw = (args.out / "audio").absolute(), random.Random(0)
-    sets: dict[str, list[tuple[str, int, str]]] = {"train": [], "valid": []}
-    for voice in tqdm(sorted(recordings)):
-        order = [draw.sample(recordings[voice], len(recordings[voice])) for _ in range(3)]
-        spoken = [recording for each in order for recording in each]
+    strings: dict[str, list[list[tuple[str, int, str]]]] = defaultdict(list)
+    for voice, shuffle in tqdm([(voice, shuffle) for voice in sorted(recordings) for shuffle in range(4)]):
+        spoken = draw.sample(recordings[voice], len(recordings[voice]))
         (root / voice).mkdir(parents=True, exist_ok=True)
+        strings[voice].append([])
         for start in range(0, len(spoken) - DIGITS + 1, DIGITS):
             parts, words = zip(*spoken[start : start + DIGITS], strict=True)
-            name, samples = f"{voice}/{start}.flac", np.concatenate(parts)
+            name, samples = f"{voice}/{shuffle}-{start}.flac", np.concatenate(parts)
             soundfile.write(root / name, samples, 16_000)
-            subset = "valid" if voice in args.voices else "train"
-            sets[subset].append((name, len(samples), " ".join(words)))
-    write_manifests(args.out / "data", str(root), sets)
+            strings[voice][-1].append((name, len(samples), " ".join(words)))
+    for seed, held_out in enumerate(args.voices, 1):
+        others = [strings[voice] for voice in strings if voice != held_out]
+        sets = {
+            "train": [string for voice in others for shuffle in voice[:3] for string in shuffle],
+            "heard": [string for voice in others for string in voice[3]],
+            "valid": [string for shuffle in strings[held_out][:3] for string in shuffle],
+        }
+        write_manifests(args.out / f"data-{seed}", str(root), sets)
 
 
 def last(folder: Path) -> Path:
@@ -97,7 +106,12 @@ def pruned(folder: Path) -> Path:
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """What all trainings share, by the names of run.sh's variables and of the flags."""
     names = ["seconds_per_batch", "distill_layers", "seed"]
-    fixed = {"tsv_dir": args.out / "data", "train_subset": "train", "gpus": 0, "log_interval": 50}
+    fixed = {
+        "tsv_dir": args.out / f"data-{args.seed}",
+        "train_subset": "train",
+        "gpus": 0,
+        "log_interval": 50,
+    }
     return {**fixed, **{name: getattr(args, name) for name in names}}
 
 
@@ -178,14 +192,13 @@ def table(args: argparse.Namespace) -> None:
             final = folder / "final"
             file = pruned(final / "tuned" if row == "before" else final)
             model = load_model(file).eval()
-            rates = error_rates(model, read_vocabulary(beside(file)), args.out / "data", "valid", 60)
-            speed = next(
-                x
-                for x in speeds(teacher, model, args.repeats)
-                if (x["audio_seconds"], x["threads"]) == (10, 1)
+            data, vocabulary = (
+                args.out / f"data-{folder.name.rpartition('-')[2]}",
+                read_vocabulary(beside(file)),
             )
-            figures["word errors, %"].append(100 * rates["wer"])
-            figures["character errors, %"].append(100 * rates["cer"])
+            for subset, voices in (("valid", "new voice"), ("heard", "trained voices")):
+                for rate, error in error_rates(model, vocabulary, data, subset, 60).items():
+                    figures[f"{rate}, {voices}, %"].append(100 * error)
             figures["parameters"].append(float(count_parameters(model)))
             figures["M MACs/s"].append(multiply_accumulates(model, 10) / 1e6)
             figures["real-time factor"].append(speed["student"]["real_time_factor"])
