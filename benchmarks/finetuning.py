@@ -5,8 +5,8 @@
     python benchmarks/finetuning.py table --teacher_ckpt teacher.pth --out exp/finetuning
 
 ``data`` makes digit strings of the spoken digits in FSDD (in evaluate.py's format), with their words as
-texts; one voice, another for each seed, is not trained on. A row then trains for the same number of updates: ``whole``
-fine-tunes the teacher and compresses nothing; ``before`` compresses by run.sh and fine-tunes then;
+texts; one voice, another for each seed, is not trained on. A row then trains for the same number of updates:
+``whole`` fine-tunes the teacher and compresses nothing; ``before`` compresses by run.sh and fine-tunes then;
 ``keep_head`` compresses ``whole`` of the same seed by run.sh, which does not read the texts; ``gates`` is
 finetune.py with gates, prune.py, and finetune.py again; ``gates_teacher`` does so with ``whole``, which also
 teaches its layers; ``gates_means`` teaches their means. ``table`` measures what there is.
@@ -67,9 +67,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_data(args: argparse.Namespace) -> None:
-    """Writes digit strings of one voice each and, for each of ``--voices``, manifests: ``train.tsv`` has every
-    recording of the other voices three times, ``heard.tsv`` once more in other strings, ``valid.tsv`` has the
-    voice."""
+    """Writes digit strings of one voice each and, for each of ``--voices``, manifests: ``train`` has every
+    recording of the other voices three times, ``heard`` once more in other strings, ``valid`` the voice."""
     recordings = defaultdict(list)
     for line in Path(args.fsdd, "digit.tsv").read_text().splitlines():
         name, digit, voice = line.split("\t")
@@ -199,6 +198,8 @@ def table(args: argparse.Namespace) -> None:
             for subset, voices in (("valid", "new voice"), ("heard", "trained voices")):
                 for rate, error in error_rates(model, vocabulary, data, subset, 60).items():
                     figures[f"{rate}, {voices}, %"].append(100 * error)
+            speed = speeds(teacher, model, args.repeats)
+            [speed] = [each for each in speed if each["audio_seconds"] == 10 and each["threads"] == 1]
             figures["parameters"].append(float(count_parameters(model)))
             figures["M MACs/s"].append(multiply_accumulates(model, 10) / 1e6)
             figures["real-time factor"].append(speed["student"]["real_time_factor"])
