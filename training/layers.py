@@ -41,14 +41,15 @@ def compile_layers(module: DistillModule) -> None:
     config.optimize_ddp = False  # it would split graphs that hold a layer each
     config.recompile_limit = max(64, config.recompile_limit)
     config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
-    module.distill_loss.compile(dynamic=True)
+    if module.distill_loss is not None:
+        module.distill_loss.compile(dynamic=True)
     if module.hparams.use_reg:
         module.student_cost.compile()
 
     def compiled(method: Callable) -> Callable:
         return torch.compile(method, dynamic=True)
 
-    for model in (module.teacher_model, module.student_model):
+    for model in filter(None, (module.teacher_model, module.student_model)):
         normed = [block for block in model.feature_extractor.conv_layers if block.layer_norm is not None]
         _replace(normed, "finish", compiled)
         _replace(model.encoder.transformer.layers, "forward", compiled)
