@@ -8,6 +8,7 @@ if __name__ == "__main__":
     processes.begin()
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ with needs_extra("eval"):
     from sklearn.cluster import AgglomerativeClustering
 
     from dataset import AudioDataset
-    from dataset.batches import MAX_SAMPLES, MIN_SAMPLES
+    from dataset.batches import is_usable
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,17 +38,13 @@ def parse_args() -> argparse.Namespace:
     flag("--teacher_ckpt", type=path, required=True, help="the teacher's file")
     flag("--tsv_dir", type=path, required=True, help="the folder of valid.tsv")
     flag("--groups", type=positive_int, default=3, help="number of groups")
-    flag(
-        "--frames",
-        type=positive_int,
-        default=5_000,
-        help="frames to measure on, of as many utterances as it takes",
-    )
+    frames = "frames to measure on, of as many utterances as it takes"
+    flag("--frames", type=positive_int, default=5_000, help=frames)
     flag("--picture", type=Path, help="draw the similarities here (.png, .svg or .pdf)")
     args = parser.parse_args()
-    if args.picture and args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--picture {args.picture}: end its name in .png, .svg or .pdf")
     if args.picture:
+        if args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise UserError(f"--picture {args.picture}: end its name in .png, .svg or .pdf")
         check_outputs({"picture": args.picture}, {"teacher_ckpt": args.teacher_ckpt})
     return args
 
@@ -60,18 +57,15 @@ def hidden_states(teacher: Wav2Vec2Model, tsv_dir: str, frames: int) -> Tensor:
         UserError: there is no utterance of a length that validation uses.
     """
     audio = AudioDataset(tsv_dir, "valid")
-    usable = np.flatnonzero((audio.lengths >= MIN_SAMPLES) & (audio.lengths <= MAX_SAMPLES)).tolist()
+    usable = np.flatnonzero(is_usable(audio.lengths, whole=False)).tolist()
     if not usable:
-        raise UserError(f"{Path(tsv_dir) / 'valid.tsv'} has no utterance of a length that validation uses")
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(0)).tolist()
+        raise UserError(f"{audio.tsv} has no utterance of a length that validation uses")
     found, count = [], 0
-    for place in order:
-        index = usable[place]
-        states, _ = teacher.extract_features(audio[index, 0, int(audio.lengths[index])].unsqueeze(0))
-        found.append(torch.cat(states))
-        count += found[-1].size(1)
-        if count >= frames:
-            break
+    for place in torch.randperm(len(usable), generator=torch.Generator().manual_seed(0)).tolist():
+        if count < frames:
+            waveform = audio[usable[place], 0, int(audio.lengths[usable[place]])]
+            found.append(torch.cat(teacher.extract_features(waveform.unsqueeze(0))[0]))
+            count += found[-1].size(1)
     return torch.cat(found, dim=1)[:, :frames]
 
 
@@ -83,13 +77,11 @@ def linear_cka(states: Tensor) -> Tensor:
         states: (layer, frame, feature).
     """
     centred = (states - states.mean(1, keepdim=True)).double()
-    norms = torch.stack([(layer.T @ layer).norm() for layer in centred])
-    similar = torch.eye(len(states), dtype=torch.float64)
-    for i in range(len(states)):
-        for j in range(i):
-            cross = (centred[i].T @ centred[j]).square().sum()
-            similar[i, j] = similar[j, i] = cross / (norms[i] * norms[j])
-    return similar
+    similar = torch.empty(len(states), len(states), dtype=torch.float64)
+    for i, j in itertools.combinations_with_replacement(range(len(states)), 2):
+        similar[i, j] = similar[j, i] = (centred[i].T @ centred[j]).square().sum()
+    norms = similar.diag().sqrt()
+    return similar / torch.outer(norms, norms)
 
 
 def neighbours(similar: Tensor, groups: int) -> list[list[int]]:
@@ -98,11 +90,8 @@ def neighbours(similar: Tensor, groups: int) -> list[list[int]]:
     n = len(similar)
     chain = np.eye(n, k=1) + np.eye(n, k=-1)
     clustering = AgglomerativeClustering(groups, metric="precomputed", connectivity=chain, linkage="average")
-    labels = clustering.fit_predict(1 - similar.numpy()).tolist()
-    found: dict[int, list[int]] = {}
-    for layer, label in enumerate(labels):
-        found.setdefault(label, []).append(layer)
-    return list(found.values())
+    labels = clustering.fit_predict(1 - similar.numpy())
+    return [np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels)]
 
 
 def draw(similar: Tensor, groups: list[list[int]], picture: Path) -> None:

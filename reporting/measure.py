@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import SAMPLE_RATE, AudioDataset
-from dataset.batches import MAX_SAMPLES, MIN_SAMPLES
+from dataset.batches import is_usable
 from utils.processes import available_cpus, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, mac_count, multiply_accumulates, parameter_count
@@ -104,7 +104,7 @@ def audio_hours(tsv_dir: Path, name: str | None) -> dict | None:
     if name is None or not (tsv_dir / f"{name}.tsv").is_file():
         return None
     lengths = AudioDataset(tsv_dir, name).lengths
-    used = lengths[(lengths >= MIN_SAMPLES) & (lengths <= MAX_SAMPLES)]
+    used = lengths[is_usable(lengths, whole=False)]
     hours = [float(samples.sum() / SAMPLE_RATE / 3600) for samples in (lengths, used)]
     return {"manifest": name, "utterances": len(lengths), "hours": hours[0], "hours_used": hours[1]}
 
@@ -139,7 +139,7 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
     if not (tsv_dir / "valid.tsv").is_file():
         return None
     audio = AudioDataset(tsv_dir, "valid")
-    usable = np.flatnonzero((audio.lengths >= MIN_SAMPLES) & (audio.lengths <= MAX_SAMPLES))
+    usable = np.flatnonzero(is_usable(audio.lengths, whole=False))
     if not len(usable):
         return None
     chosen = usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(int)].tolist()
