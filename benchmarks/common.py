@@ -32,17 +32,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--json", type=_output, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     return parser
 
 
-def _output(text: str) -> Path:
-    """An argparse type: a file to write, which is looked at before anything is measured."""
-    try:
-        check_outputs({"json": text}, {})
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(text)
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags; that --json can be written is looked at before anything is measured."""
+    args = parser.parse_args()
+    check_outputs({"json": args.json}, {})
+    return args
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

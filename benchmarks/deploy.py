@@ -112,7 +112,7 @@ def main() -> None:
     flag("--batch", type=positive_int, nargs="+", default=[1], help="utterances at once")
     flag("--threads", type=positive_int, nargs="+", default=[1, available_cpus()])
     flag("--repeats", type=positive_int, default=9, help="timed runs")
-    args = parser.parse_args()
+    args = common.parse_args(parser)
     device = common.choose_device(args)
     for way in set(args.ways or []) - set(WAYS[device.type]):
         raise UserError(f"--ways {way}: choose from {', '.join(WAYS[device.type])}")

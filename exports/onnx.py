@@ -64,7 +64,7 @@ def export(
     out: Path,
     int8: bool = False,
     all_hidden_states: bool = False,
-    with_lengths: bool = False,
+    lengths: bool = False,
     audio: Tensor | None = None,
     half: bool = False,
     opset: int = OPSETS[-1],
@@ -75,7 +75,7 @@ def export(
         model: without gates; it is put in evaluation mode, and its weight norm is folded.
         int8: quantise the linear layers' matrices, and what they are multiplied with at run time.
         all_hidden_states: the file returns the hidden states too.
-        with_lengths: the file takes the lengths of padded waveforms.
+        lengths: the file takes the lengths of padded waveforms.
         audio: (time,) of 16 kHz to measure the error on; noise without it.
         half: weights and what is computed are float16, and inputs and outputs float32.
         opset: the version of ONNX's operators, one of :data:`OPSETS`.
@@ -89,11 +89,11 @@ def export(
         raise UserError(f"{out}: an ONNX file holds at most 2 GiB, this model has {size / 2**30:.1f}")
     # torch chooses attention's kernel, and with it the strides of its output, by whether gradients are
     # wanted; the exporter would trace once with and once without.
-    exported = Exported(model.fold_weight_norm().requires_grad_(False), with_lengths).eval()
+    exported = Exported(model.fold_weight_norm().requires_grad_(False), lengths).eval()
     if audio is None:
         audio = torch.randn(48_000, generator=torch.Generator().manual_seed(0)) * 0.1
     with atomic_write(out) as path:
-        content = _trace(Exported(model, with_lengths, half).eval(), opset).model_proto
+        content = _trace(Exported(model, lengths, half).eval(), opset).model_proto
         if opset < 18:  # The exporter's converter leaves an attribute that Split has from 18 on.
             for node in content.graph.node:
                 if node.op_type == "Split":
