@@ -7,6 +7,7 @@ import copy
 import json
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -120,11 +121,9 @@ def gated_copy(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None
             gate.log_alpha.copy_(torch.where(is_open, 6.0, -6.0) + offset)
         return 1 - student.get_num_params().item() / size
 
-    low, high = 0.0, 2.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sparsity_at(middle) > sparsity else (low, middle)
-    if abs((reached := sparsity_at(high)) - sparsity) > 0.05:
+    steps = 2**20
+    smallest = bisect_left(range(2 * steps), -sparsity, key=lambda n: -sparsity_at(n / steps))
+    if abs((reached := sparsity_at(smallest / steps)) - sparsity) > 0.05:
         raise UserError(f"--sparsity {sparsity}: the gates of this model reach {reached:.3f}; ask for that")
     return student
 

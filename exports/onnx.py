@@ -28,17 +28,16 @@ IR_VERSION = 9
 
 
 class Exported(nn.Module):
-    """What goes into the file: the model, returning its output, its frames and all its hidden states. With
-    ``half``, it computes in float16, but inputs, their normalisation and outputs stay float32."""
+    """What goes into the file: a copy of the model that returns its output, its frames and all its hidden
+    states. It computes in ``dtype``, but inputs, their normalisation and outputs are float32."""
 
-    def __init__(self, model: Wav2Vec2Model, with_lengths: bool, half: bool = False) -> None:
+    def __init__(self, model: Wav2Vec2Model, with_lengths: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).half() if half else model
-        self.with_lengths = with_lengths
-        self.dtype = torch.float16 if half else torch.float32
-        self.normalizes = half and model.normalize_waveform
-        if half:
-            self.model.normalize_waveform = False
+        # torch chooses attention's kernel, and with it the strides of its output, by whether gradients are
+        # wanted; the exporter would trace once with and once without.
+        self.model = copy.deepcopy(model).eval().fold_weight_norm().requires_grad_(False).to(dtype)
+        self.model.normalize_waveform, self.normalizes = False, model.normalize_waveform
+        self.with_lengths, self.dtype = with_lengths, dtype
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         """(batch, time) and (batch,) or None -> the outputs by name."""
@@ -72,7 +71,7 @@ def export(
     """Writes ``model`` to the file ``out``, whole and checked or not at all.
 
     Args:
-        model: without gates; it is put in evaluation mode, and its weight norm is folded.
+        model: without gates.
         int8: quantise the linear layers' matrices, and what they are multiplied with at run time.
         all_hidden_states: the file returns the hidden states too.
         lengths: the file takes the lengths of padded waveforms.
@@ -87,13 +86,12 @@ def export(
     size = (2 if half else 4) * sum(parameter.numel() for parameter in model.parameters())
     if size >= 2**31:
         raise UserError(f"{out}: an ONNX file holds at most 2 GiB, this model has {size / 2**30:.1f}")
-    # torch chooses attention's kernel, and with it the strides of its output, by whether gradients are
-    # wanted; the exporter would trace once with and once without.
-    exported = Exported(model.fold_weight_norm().requires_grad_(False), lengths).eval()
+    exported = Exported(model, lengths).eval()
     if audio is None:
         audio = torch.randn(48_000, generator=torch.Generator().manual_seed(0)) * 0.1
     with atomic_write(out) as path:
-        content = _trace(Exported(model, lengths, half).eval(), opset).model_proto
+        traced = Exported(model, lengths, torch.float16).eval() if half else exported
+        content = _trace(traced, opset).model_proto
         if opset < 18:  # The exporter's converter leaves an attribute that Split has from 18 on.
             for node in content.graph.node:
                 if node.op_type == "Split":
