@@ -52,6 +52,7 @@ def test_run_sh_hands_its_variables_to_both_trainings(tmp_path):
     for flag, value in given.items():
         assert printed.count(f" --{flag} {value}") == 2
     assert "_layer2layernone0.4,8,12of0.1,2_" in printed, "a folder of its own"
+    assert "heads_seed7/" in run("run.sh", python="echo", pruning_units="heads", seed=7).stdout
 
 
 @pytest.mark.slow
