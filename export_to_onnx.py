@@ -30,17 +30,13 @@ with needs_extra("export"):
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    ckpt_help = (
-        "a checkpoint without gates, or a folder of export_to_hf.py, also one fine-tuned in transformers"
-    )
+    ckpt_help = "a checkpoint without gates, or a folder that export_to_hf.py or transformers has written"
     add("--ckpt", type=path, required=True, help=ckpt_help)
     add("--out", type=path, required=True, help="the file to write, model.onnx say")
     kind = parser.add_mutually_exclusive_group()
     int8_help = "quantise the linear layers, and print what that costs"
     kind.add_argument("--int8", action="store_true", help=int8_help)
-    half_help = (
-        "store and compute in float16, for GPUs, and print what that costs; inputs and outputs are float32"
-    )
+    half_help = "compute in float16, for GPUs, between float32 inputs and outputs, and print what that costs"
     kind.add_argument("--half", action="store_true", help=half_help)
     add("--all_hidden_states", action="store_true", help="add the outputs hidden_state_0 to hidden_state_L")
     add("--lengths", action="store_true", help="add an input lengths, in samples, and an output frames")
@@ -65,16 +61,8 @@ def main() -> None:
     model = load_ungated(args.ckpt)
     model.masked_group_norm |= args.masked_group_norm
     audio = None if args.audio is None else torch.from_numpy(read_recording(args.audio))
-    bits = {"int8": args.int8, "half": args.half}
-    errors = export(
-        model,
-        out,
-        **bits,
-        all_hidden_states=args.all_hidden_states,
-        with_lengths=args.lengths,
-        audio=audio,
-        opset=args.opset,
-    )
+    names = ("int8", "half", "all_hidden_states", "lengths", "opset")
+    errors = export(model, out, audio=audio, **{name: getattr(args, name) for name in names})
     kind = "int8 linear layers" if args.int8 else "float16" if args.half else "float32"
     print(f"{args.ckpt} -> {out}: {out.stat().st_size / 1e6:.1f} MB, {kind}, checked in onnxruntime")
     if args.int8 or args.half:

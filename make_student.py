@@ -42,16 +42,13 @@ def parse_args() -> argparse.Namespace:
     flag("--teacher_ckpt", type=path, required=True, help="the teacher's file")
     flag("--out", type=path, required=True, help="the file to write")
     layers = (
-        "layers of the teacher to keep: N for its first N, or a comma list of layers, numbered from 1 (layer "
+        "layers of the teacher to keep: N for its first N, or a comma list, numbered from 1; default: all"
     )
-    layers += "l makes hidden state l); default: all"
     flag("--layers", type=whole_numbers, help=layers)
     flag("--width", type=positive_int, help="features of the transformer")
     flag("--heads", type=positive_int, help="attention heads of every layer, which share the width")
-    intermediate = (
-        "feed-forward features, one number or one for each layer; default: in proportion to the width"
-    )
-    flag("--intermediate", type=whole_numbers, help=intermediate)
+    features = "feed-forward features, one number or one a layer; default: in proportion to the width"
+    flag("--intermediate", type=whole_numbers, help=features)
     channels = "channels of the conv layers, one number or one for each"
     flag("--conv_channels", type=whole_numbers, help=channels)
     flag("--params", type=amount, help="parameters to come nearest to, as in 23.6M; needs --keep")

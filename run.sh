@@ -23,6 +23,7 @@ set -euo pipefail
 # shared by both distillations
 : "${teacher_ckpt:=pretrained/hubert-base-ls960.hf.pth}" "${student_ckpt:=$teacher_ckpt}"
 : "${distill_layers:=0.4,8,12}" "${distill_mode:=layer2layer}"
+: "${student_layers:=}" "${predlayer_activation:=gelu}" # layers of a student of another depth; gelu or none
 : "${l2_weight:=0}" "${l1_weight:=1}" "${cos_weight:=1}" "${cos_type:=raw}" "${seed:=2022}"
 
 # stage 1: distil and prune
@@ -44,7 +45,7 @@ set -euo pipefail
 # The folder is named by what matters, which the stages check too.
 model=$(basename "$teacher_ckpt" .pth) && model=${model/#hubert-base-ls960.hf/hubert-base}
 [ "$student_ckpt" = "$teacher_ckpt" ] || model+=_$(basename "$student_ckpt" .pth)
-: "${root_dir:=exp/${model}_${train_subset}_sp${target_sparsity}${sparsity_of#params}_spup${sparsity_warmup}_lr${lr}_up${warmup}_max${max}_${distill_mode}${distill_layers}_reglr${reg_lr}_${pruning_units}$([ "$seed" = 2022 ] || echo "_seed$seed")}"
+: "${root_dir:=exp/${model}_${train_subset}_sp${target_sparsity}${sparsity_of#params}_spup${sparsity_warmup}_lr${lr}_up${warmup}_max${max}_${distill_mode}${predlayer_activation#gelu}${distill_layers}${student_layers:+of$student_layers}_reglr${reg_lr}_${pruning_units}$([ "$seed" = 2022 ] || echo "_seed$seed")}"
 : "${final_dir:=$root_dir/lr${final_lr}_up${final_warmup}_max${final_max}}"
 pruned=$root_dir/ckpts/pruned_hubert_base.pth
 
@@ -121,12 +122,14 @@ switches=()
 [ "$activation_checkpointing" = 0 ] || switches+=(--activation_checkpointing)
 [ "$tf32" = 0 ] || switches+=(--tf32)
 [ "$compile" = 0 ] || switches+=(--compile)
+[ -z "$student_layers" ] || switches+=(--student_layers "$student_layers")
 
 train() {
     run "$1" "$nodes" "$tasks" "${@:2}" --allow_changed "$allow_changed" \
         --long_utterances "$long_utterances" \
         --tsv_dir "$tsv_dir" --train_subset "$train_subset" --teacher_ckpt "$teacher_ckpt" \
-        --distill_layers "$distill_layers" --distill_mode "$distill_mode" --l2_weight "$l2_weight" \
+        --distill_layers "$distill_layers" --distill_mode "$distill_mode" \
+        --predlayer_activation "$predlayer_activation" --l2_weight "$l2_weight" \
         --l1_weight "$l1_weight" --cos_weight "$cos_weight" --cos_type "$cos_type" --clip_norm "$clip_norm" \
         --num_nodes "$nodes" --gpus "$gpus" --seconds_per_batch "$seconds_per_batch" --accum_grad "$accum_grad" \
         --precision "$precision" --num_workers "$num_workers" --save_interval "$save_interval" \

@@ -7,6 +7,7 @@ import copy
 import json
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,17 +33,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--json", type=_output, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     return parser
 
 
-def _output(text: str) -> Path:
-    """An argparse type: a file to write, which is looked at before anything is measured."""
-    try:
-        check_outputs({"json": text}, {})
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(text)
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags; that --json can be written is looked at before anything is measured."""
+    args = parser.parse_args()
+    check_outputs({"json": args.json}, {})
+    return args
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -122,11 +121,9 @@ def gated_copy(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None
             gate.log_alpha.copy_(torch.where(is_open, 6.0, -6.0) + offset)
         return 1 - student.get_num_params().item() / size
 
-    low, high = 0.0, 2.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sparsity_at(middle) > sparsity else (low, middle)
-    if abs((reached := sparsity_at(high)) - sparsity) > 0.05:
+    steps = 2**20
+    smallest = bisect_left(range(2 * steps), -sparsity, key=lambda n: -sparsity_at(n / steps))
+    if abs((reached := sparsity_at(smallest / steps)) - sparsity) > 0.05:
         raise UserError(f"--sparsity {sparsity}: the gates of this model reach {reached:.3f}; ask for that")
     return student
 

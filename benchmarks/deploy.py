@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import common
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from exports.common import samples_of
 from exports.onnx import export
+from reporting.measure import take_turns
 from training import onednn
 from utils.cli import positive, positive_int, run_script
 from utils.files import UserError
@@ -39,7 +40,6 @@ WAYS = {
     "cpu": ["PyTorch", "onednn.py", "torch.compile", "bf16", "int8", "torch.export", "ONNX", "ONNX int8"],
     "cuda": ["PyTorch", "torch.compile", "bf16", "bf16 torch.compile", "fp16", "fp16 torch.compile"],
 }
-WARMUP = 2  # runs before the timed ones
 
 
 def prepare(model: Wav2Vec2Model, way: str, path: Path) -> Callable[[int], Run]:
@@ -62,7 +62,10 @@ def prepare(model: Wav2Vec2Model, way: str, path: Path) -> Callable[[int], Run]:
 
     def run(waveforms: Tensor) -> Tensor:
         (onednn.enable if way == "onednn.py" else onednn.disable)()
-        return made(waveforms.to(dtype))[0].float()
+        output = made(waveforms.to(dtype))[0].float()
+        if output.is_cuda:
+            torch.cuda.synchronize()
+        return output
 
     return lambda threads: run
 
@@ -88,18 +91,6 @@ def onnx_session(path: Path, threads: int) -> Run:
     return lambda waveforms: torch.from_numpy(session.run(None, {"waveforms": waveforms.numpy()})[0])
 
 
-def take_turns(runs: dict[str, Run], waveforms: Tensor, repeats: int) -> dict[str, float]:
-    """Runs all in turns; returns the median of each one's seconds."""
-    marks: dict[str, list] = {name: [] for name in runs}
-    for _ in range(WARMUP + repeats):
-        for name, run in runs.items():
-            start = common.mark(waveforms.device)
-            run(waveforms)
-            marks[name].append((start, common.mark(waveforms.device)))
-    times = {name: [common.milliseconds(*ends) for ends in pairs[WARMUP:]] for name, pairs in marks.items()}
-    return {name: statistics.median(taken) / 1000 for name, taken in times.items()}
-
-
 @torch.no_grad()
 def main() -> None:
     parser = common.make_parser(__doc__)
@@ -112,7 +103,7 @@ def main() -> None:
     flag("--batch", type=positive_int, nargs="+", default=[1], help="utterances at once")
     flag("--threads", type=positive_int, nargs="+", default=[1, available_cpus()])
     flag("--repeats", type=positive_int, default=9, help="timed runs")
-    args = parser.parse_args()
+    args = common.parse_args(parser)
     device = common.choose_device(args)
     for way in set(args.ways or []) - set(WAYS[device.type]):
         raise UserError(f"--ways {way}: choose from {', '.join(WAYS[device.type])}")
@@ -142,7 +133,8 @@ def main() -> None:
                 waveforms = 0.1 * torch.randn(batch, int(seconds * common.SAMPLE_RATE), device=device)
                 column = f"{seconds:g} s, {threads} thread{'s' * (threads > 1)}"
                 column = column if batch == 1 else f"{batch} x {column}"
-                for row, taken in take_turns(runs, waveforms, args.repeats).items():
+                turns = {row: partial(run, waveforms) for row, run in runs.items()}
+                for row, taken in take_turns(turns, args.repeats, warmup=2).items():
                     rows[row][column] = taken / (batch * seconds)
     print("\nreal-time factors, by the length of the utterance and the number of threads")
     common.print_table(rows, next(iter(rows.values())))

@@ -29,6 +29,7 @@ from dataset import write_manifests
 from training.hardware import prepare_gpu
 from utils.checkpoint import save_checkpoint
 from utils.cli import run_script
+from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model, hubert_base
 from wav2vec2.config import NO_DROPOUT
 
@@ -230,11 +231,10 @@ def main() -> int:
     parser = common.make_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="use tiny models and batches")
     common.add_device_argument(parser)
-    args = parser.parse_args()
+    args = common.parse_args(parser)
     prepare_gpu(tf32=False)
     if args.device != "cpu" and not torch.cuda.is_available():
-        print("gpu_check.py: no GPU is found: run this on a machine with one", file=sys.stderr)
-        return 2
+        raise UserError("no GPU is found: run this on a machine with one")
     device = common.choose_device(args)
     machine = common.describe(device)
     checks = Checks(device, args.small)

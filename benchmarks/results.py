@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     flag("--data", type=path, help="table: labelled audio for evaluate.py")
     flag("--tasks", nargs="+", default=["digit", "speaker"], help="table: manifests of --data")
     flag("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
-    args = parser.parse_args()
+    args = common.parse_args(parser)
     args.folder = args.out / f"{args.row}-{args.seed}"
     return args
 

@@ -161,7 +161,7 @@ def main() -> None:
     flag("--warmup", type=nonnegative_int, default=2, help="updates before the timed ones")
     flag("--updates", type=positive_int, default=5, help="timed updates")
     flag("--threads", type=positive_int, default=torch.get_num_threads(), help="on the CPU")
-    args = parser.parse_args()
+    args = common.parse_args(parser)
     variants = args.compare.split(",")
     for unknown in set(variants) - set(VARIANTS):
         raise UserError(f"--compare {unknown}: choose from {', '.join(VARIANTS)}")

@@ -1,12 +1,16 @@
 """What the exporters share."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from converters.common import left_out
 from converters.huggingface import is_export, load_export
 from utils.checkpoint import load_model
+from utils.compare import relative_difference
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model
 
@@ -33,6 +37,14 @@ def samples_of(model: Wav2Vec2Model, frames: int) -> int:
     for _, kernel, stride in reversed(model.config["extractor_conv_layer_config"]):
         frames = (frames - 1) * stride + kernel
     return frames
+
+
+def check_near(out: Path, what: str, actual: Tensor, expected: Tensor, fewer_bits: bool) -> None:
+    """Raises a UserError where a runtime gives something else for ``what`` than PyTorch does."""
+    error = relative_difference([actual], [expected]) if actual.shape == expected.shape else math.inf
+    # In float32, 1e-6 is usual. Fewer bits may cost much, but no shape and no finite number.
+    if not error < (math.inf if fewer_bits else 1e-4):
+        raise UserError(f"{out}: not written, because {what} differ by {error:.1e} from PyTorch's")
 
 
 @contextmanager

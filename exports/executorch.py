@@ -4,16 +4,14 @@ import contextlib
 import copy
 import io
 import logging
-import math
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from exports.common import samples_of
+from exports.common import check_near, samples_of
 from utils.cli import needs_extra
-from utils.compare import relative_difference
 from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 
@@ -72,14 +70,8 @@ def export(model: Wav2Vec2Model, out: Path, int8: bool = False, max_seconds: flo
         for frames in (1, 4, 1 + noise.size(1) // 1000, None):
             waveforms = noise if frames is None else noise[:, : samples_of(model, frames) + 3]
             (actual,), expected = method.execute([waveforms]), features(waveforms)
-            same_shape = actual.shape == expected.shape
-            error = relative_difference([actual], [expected]) if same_shape else math.inf
-            # In float32, 1e-6 is usual. Eight bits may cost much, but no shape and no finite number.
-            if not error < (math.inf if int8 else 1e-4):
-                raise UserError(
-                    f"{out}: not written, because the features of {waveforms.size(1)} samples in ExecuTorch "
-                    f"differ by {error:.1e} from PyTorch's"
-                )
+            what = f"the features of {waveforms.size(1)} samples in ExecuTorch"
+            check_near(out, what, actual, expected, int8)
     return ((actual - expected).norm() / expected.norm()).item()
 
 

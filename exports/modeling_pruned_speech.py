@@ -5,23 +5,23 @@ export_to_hf.py copies this file beside the project's own modules, where its rel
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoFeatureExtractor, PretrainedConfig, PreTrainedModel, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2Model as TransformersModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     CausalLMOutput,
     ModelOutput,
     SequenceClassifierOutput,
 )
-from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
-from .components import EncoderLayer, WavLMSelfAttention
+from .components import EncoderLayer, WavLMSelfAttention, without_padding
 from .config import NO_GATES, Wav2Vec2Config, base_config
 from .constraint import SizeConstraint  # noqa: F401
 from .cost import count_parameters  # noqa: F401
@@ -199,7 +199,7 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel, Prunable):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states = self.compute_states(input_values, attention_mask, output_attentions, output_hidden_states)
+        states = self.compute_states(input_values, attention_mask, output_attentions)
         if self.encoder.transformer.layer_norm_first:
             states[-1] = self.encoder.transformer.layer_norm(states[-1])
         hidden_states = tuple(states) if output_hidden_states else None
@@ -207,68 +207,38 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel, Prunable):
         return self._output(output, return_dict)
 
     def compute_states(
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None,
-        output_attentions: bool | None,
-        with_first: bool = True,
+        self, input_values: Tensor, attention_mask: Tensor | None, output_attentions: bool | None
     ) -> list[Tensor]:
-        """The input of the first layer, unless ``with_first`` is False, and the output of every layer, each
-        (batch, frame, feature); the other arguments are those of :meth:`forward`."""
+        """The input of the first layer and the output of every layer, each (batch, frame, feature); the
+        arguments are those of :meth:`forward`."""
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions is not supported: the attention weights are not computed")
-        config, model = self.config, narrowed(self)
-        transformer = model.encoder.transformer
+        model = narrowed(self)
         lengths = None if attention_mask is None else attention_mask.sum(-1)
-        features, frames = model.feature_extractor(
-            input_values.to(self.dtype), lengths, config.masked_group_norm
-        )
+        waveforms, masked_norm = input_values.to(self.dtype), self.config.masked_group_norm
+        features, frames = model.feature_extractor(waveforms, lengths, masked_norm)
+        x = model.encoder.feature_projection(features)
+        if self.training:
+            x = self._spec_augment(x, frames)
+        transformer = model.encoder.transformer
         layer_drop = transformer.layer_drop if self.training else 0.0
-        probabilities = config.mask_time_prob, config.mask_feature_prob
-        masks = self.training and config.apply_spec_augment and max(probabilities) > 0
-        # The encoder does not return what its first layer reads, which comes out of the dropout.
-        # torch.compile cannot trace hooks, so they are there only where they are needed.
-        first: list[Tensor] = []
-        keep = transformer.dropout.register_forward_hook
-        mask = model.encoder.feature_projection.register_forward_hook
-        with (
-            keep(lambda *call: first.append(call[-1])) if with_first else nullcontext(),
-            mask(lambda *call: self._spec_augment(call[-1], frames)) if masks else nullcontext(),
-        ):
-            _, *states = model.encoder(features, frames, layer_drop=layer_drop)
-        return [*first, *states]
+        return transformer(*without_padding(x, frames), layer_drop=layer_drop)
 
     def _spec_augment(self, x: Tensor, frames: Tensor | None) -> Tensor:
-        """Masks spans of frames and of features of (batch, frame, feature) at random, as transformers' own
-        models do (SpecAugment, Park et al. 2019, section 2)."""
-        config, (batch, length, features) = self.config, x.shape
-        if config.mask_time_prob > 0:
-            valid = None if frames is None else torch.arange(length) < frames.cpu().unsqueeze(-1)
-            options = config.mask_time_prob, config.mask_time_length, valid, config.mask_time_min_masks
-            masked = torch.from_numpy(_compute_mask_indices((batch, length), *options)).to(x.device)
-            vector = torch.zeros_like(x[0, 0]) if self.masked_spec_embed is None else self.masked_spec_embed
-            x = torch.where(masked.unsqueeze(-1), vector.to(x.dtype), x)
-        if config.mask_feature_prob > 0:
-            options = (
-                config.mask_feature_prob,
-                config.mask_feature_length,
-                None,
-                config.mask_feature_min_masks,
-            )
-            masked = torch.from_numpy(_compute_mask_indices((batch, features), *options)).to(x.device)
-            x = x.masked_fill(masked.unsqueeze(1), 0.0)
-        return x
+        """Masks spans of frames and of features of (batch, frame, feature) at random, by the code of
+        transformers' own models (SpecAugment, Park et al. 2019, section 2)."""
+        valid = None if frames is None else torch.arange(x.size(1), device=x.device) < frames.unsqueeze(-1)
+        vector = x.new_zeros(x.size(-1)) if self.masked_spec_embed is None else self.masked_spec_embed
+        masked = SimpleNamespace(config=self.config, training=True, masked_spec_embed=vector)
+        return TransformersModel._mask_hidden_states(masked, x, attention_mask=valid)
 
 
-class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
-    """The encoder with a linear layer for CTC; ``AutoModelForCTC`` loads it."""
+class PrunedSpeechHead(PrunedSpeechPreTrainedModel):
+    """The encoder with what makes logits of its output."""
 
     def __init__(self, config: PrunedSpeechConfig) -> None:
         super().__init__(config)
         self.pruned_speech = PrunedSpeechModel(config)
-        self.dropout = nn.Dropout(config.final_dropout)
-        self.lm_head = nn.Linear(config.encoder_embed_dim, config.vocab_size)
-        self.post_init()
 
     def forward(
         self,
@@ -278,21 +248,44 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         labels: Tensor | None = None,
-    ) -> CausalLMOutput | tuple:
+    ) -> CausalLMOutput | SequenceClassifierOutput | tuple:
         """
         Args:
             input_values to return_dict: as for :class:`PrunedSpeechModel`.
-            labels: (batch, token), negative where padded; with them there is a loss.
+            labels: (batch, token), negative where padded, for CTC, or the classes (batch,); with them there
+                is a loss.
         Returns:
-            ``loss``, ``logits`` (batch, frame, token) and ``hidden_states``.
+            ``loss``, ``logits`` (batch, frame, token) or (batch, class), and ``hidden_states``.
         """
-        outputs = self.pruned_speech(
-            input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
-        )
-        logits = self.lm_head(self.dropout(outputs.last_hidden_state))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        given = input_values, attention_mask, output_attentions
+        if hasattr(self, "layer_weights"):
+            states = self.pruned_speech.compute_states(*given)
+            weights = self.layer_weights.softmax(-1)
+            x = sum(weight * state for weight, state in zip(weights, states, strict=True))
+        else:
+            output = self.pruned_speech(*given, output_hidden_states, return_dict=True)
+            x, states = output.last_hidden_state, output.hidden_states
+        logits = self._logits(x, attention_mask)
         loss = None if labels is None else self._loss(logits, labels, attention_mask)
-        output = CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-        return self._output(output, return_dict)
+        hidden_states = tuple(states) if output_hidden_states else None
+        return self._output(self.output_type(loss, logits, hidden_states), return_dict)
+
+
+class PrunedSpeechForCTC(PrunedSpeechHead):
+    """The encoder with a linear layer for CTC; ``AutoModelForCTC`` loads it."""
+
+    output_type = CausalLMOutput
+
+    def __init__(self, config: PrunedSpeechConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.lm_head = nn.Linear(config.encoder_embed_dim, config.vocab_size)
+        self.post_init()
+
+    def _logits(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.lm_head(self.dropout(x))
 
     def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         if labels.max() >= self.config.vocab_size:
@@ -314,12 +307,13 @@ class PrunedSpeechForCTC(PrunedSpeechPreTrainedModel):
             )
 
 
-class PrunedSpeechForSequenceClassification(PrunedSpeechPreTrainedModel):
+class PrunedSpeechForSequenceClassification(PrunedSpeechHead):
     """The encoder with a classifier of whole utterances; ``AutoModelForAudioClassification`` loads it."""
+
+    output_type = SequenceClassifierOutput
 
     def __init__(self, config: PrunedSpeechConfig) -> None:
         super().__init__(config)
-        self.pruned_speech = PrunedSpeechModel(config)
         if config.use_weighted_layer_sum:
             self.layer_weights = nn.Parameter(torch.zeros(config.encoder_num_layers + 1))
             if config.encoder_layer_norm_first:  # The sum leaves the norm after the last layer out.
@@ -329,44 +323,16 @@ class PrunedSpeechForSequenceClassification(PrunedSpeechPreTrainedModel):
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        labels: Tensor | None = None,
-    ) -> SequenceClassifierOutput | tuple:
-        """
-        Args:
-            input_values to return_dict: as for :class:`PrunedSpeechModel`.
-            labels: (batch,) classes; with them there is a loss.
-        Returns:
-            ``loss``, ``logits`` (batch, class) and ``hidden_states``.
-        """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if self.config.use_weighted_layer_sum:
-            states = self.pruned_speech.compute_states(input_values, attention_mask, output_attentions)
-            weights = self.layer_weights.softmax(-1)
-            x = sum(weight * state for weight, state in zip(weights, states, strict=True))
-        else:
-            outputs = self.pruned_speech(
-                input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
-            )
-            x, states = outputs.last_hidden_state, outputs.hidden_states
+    def _logits(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         x = self.projector(x)
         if attention_mask is None:
-            x = x.mean(1)
-        else:
-            frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=1).unsqueeze(-1)
-            valid = torch.arange(x.size(1), device=x.device) < frames
-            x = x.masked_fill(~valid.unsqueeze(-1), 0.0).sum(1) / frames
-        logits = self.classifier(x)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels.view(-1))
-        hidden_states = tuple(states) if output_hidden_states else None
-        return self._output(SequenceClassifierOutput(loss, logits, hidden_states), return_dict)
+            return self.classifier(x.mean(1))
+        frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=1).unsqueeze(-1)
+        valid = torch.arange(x.size(1), device=x.device) < frames
+        return self.classifier(x.masked_fill(~valid.unsqueeze(-1), 0.0).sum(1) / frames)
+
+    def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return F.cross_entropy(logits.float(), labels.view(-1))
 
 
 # save_pretrained writes the code of a registered class beside its config and weights.

@@ -7,8 +7,9 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import SAMPLE_RATE, AudioDataset
-from dataset.batches import MAX_SAMPLES, MIN_SAMPLES
+from dataset.batches import is_usable
 from utils.processes import available_cpus, say
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters, mac_count, multiply_accumulates, parameter_count
@@ -68,6 +69,18 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def take_turns(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """The median of the seconds that each of some functions takes; they take turns, and the first ``warmup``
+    calls of each do not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(warmup + repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[warmup:]) for name, taken in times.items()}
+
+
 @torch.inference_mode()
 def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list[dict]:
     """Times the models in turn on one utterance on the CPU, as medians of ``repeats`` runs.
@@ -83,17 +96,11 @@ def speeds(teacher: Wav2Vec2Model, student: Wav2Vec2Model, repeats: int) -> list
     rows = []
     for seconds, threads in itertools.product(SECONDS, sorted({1, available_cpus()})):
         torch.set_num_threads(threads)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(1 + repeats):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(noise[:, : seconds * SAMPLE_RATE])
-                times[name].append(time.perf_counter() - start)
-        row = {"audio_seconds": seconds, "threads": threads}
-        for name, (_, *measured) in times.items():  # the first time warms up
-            median = statistics.median(measured)
-            row[name] = {"seconds": median, "real_time_factor": median / seconds}
-        rows.append({**row, "times_faster": row["teacher"]["seconds"] / row["student"]["seconds"]})
+        waveforms = noise[:, : seconds * SAMPLE_RATE]
+        taken = take_turns({name: partial(model, waveforms) for name, model in models.items()}, repeats)
+        factors = {name: {"seconds": t, "real_time_factor": t / seconds} for name, t in taken.items()}
+        faster = taken["teacher"] / taken["student"]
+        rows.append({"audio_seconds": seconds, "threads": threads, **factors, "times_faster": faster})
     torch.set_num_threads(before)
     return rows
 
@@ -104,7 +111,7 @@ def audio_hours(tsv_dir: Path, name: str | None) -> dict | None:
     if name is None or not (tsv_dir / f"{name}.tsv").is_file():
         return None
     lengths = AudioDataset(tsv_dir, name).lengths
-    used = lengths[(lengths >= MIN_SAMPLES) & (lengths <= MAX_SAMPLES)]
+    used = lengths[is_usable(lengths, whole=False)]
     hours = [float(samples.sum() / SAMPLE_RATE / 3600) for samples in (lengths, used)]
     return {"manifest": name, "utterances": len(lengths), "hours": hours[0], "hours_used": hours[1]}
 
@@ -139,7 +146,7 @@ def distances(teacher: Wav2Vec2Model, students: Sequence[Student], tsv_dir: Path
     if not (tsv_dir / "valid.tsv").is_file():
         return None
     audio = AudioDataset(tsv_dir, "valid")
-    usable = np.flatnonzero((audio.lengths >= MIN_SAMPLES) & (audio.lengths <= MAX_SAMPLES))
+    usable = np.flatnonzero(is_usable(audio.lengths, whole=False))
     if not len(usable):
         return None
     chosen = usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(int)].tolist()

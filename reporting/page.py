@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jinja2
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -80,9 +81,7 @@ def render(report: dict) -> tuple[str, str]:
         "sparsity": sparsity_sentence(report["sparsity"]),
         "size_rows": size_rows(report["sizes"]),
         "width_figures": [draw_widths(before[kind], after[kind], *words) for kind, words in WIDTHS.items()],
-        "component_rows": component_rows(report["sizes"]),
         "training_figures": training_figures(report["training"]) + rate_figures(report["stages"]),
-        "heard": heard(report["stages"]),
         "losses": validation_losses(report["training"]),
         "last_layer": last_layer(students),
         "distances": curves,
@@ -184,22 +183,6 @@ def size_rows(sizes: dict) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def component_rows(sizes: dict) -> list[tuple[str, ...]]:
-    """The millions of parameters and of multiply-accumulates a second of each component, of teacher and
-    student in turn."""
-    return [
-        (
-            words,
-            *(
-                f"{sizes[model]['components'][words][kind] / 1e6:,.{digits}f}"
-                for kind, digits in (("parameters", 3), ("macs_per_second", 1))
-                for model in ("teacher", "student")
-            ),
-        )
-        for words in sizes["teacher"]["components"]
-    ]
-
-
 def flag_names(sessions: list[dict]) -> tuple[list[str], list[str]]:
     """The flags of the stages: those that a stage had changed, and those that all left at their defaults;
     records of earlier versions do not tell, so that all of theirs come first."""
@@ -208,33 +191,19 @@ def flag_names(sessions: list[dict]) -> tuple[list[str], list[str]]:
     return [name for name in names if name in changed], [name for name in names if name not in changed]
 
 
-def heard(stages: dict[str, dict | None]) -> dict[str, float]:
-    """The most hours of audio that all updates of each distillation can have read."""
-    hours = {}
-    for stage, record in stages.items():
-        flags = {} if record is None else record["flags"]
-        if "batches_an_update" in flags:
-            batches = flags["batches_an_update"] * flags["max_updates"]
-            hours[STAGES[stage]] = flags["seconds_per_batch"] * batches / 3600
-    return hours
-
-
 def rate_figures(stages: dict[str, dict | None]) -> list[tuple[str, str]]:
     """The learning rates of both distillations, as their flags set them."""
     pictures = []
     for number, stage in ((1, "distill"), (3, "final_distill")):
-        if stages[stage] is None:
-            continue
-        flags = stages[stage]["flags"]
-        warmup, last = flags["warmup_updates"], flags["max_updates"]
-        updates = sorted({1, warmup, *range(1, last, last // 50 + 1)} - {0, last})
-        share = [min(k / max(warmup, 1), (last - k) / max(last - warmup, 1)) for k in updates]
-        series = {
-            words: (updates, [flags[name] * part for part in share], {"marker": None})
-            for words, name in (("weights", "learning_rate"), ("gates", "reg_learning_rate"))
-            if name in flags
-        }
-        pictures.append(draw_lines(series, f"Stage {number}: learning rates", "update", scale="log"))
+        flags = {} if stages[stage] is None else stages[stage]["flags"]
+        rates = {"weights": "learning_rate", "gates": "reg_learning_rate"}
+        rates = {words: flags[name] for words, name in rates.items() if name in flags}
+        if rates:
+            warmup, last = flags["warmup_updates"], flags["max_updates"]
+            updates = np.union1d(np.linspace(1, max(1, last - 1), 50), warmup or 1)
+            share = np.interp(updates, [0, warmup, last], [0, 1, 0])
+            series = {words: (updates, rate * share, {}) for words, rate in rates.items()}
+            pictures.append(draw_lines(series, f"Stage {number}: learning rates", "update", scale="log"))
     return pictures
 
 
@@ -274,19 +243,24 @@ def distance_curves(students: list[dict]) -> dict[str, tuple[dict[int, dict], di
     for student, colour in zip(students, [VERMILION, BLUE][-len(students) :], strict=False):
         name = student["stage"].partition(",")[0]
         hollow = {"color": colour, "linestyle": "", "marker": "D", "markersize": 6, "mfc": "none"}
-        curves[name] = student["hidden_states"], {"color": colour, "linestyle": "-"}
-        curves[f"{name}, projected"] = student["projected"], hollow
-    by_layer = {name: {row["layer"]: row for row in rows} for name, (rows, _) in curves.items()}
-    return {name: (by_layer[name], style) for name, (rows, style) in curves.items() if rows}
+        whole = {"color": colour, "linestyle": "-"}
+        for words, kind, style in (
+            (name, "hidden_states", whole),
+            (f"{name}, projected", "projected", hollow),
+        ):
+            if student[kind]:
+                curves[words] = {row["layer"]: row for row in student[kind]}, style
+    return curves
 
 
 def distance_figures(curves: dict[str, tuple[dict[int, dict], dict]]) -> list[tuple[str, str]]:
     """Cosine and relative error by layer, of what :func:`distance_curves` gave."""
     pictures = []
     for measure, quantity in MEASURES.items() if curves else ():
-        series = {}
-        for name, (rows, style) in curves.items():
-            series[name] = list(rows), [row[measure] for row in rows.values()], style
+        series = {
+            name: (list(rows), [row[measure] for row in rows.values()], style)
+            for name, (rows, style) in curves.items()
+        }
         pictures.append(draw_lines(series, f"{quantity} to the teacher", "layer"))
     return pictures
 

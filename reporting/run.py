@@ -59,13 +59,13 @@ class Student:
         # Computed here because importing lightning.py takes longer than all the rest of a small report.
         predicts = self.settings.get("distill_mode") == "predlayer"
         layers = self.settings.get("distill_layers", []) if self.projections else []
-        read = self.settings.get("student_layers") or layers
+        read = [-1] * len(layers) if predicts else self.settings.get("student_layers") or layers
+        curved = predicts and self.settings.get("predlayer_activation") != "none"
         result = {}
-        for place, layer in enumerate(layers):
+        for place, (layer, source) in enumerate(zip(layers, read, strict=True)):
             name = f"{place}.0" if predicts else str(place)
             weight, bias = self.projections[f"{name}.weight"], self.projections[f"{name}.bias"]
-            projected = F.linear(states[-1 if predicts else read[place]], weight, bias)
-            curved = predicts and self.settings.get("predlayer_activation") != "none"
+            projected = F.linear(states[source], weight, bias)
             result[layer] = F.gelu(projected) if curved else projected
         return dict(sorted(result.items()))
 

@@ -482,7 +482,7 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, attention_mask: Tensor | None, num_layers: int | None = None, layer_drop: float = 0.0
     ) -> list[Tensor]:
-        """The outputs of the layers, each (batch, frame, feature).
+        """The input of the first layer and the outputs of all, each (batch, frame, feature).
 
         Args:
             x: (batch, frame, feature), the projected features.
@@ -502,7 +502,7 @@ class Transformer(nn.Module):
             (module for module in self.layers[0].modules() if isinstance(module, SelfAttention)), None
         )
         position_bias = None if first is None else first.position_bias(x.size(1))
-        outputs = []
+        outputs = [x]
         for layer in self.layers[:num_layers]:
             if layer_drop and torch.rand(()).item() < layer_drop:
                 # The parameters of a dropped layer get zeros as gradients, which DDP waits for.
@@ -535,16 +535,20 @@ class Encoder(nn.Module):
             lengths: (batch,) valid frames, or None where every utterance is whole.
             num_layers, layer_drop: the same as for :class:`Transformer`.
         """
-        x, attention_mask = self.feature_projection(features), None
-        if lengths is not None:
-            padded = torch.arange(x.size(1), device=x.device) >= lengths.unsqueeze(-1)
-            x = x.masked_fill(padded.unsqueeze(-1), 0.0)
-            attention_mask = torch.zeros_like(padded, dtype=x.dtype).masked_fill(padded, MASKED)[
-                :, None, None
-            ]
+        x, attention_mask = without_padding(self.feature_projection(features), lengths)
         if num_layers == 0:
             return [x]
-        return [x, *self.transformer(x, attention_mask, num_layers, layer_drop)]
+        return [x, *self.transformer(x, attention_mask, num_layers, layer_drop)[1:]]
+
+
+def without_padding(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(batch, frame, feature) with zeros after (batch,) valid frames and the mask for :class:`SelfAttention`:
+    for None, what is given and None."""
+    if lengths is None:
+        return x, None
+    padded = torch.arange(x.size(1), device=x.device) >= lengths.unsqueeze(-1)
+    x = x.masked_fill(padded.unsqueeze(-1), 0.0)
+    return x, torch.zeros_like(padded, dtype=x.dtype).masked_fill(padded, MASKED)[:, None, None]
 
 
 def bert_linear(in_features: int, out_features: int) -> nn.Linear:

@@ -50,7 +50,7 @@ def test_train_step_compares_variants_in_both_stages(figures, teacher):
             "error: --compare product+fast: choose from baseline, ",
         ),
         ("deploy", ["--device", "cpu", "--ways", "fp8"], "error: --ways fp8: choose from PyTorch, "),
-        ("gpu_check", [], "no GPU is found: run this on a machine with one"),
+        ("gpu_check", [], "error: no GPU is found: run this on a machine with one"),
     ],
 )
 def test_a_mistake_is_one_sentence(script, flags, sentence):

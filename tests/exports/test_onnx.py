@@ -142,6 +142,6 @@ def test_a_file_that_computes_something_else_gets_no_name(tmp_path):
     )
     out = tmp_path / "model.onnx"
     out.write_bytes(b"an earlier file")
-    with pytest.raises(UserError, match=r"features in onnxruntime at 1 x 400 samples differs by 1\.0e-03"):
+    with pytest.raises(UserError, match=r"features of 1 x 400 samples in onnxruntime differ by 1\.0e-03"):
         exports_onnx.export(model, out)
     assert out.read_bytes() == b"an earlier file" and list(tmp_path.iterdir()) == [out]

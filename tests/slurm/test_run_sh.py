@@ -74,22 +74,24 @@ def a_signal_to_all_comes_back_from_every_stage(submit):
     signalled(submit, "--full")
 
 
+def warned(submit, *flags):
+    """Runs a job that is warned 30 s before its limit of a minute."""
+    job = submit(*flags, cpu_tasks=2, SECONDS_distill=70)
+    state, output = job.ends(200)
+    assert state == "COMPLETED" and whole(output) and "TIME LIMIT" not in output, output
+    assert int(job.field("Restarts")) >= 1
+
+
 @case
 def the_header_warns_before_the_time_limit(submit):
     header = (submit.folder / "run.sh").read_text().replace("@300", "@30").replace("48:00:00", "1")
     (submit.folder / "run.sh").write_text(header)
-    job = submit(cpu_tasks=2, SECONDS_distill=70)
-    state, output = job.ends(200)
-    assert state == "COMPLETED" and whole(output) and "TIME LIMIT" not in output, output
-    assert int(job.field("Restarts")) >= 1
+    warned(submit)
 
 
 @case
 def a_user_may_have_the_steps_warned(submit):
-    job = submit("--time=1", "--signal=USR1@30", cpu_tasks=2, SECONDS_distill=70)
-    state, output = job.ends(200)
-    assert state == "COMPLETED" and whole(output) and "TIME LIMIT" not in output, output
-    assert int(job.field("Restarts")) >= 1
+    warned(submit, "--time=1", "--signal=USR1@30")
 
 
 @case
@@ -254,15 +256,6 @@ def salloc_ends_as_the_stage_did(submit):
     variables = submit.variables | {"SECONDS_distill": 40, "cpu_tasks": 2}
     output = submit.cluster.command(*flags, "bash", "-c", script, cwd=submit.folder, **variables)
     assert output.endswith("status 138\n") and output.count("distill ends") == 2, output
-
-
-@case
-def another_seed_has_a_folder_of_its_own(submit):
-    del submit.variables["root_dir"]
-    first, second = submit(), submit(seed=7)
-    assert [job.ends()[0] for job in (first, second)] == ["COMPLETED"] * 2
-    names = sorted(path.name for path in (submit.folder / "exp").iterdir())
-    assert len(names) == 2 and names[1] == f"{names[0]}_seed7", names
 
 
 @pytest.mark.parametrize("name", cluster.cases_of(__name__))

@@ -46,6 +46,15 @@ def test_run_sh_makes_a_model_that_the_readme_snippet_loads(first, recipe, teach
     assert (recipe.exp / "final" / "report").exists()
 
 
+def test_run_sh_hands_its_variables_to_both_trainings(tmp_path):
+    given = {"student_layers": "0.1,2", "predlayer_activation": "none"}
+    printed = run("run.sh", python="echo", final_dir=tmp_path / "final", **given).stdout
+    for flag, value in given.items():
+        assert printed.count(f" --{flag} {value}") == 2
+    assert "_layer2layernone0.4,8,12of0.1,2_" in printed, "a folder of its own"
+    assert "heads_seed7/" in run("run.sh", python="echo", pruning_units="heads", seed=7).stdout
+
+
 @pytest.mark.slow
 def test_run_sh_knows_what_is_done_by_its_content(first, recipe):
     final = recipe.exp / "final" / "ckpts" / "pruned_hubert_base.pth"
