@@ -9,17 +9,21 @@ if __name__ == "__main__":
 
 import argparse
 import itertools
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, path, positive_int, run_script
-from utils.files import UserError
+from utils.files import UserError, atomic_write
+from utils.outputs import check_outputs
 from wav2vec2 import Wav2Vec2Model
 
 with needs_extra("eval"):
     import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
     from sklearn.cluster import AgglomerativeClustering
 
     from dataset import AudioDataset
@@ -36,7 +40,13 @@ def parse_args() -> argparse.Namespace:
     flag("--groups", type=positive_int, default=3, help="number of groups")
     frames = "frames to measure on, of as many utterances as it takes"
     flag("--frames", type=positive_int, default=5_000, help=frames)
-    return parser.parse_args()
+    flag("--picture", type=Path, help="draw the similarities here (.png, .svg or .pdf)")
+    args = parser.parse_args()
+    if args.picture:
+        if args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise UserError(f"--picture {args.picture}: end its name in .png, .svg or .pdf")
+        check_outputs({"picture": args.picture}, {"teacher_ckpt": args.teacher_ckpt})
+    return args
 
 
 @torch.inference_mode()
@@ -84,6 +94,20 @@ def neighbours(similar: Tensor, groups: int) -> list[list[int]]:
     return [np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels)]
 
 
+def draw(similar: Tensor, groups: list[list[int]], picture: Path) -> None:
+    """Draws the similarities, and a frame around each group."""
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(similar, vmin=0, vmax=1)
+    for first, *rest in groups:
+        corner, side = first - 0.5, len(rest) + 1
+        axes.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor="w"))
+    axes.set(title="Linear CKA", xlabel="layer (0 is the input of the first)", ylabel="layer")
+    figure.colorbar(image)
+    with atomic_write(picture) as temporary:
+        figure.savefig(temporary, format=picture.suffix[1:].lower(), dpi=150)
+
+
 def main() -> None:
     args = parse_args()
     teacher = load_model(args.teacher_ckpt).eval()
@@ -93,6 +117,9 @@ def main() -> None:
     similar = linear_cka(hidden_states(teacher, args.tsv_dir, args.frames))
     groups = neighbours(similar, args.groups)
     print("\n".join(" ".join(f"{value:5.2f}" for value in row) for row in similar.tolist()))
+    if args.picture:
+        draw(similar, groups, args.picture)
+        print(f"wrote {args.picture}")
     chosen = ".".join(",".join(map(str, group)) for group in groups)
     print(f"--distill_mode group_mean --distill_layers {chosen}")
 

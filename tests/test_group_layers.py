@@ -33,8 +33,9 @@ def test_only_neighbours_are_joined():
 
 def test_distill_takes_the_flags_that_are_printed(manifests, teacher, tmp_path, monkeypatch, capsys, fails):
     common = ["--teacher_ckpt", teacher, "--tsv_dir", manifests]
-    call(monkeypatch, "group_layers", *common, "--groups", 2)
+    call(monkeypatch, "group_layers", *common, "--groups", 2, "--picture", tmp_path / "alike.png")
     printed = capsys.readouterr().out
+    assert (tmp_path / "alike.png").stat().st_size > 1000
     chosen = re.search("--distill_mode group_mean --distill_layers (.*)", printed)[1]
     assert chosen.replace(".", ",") == "0,1,2,3" and chosen.count(".") == 1
     flags = ["--exp_dir", tmp_path / "exp", "--gpus", 0, "--max_updates", 2, "--warmup_updates", 1]
