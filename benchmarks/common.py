@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
 import time
 from bisect import bisect_left
@@ -142,6 +143,14 @@ def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> floa
         for tensors in (actual, expected)
     )
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def spread(values: list[float]) -> str:
+    """The mean over seeds, with the least and the greatest where they differ; "-" where there are none."""
+    if not values:
+        return "-"
+    mean, least, greatest = statistics.mean(values), min(values), max(values)
+    return f"{mean:,.5g}" + (f" ({least:,.5g} to {greatest:,.5g})" if least < greatest else "")
 
 
 def print_table(rows: dict[str, dict[str, object]], columns: Iterable[str]) -> None:

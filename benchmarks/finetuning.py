@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -203,15 +202,9 @@ def table(args: argparse.Namespace) -> None:
             figures["parameters"].append(float(count_parameters(model)))
             figures["M MACs/s"].append(multiply_accumulates(model, 10) / 1e6)
             figures["real-time factor"].append(speed["student"]["real_time_factor"])
-    shown = {
-        row: {
-            name: f"{statistics.mean(each):,.5g} ({min(each):,.5g} to {max(each):,.5g})"
-            for name, each in figures.items()
-        }
-        for row, figures in rows.items()
-        if figures
-    }
-    common.print_table(shown, dict.fromkeys(name for row in shown.values() for name in row))
+    names = dict.fromkeys(name for figures in rows.values() for name in figures)
+    shown = {row: {name: common.spread(figures[name]) for name in names} for row, figures in rows.items()}
+    common.print_table(shown, names)
     common.write_json(args, machine=machine, rows=rows)
 
 

@@ -18,12 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import common
 import torch
+from matplotlib.figure import Figure
 
 from utils.checkpoint import load_model, save_checkpoint
 from utils.cli import fraction, nonnegative_int, path, positive, positive_int, run_script
@@ -54,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     flag("--data", type=path, help="table: labelled audio for evaluate.py")
     flag("--tasks", nargs="+", default=["digit", "speaker"], help="table: manifests of --data")
     flag("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
+    flag("--figure", type=Path, help="table: draw error against multiply-accumulates here (.png, .svg, .pdf)")
     args = common.parse_args(parser)
     args.folder = args.out / f"{args.row}-{args.seed}"
     return args
@@ -181,12 +185,42 @@ def table(args: argparse.Namespace) -> None:
         out = args.out / f"{task}.json"
         script("evaluate.py", "--models", *models, data=args.data, task=task, json=out)
         for row, judged in zip(rows.values(), json.loads(out.read_text())["models"], strict=True):
-            percent = [100 * x for x in (judged["accuracy"], *judged["interval"])]
-            row[task] = "{:.1f} ({:.1f} to {:.1f})".format(*percent)
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    by_figure = {figure: {name: row.get(figure, "-") for name, row in rows.items()} for figure in names}
-    common.print_table(by_figure, rows)
+            least, greatest = judged["interval"]
+            row |= {f"{task}, %": 100 * judged["accuracy"], f"{task}, at least": 100 * least}
+            row[f"{task}, at most"] = 100 * greatest
+    kinds: dict[str, dict[str, list[float]]] = {}
+    for name, row in rows.items():
+        kind = kinds.setdefault(name.rpartition("-")[0] if name[-1].isdigit() else name, defaultdict(list))
+        for figure, value in row.items():
+            kind[figure].append(value)
+    by_figure = {
+        figure: {kind: common.spread(values[figure]) for kind, values in kinds.items()}
+        for figure in dict.fromkeys(figure for values in kinds.values() for figure in values)
+    }
+    common.print_table(by_figure, kinds)
     common.write_json(args, machine=machine, rows=rows)
+    if args.figure:
+        draw(kinds, args.figure)
+
+
+def draw(kinds: dict[str, dict[str, list[float]]], figure: Path) -> None:
+    """Draws the error of each student against its multiply-accumulates, one colour a row."""
+    picture = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = picture.subplots()
+    for number, (kind, values) in enumerate(kinds.items()):
+        # Every row learns these layers.
+        errors = [values[f"projected {layer}"] for layer in (2, 4, 6)]
+        if kind not in ("log-mel", "teacher"):
+            points = [statistics.mean(each) for each in zip(*errors, strict=True)]
+            axes.scatter(
+                values["M MACs/s"], points, label=kind, color=f"C{number}", marker="osD^vPX*"[number % 8]
+            )
+    axes.set(
+        xlabel="million multiply-accumulates per second of audio", ylabel="relative error to the teacher"
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    picture.savefig(figure, dpi=150)
 
 
 def main() -> None:
