@@ -59,7 +59,7 @@ def sparsity(run: Run, teacher: Wav2Vec2Model, student: Student) -> dict:
         "of": of,
         "reached": 1 - count(student.model).total() / whole,
         "expected": None if student.gated is None else 1 - count(student.gated)().item() / whole,
-        "target": run.flag("distill", "target_sparsity"),
+        "target": run.flag("distill", "pruning_units") and run.flag("distill", "target_sparsity"),
     }
 
 

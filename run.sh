@@ -12,6 +12,7 @@
 #
 # The whole recipe: distil and prune, cut, distil again, save. `sbatch run.sh` on a cluster, `bash run.sh` elsewhere.
 # Every variable below can be set from outside: `train_subset=train100 gpus=1 accum_grad=4 bash run.sh`.
+# `root_dir=EXP sbatch run.sh finetune.py FLAG...` runs this one command in the same way.
 # Run it again, and each stage sees from what lies in its folder whether it is finished, goes on or starts.
 # Before its time limit and when it is preempted, a job saves and SLURM runs it again; `scancel JOB` saves and ends it.
 set -euo pipefail
@@ -25,6 +26,7 @@ set -euo pipefail
 : "${distill_layers:=0.4,8,12}" "${distill_mode:=layer2layer}"
 : "${student_layers:=}" "${predlayer_activation:=gelu}" # layers of a student of another depth; gelu or none
 : "${l2_weight:=0}" "${l1_weight:=1}" "${cos_weight:=1}" "${cos_type:=raw}" "${seed:=2022}"
+: "${head_weight:=}" # of the head's outputs; empty for 1 where the teacher and the student have a head
 
 # stage 1: distil and prune
 : "${lr:=0.0002}" "${warmup:=15000}" "${max:=50000}"
@@ -41,6 +43,11 @@ set -euo pipefail
 # 1: less memory for more work; faster products for --precision 32; torch.compile
 : "${activation_checkpointing:=0}" "${tf32:=0}" "${compile:=0}"
 : "${python:=python}" "${allow_changed:=}"
+
+if (($#)) && [ -z "${root_dir:-}" ]; then
+    echo "run.sh: name the folder of the run of $1: root_dir=EXP" >&2
+    exit 2
+fi
 
 # The folder is named by what matters, which the stages check too.
 model=$(basename "$teacher_ckpt" .pth) && model=${model/#hubert-base-ls960.hf/hubert-base}
@@ -118,10 +125,16 @@ run() {
     exit "${status%% *}"
 }
 
+if (($#)); then
+    run "$1" "$nodes" "$tasks" "${@:2}" --exp_dir "$root_dir" --num_nodes "$nodes" --gpus "$gpus"
+    exit
+fi
+
 switches=()
 [ "$activation_checkpointing" = 0 ] || switches+=(--activation_checkpointing)
 [ "$tf32" = 0 ] || switches+=(--tf32)
 [ "$compile" = 0 ] || switches+=(--compile)
+[ -z "$head_weight" ] || switches+=(--head_weight "$head_weight")
 [ -z "$student_layers" ] || switches+=(--student_layers "$student_layers")
 
 train() {

@@ -34,6 +34,12 @@ MEASURES = {"cosine": "Cosine similarity", "relative_error": "Relative error"}
 
 LOSSES = {"train_loss_distill": "training", "valid_loss_distill": "validation"}
 
+HEADS = {"train_loss_head": "training", "valid_loss_head": "validation"}
+
+TASKS = {"train_loss_task": "training", "valid_loss_task": "validation"}
+
+RATES = {"valid_wer": "word errors", "valid_cer": "character errors", "valid_accuracy": "accuracy"}
+
 KINDS = {"valid_loss_l1": "absolute error", "valid_loss_cos": "cosine", "valid_loss_mse": "squared error"}
 
 CURVES = {
@@ -44,8 +50,13 @@ CURVES = {
     "Stage 1: multipliers": ("distill", {"lambda1": "λ₁", "lambda2": "λ₂"}),
     "Stage 3: distillation loss": ("final_distill", LOSSES),
     "Stage 3: validation loss by kind": ("final_distill", KINDS),
+    **{
+        f"{number}: {title}": (stage, names)
+        for number, stage in (("Stage 1", "distill"), ("Stage 3", "final_distill"))
+        for title, names in (("loss of the head", HEADS), ("loss of the task", TASKS), ("validation", RATES))
+    },
 }
-"""The pictures of the two distillations: the stage, and what each value that it logs is called."""
+"""The pictures of the two trainings: the stage, and what each value that it logs is called."""
 
 VALIDATIONS = {
     "distill": ("before stage 1", "latest in stage 1, under its gates"),

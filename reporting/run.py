@@ -17,7 +17,7 @@ from utils.checkpoint import build_model, fingerprint, load_model, read_checkpoi
 from utils.cli import abbreviate
 from utils.files import UserError
 from utils.run_record import read_run
-from utils.stage_checkpoint import gated_student, part, read_trained
+from utils.stage_checkpoint import config_of, gated_student, part, read_trained, student_tensors
 from wav2vec2 import PruningError, Wav2Vec2Model
 
 STAGES = {
@@ -77,7 +77,12 @@ class Run:
         if not root_dir.is_dir():
             raise UserError(f"--root_dir {root_dir}: no such folder; give stage 1's --exp_dir")
         self.folders = {"distill": root_dir, "final_distill": final_dir}
-        recorded = read_run(root_dir) | ({} if final_dir is None else read_run(final_dir))
+        recorded: dict[str, dict] = {}
+        for training, folder in self.folders.items():
+            stages = {} if folder is None else read_run(folder)
+            if "finetune" in stages:  # finetune.py may take the place of either distillation.
+                stages = {training: stages["finetune"], **stages}
+            recorded |= stages
         self.records: dict[str, dict | None] = {stage: recorded.get(stage) for stage in STAGES}
 
     def flag(self, stage: str, name: str):
@@ -115,7 +120,7 @@ class Run:
             for student in students:
                 student.settings = content["hyper_parameters"]
         if not students:
-            recorded = self.flag("distill", "student_ckpt")
+            recorded = self.flag("distill", "student_ckpt") or self.flag("distill", "model")
             if student_ckpt is None:
                 student_ckpt = Path(recorded) if recorded and Path(recorded).is_file() else teacher_ckpt
             students.append(self._cut_in_memory(student_ckpt))
@@ -130,16 +135,19 @@ class Run:
             ("final_distill", "student_ckpt", pruned),
             ("save_final_ckpt", "config_path", pruned),
         ):
-            made_with = (self.records[stage] or {"inputs": {}})["inputs"].get(name)
+            record = self.records[stage] or {"inputs": {}}
+            if name == "student_ckpt" and "model" in record["inputs"]:
+                name = "model"
+            made_with = record["inputs"].get(name)
             if path is not None and made_with is not None and made_with["sha256"] != fingerprint(path):
                 folder = self.folders["distill" if stage == "distill" else "final_distill"]
                 raise UserError(
-                    f"{path} does not belong to {folder}, where {stage}.py had another --{name}, "
+                    f"{path} does not belong to {folder}, where {record['stage']}.py had another --{name}, "
                     f"{abbreviate(made_with['path'])}: give the files and folders of one run"
                 )
 
     def _cut_in_memory(self, original: Path) -> Student:
-        """Stage 1's student as stage 2 would cut it now."""
+        """Stage 1's student as stage 2 would cut it now, or as it is where fine-tuning has no gates."""
         distilled = self._checkpoint("distill", "last.ckpt")
         if distilled is None:
             raise UserError(
@@ -147,6 +155,11 @@ class Run:
                 "wait until stage 1 has saved (every --save_interval updates), or give another run's folder"
             )
         content = read_trained(distilled)
+        heads = part(content["state_dict"], "distill_linear_projs.")
+        if content["hyper_parameters"].get("use_reg") is False:
+            tensors = student_tensors(content, distilled)
+            model = build_model(config_of(original, tensors), tensors, distilled).eval()
+            return Student(model, distilled, _progress(content), heads, content["hyper_parameters"], False)
         gated = gated_student(content, distilled, original)
         model = copy.deepcopy(gated)
         try:
@@ -154,7 +167,6 @@ class Run:
         except PruningError as error:
             raise UserError(f"{distilled}: {error}") from error
         stage = f"in stage 1, {_progress(content)}, cut as its gates stand"
-        heads = part(content["state_dict"], "distill_linear_projs.")
         return Student(model, distilled, stage, heads, content["hyper_parameters"], False, gated)
 
     def _checkpoint(self, stage: str, name: str) -> Path | None:

@@ -249,3 +249,15 @@ def test_a_mistake_is_one_sentence(changes, words, tones, model, tmp_path, monke
     else:
         assert words in sentence_of(monkeypatch, capsys, "finetune", *arguments)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_report_reads_a_run_of_fine_tuning(tones, model, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "finetune", *flags(tones, model, tmp_path / "exp", pruning_units="interm"))
+    given = {"teacher_ckpt": model, "root_dir": tmp_path / "exp", "repeats": 1}
+    call(
+        monkeypatch, "report", *(word for name, value in given.items() for word in (f"--{name}", str(value)))
+    )
+    assert "target 0.7500" in capsys.readouterr().out
+    report = json.loads((tmp_path / "exp/report/report.json").read_text())
+    assert report["stages"]["distill"]["stage"] == "finetune" and report["distance"] is None
+    assert {"valid_wer", "valid_cer", "train_loss_task"} <= report["training"]["distill"].keys()

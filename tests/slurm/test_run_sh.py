@@ -74,6 +74,17 @@ def a_signal_to_all_comes_back_from_every_stage(submit):
     signalled(submit, "--full")
 
 
+@case
+def one_command_comes_back_and_runs_alone(submit):
+    shutil.copy(ROOT / "tests" / "slurm" / "stage.py", submit.folder / "finetune.py")
+    job = submit("--nodelist=node1", command=("run.sh", "finetune.py"), cpu_tasks=2, SECONDS_finetune=10)
+    job.says("finetune from 0, rank 1")
+    submit.cluster.command("scancel", "--batch", "--signal=USR1", job.id)
+    job.says("SLURM starts this job again")
+    state, output = job.ends()
+    assert state == "COMPLETED" and "\nfinetune ends" in output and "distill" not in output, output
+
+
 def warned(submit, *flags):
     """Runs a job that is warned 30 s before its limit of a minute."""
     job = submit(*flags, cpu_tasks=2, SECONDS_distill=70)
