@@ -235,7 +235,7 @@ hidden_states = model(**inputs, output_hidden_states=True).hidden_states"""
         use = f"""from transformers import pipeline
 
 recognise = pipeline("automatic-speech-recognition", "{name}", trust_remote_code=True)
-recognise("speech.wav")["text"]"""
+recognise(waveform)["text"]  # a numpy array of 16 kHz; the path of a file needs ffmpeg"""
     stages = "\n\n".join(_stage(*stage) for stage in run.items())
     return f"""---
 library_name: transformers
