@@ -66,9 +66,6 @@ def export(
             f"name it {out.name.strip('.').replace('.', '-') or 'model'}, say"
         )
     transformers.utils.logging.disable_progress_bar()
-    if vocabulary is not None:
-        vocabulary = vocabulary.of_head(model.aux.out_features)
-    from_source = None if processor is None else read_processor(processor, model, vocabulary)
     remove_left_over(out)
     with (
         writes(out, SafetensorError),
@@ -77,7 +74,7 @@ def export(
     ):
         # transformers imports the code that it loads under the folder's name, which has no dots.
         folder = beside / out.name
-        write_files(model, folder, run, vocabulary, from_source)
+        write_files(model, folder, run, vocabulary, processor)
         error = largest_difference(folder, model)
         if not error <= 1e-5:
             raise UserError(
@@ -107,6 +104,36 @@ def own_cache(folder: Path) -> Iterator[None]:
         sys.path[:] = path
         set_imported_code_aside()
         sys.modules.update(modules)
+
+
+def write_files(
+    model: Wav2Vec2Model,
+    folder: Path,
+    run: Mapping[str, dict],
+    vocabulary: Vocabulary | None,
+    processor: str | None,
+) -> None:
+    """Writes ``model`` into the new folder; the arguments are those of :func:`export`."""
+    folder.mkdir()
+    for file in CODE:
+        shutil.copyfile(file, folder / file.name)
+    options = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
+    tokenizer, extractor = None, transformers.Wav2Vec2FeatureExtractor(**options)
+    if vocabulary is not None:
+        vocabulary = vocabulary.of_head(model.aux.out_features)
+    if processor is not None:
+        tokenizer, extractor = read_processor(processor, model, vocabulary)
+    elif vocabulary is not None:
+        tokenizer = make_tokenizer(vocabulary, folder)
+    for part in (in_transformers(model, folder, tokenizer), extractor, tokenizer):
+        if part is not None:
+            part.save_pretrained(folder)
+    card = folder / "README.md"
+    card.write_text(model_card(model, folder.name, run, tokenizer is not None), encoding="utf-8")
+    for file in folder.iterdir():
+        with suppress(OSError):  # which some file systems refuse
+            file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
+        flush(file)
 
 
 def read_processor(name: str, model: Wav2Vec2Model, vocabulary: Vocabulary | None) -> tuple:
@@ -140,46 +167,17 @@ def read_processor(name: str, model: Wav2Vec2Model, vocabulary: Vocabulary | Non
     return theirs.tokenizer, extractor
 
 
-def write_files(
-    model: Wav2Vec2Model,
-    folder: Path,
-    run: Mapping[str, dict],
-    vocabulary: Vocabulary | None,
-    processor: tuple | None,
-) -> None:
-    """Writes ``model`` into the new folder; the arguments are those of :func:`export`, and ``processor`` what
-    :func:`read_processor` gives."""
-    folder.mkdir()
-    for file in CODE:
-        shutil.copyfile(file, folder / file.name)
-    options = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
-    tokenizer, extractor = processor or (None, transformers.Wav2Vec2FeatureExtractor(**options))
-    if tokenizer is None and vocabulary is not None:
-        tokenizer = make_tokenizer(vocabulary, folder)
-    in_transformers(model, folder, tokenizer).save_pretrained(folder)
-    extractor.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    card = folder / "README.md"
-    card.write_text(model_card(model, folder.name, run, tokenizer is not None), encoding="utf-8")
-    for file in folder.iterdir():
-        with suppress(OSError):  # which some file systems refuse
-            file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
-        flush(file)
-
-
 def make_tokenizer(vocabulary: Vocabulary, folder: Path) -> transformers.Wav2Vec2CTCTokenizer | None:
     """The tokenizer of a vocabulary, which it writes into the folder; None, and a line for the user, where
     tokens are pieces of words that begin with the sign for a space, which this tokenizer cannot join."""
-    if any(vocabulary.space in token and token != vocabulary.space for token in vocabulary.tokens):
+    space, file = vocabulary.space, folder / "vocab.json"
+    if any(space in token and token != space for token in vocabulary.tokens):
         print(f"{vocabulary.source}: has pieces of words, so give their tokenizer by --processor")
         return None
-    vocabulary.write(folder / "vocab.json")
+    vocabulary.write(file)
     unknown = next((token for token in ("<unk>", "[UNK]") if token in vocabulary.tokens), None)
     special = {"pad_token": BLANK, "unk_token": unknown, "bos_token": None, "eos_token": None}
-    return transformers.Wav2Vec2CTCTokenizer(
-        folder / "vocab.json", **special, word_delimiter_token=vocabulary.space
-    )
+    return transformers.Wav2Vec2CTCTokenizer(file, **special, word_delimiter_token=space)
 
 
 def in_transformers(model: Wav2Vec2Model, folder: Path, tokenizer=None) -> transformers.PreTrainedModel:
@@ -190,9 +188,7 @@ def in_transformers(model: Wav2Vec2Model, folder: Path, tokenizer=None) -> trans
         config["vocab_size"] = model.aux.out_features
     if tokenizer is not None:
         config["pad_token_id"] = tokenizer.pad_token_id  # CTC's blank
-        config["tokenizer_class"] = type(
-            tokenizer
-        ).__name__  # by which pipelines of 4.48 know that there is one
+        config["tokenizer_class"] = type(tokenizer).__name__  # makes pipelines of 4.48 load one
     name = AUTO_MAP["AutoModel" if model.aux is None else "AutoModelForCTC"]
     kind = dynamic_module_utils.get_class_from_dynamic_module(name, folder)
     exported = kind(kind.config_class(**config, auto_map=dict(AUTO_MAP)))
@@ -239,7 +235,7 @@ hidden_states = model(**inputs, output_hidden_states=True).hidden_states"""
         use = f"""from transformers import pipeline
 
 recognise = pipeline("automatic-speech-recognition", "{name}", trust_remote_code=True)
-recognise("speech.wav")["text"]"""
+recognise(waveform)["text"]  # a numpy array of 16 kHz; the path of a file needs ffmpeg"""
     stages = "\n\n".join(_stage(*stage) for stage in run.items())
     return f"""---
 library_name: transformers

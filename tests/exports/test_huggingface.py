@@ -212,8 +212,8 @@ def test_a_pipeline_reads_and_times_as_with_hubert(how, recognisers):
         assert expected["chunks"][-1]["timestamp"][1] > 9
 
 
-@pytest.mark.parametrize("norm", ["base", "large"])
-def test_a_kept_head_transcribes_as_the_source(norm, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("norm", ["base", pytest.param("large", marks=pytest.mark.slow)])
+def test_a_kept_head_transcribes_as_the_source(norm, tmp_path, monkeypatch):
     """With the tokenizer and the extractor of the source, and with what is made of its vocabulary."""
     save_recogniser(tmp_path / "source", "Hubert", norm)
     ckpt = converted("convert_hubert_from_hf.py", tmp_path / "source", tmp_path, "--keep_head")
