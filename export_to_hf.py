@@ -43,7 +43,8 @@ def main() -> None:
     known = model.aux is not None and beside(args.ckpt).is_file()
     vocabulary = read_vocabulary(beside(args.ckpt)) if known else None
     error = export(model, out, run, vocabulary, args.processor)
-    head = "no CTC head" if model.aux is None else f"a CTC head of {model.aux.out_features} tokens"
+    kind = "labels" if vocabulary is not None and vocabulary.blank is None else "tokens"
+    head = "no head" if model.aux is None else f"a head of {model.aux.out_features} {kind}"
     print(
         f"{args.ckpt} -> {args.out}: {count_parameters(model):,} parameters, {head}; loaded by transformers, "
         f"the largest relative difference of a hidden state is {error:.1e}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from converters.huggingface import fetch
+from converters.huggingface import fetch, read_json
 from exports.common import writes
 from utils.cli import needs_extra
 from utils.compare import relative_difference
@@ -36,6 +36,13 @@ AUTO_MAP = {
 }
 """For each class of transformers, the one in the exported code that it loads."""
 
+TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForAudioClassification": "audio-classification",
+}
+"""The tasks of transformers' pipelines."""
+
 
 def export(
     model: Wav2Vec2Model,
@@ -50,7 +57,8 @@ def export(
         model: without gates, in evaluation mode.
         out: the folder, which must be absent or empty.
         run: what :func:`utils.run_record.read_run` knows of how the model was made, for its card.
-        vocabulary: the tokens of the model's CTC head, if they are known.
+        vocabulary: the tokens of the model's CTC head, or the labels of its classifier, which has no blank;
+            None where they are not known.
         processor: a folder or a hub's name, from which the tokenizer and the feature extractor are taken.
     Returns:
         The largest relative difference of a hidden state, as transformers computes it, from the model's.
@@ -119,17 +127,22 @@ def write_files(
         shutil.copyfile(file, folder / file.name)
     options = {"do_normalize": model.normalize_waveform, "return_attention_mask": True}
     tokenizer, extractor = None, transformers.Wav2Vec2FeatureExtractor(**options)
+    labels = None
+    if vocabulary is not None and vocabulary.blank is None:
+        labels, vocabulary = vocabulary.tokens, None
+        model.masked_group_norm = True  # as in finetune.py
     if vocabulary is not None:
         vocabulary = vocabulary.of_head(model.aux.out_features)
     if processor is not None:
         tokenizer, extractor = read_processor(processor, model, vocabulary)
     elif vocabulary is not None:
         tokenizer = make_tokenizer(vocabulary, folder)
-    for part in (in_transformers(model, folder, tokenizer), extractor, tokenizer):
+    for part in (in_transformers(model, folder, tokenizer, labels), extractor, tokenizer):
         if part is not None:
             part.save_pretrained(folder)
     card = folder / "README.md"
-    card.write_text(model_card(model, folder.name, run, tokenizer is not None), encoding="utf-8")
+    task = kind_of(model, labels) if labels or tokenizer else "AutoModel"
+    card.write_text(model_card(model, folder.name, run, task), encoding="utf-8")
     for file in folder.iterdir():
         with suppress(OSError):  # which some file systems refuse
             file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
@@ -180,7 +193,16 @@ def make_tokenizer(vocabulary: Vocabulary, folder: Path) -> transformers.Wav2Vec
     return transformers.Wav2Vec2CTCTokenizer(file, **special, word_delimiter_token=space)
 
 
-def in_transformers(model: Wav2Vec2Model, folder: Path, tokenizer=None) -> transformers.PreTrainedModel:
+def kind_of(model: Wav2Vec2Model, labels: list[str] | None) -> str:
+    """The class of transformers that loads the model, whose classifier gives these ``labels``."""
+    if model.aux is None:
+        return "AutoModel"
+    return "AutoModelForCTC" if labels is None else "AutoModelForAudioClassification"
+
+
+def in_transformers(
+    model: Wav2Vec2Model, folder: Path, tokenizer=None, labels: list[str] | None = None
+) -> transformers.PreTrainedModel:
     """The same model as transformers knows it, built by the code in ``folder``."""
     config = {key: value for key, value in model.config.items() if key not in NO_GATES}
     del config["aux_num_out"]
@@ -189,12 +211,20 @@ def in_transformers(model: Wav2Vec2Model, folder: Path, tokenizer=None) -> trans
     if tokenizer is not None:
         config["pad_token_id"] = tokenizer.pad_token_id  # CTC's blank
         config["tokenizer_class"] = type(tokenizer).__name__  # makes pipelines of 4.48 load one
-    name = AUTO_MAP["AutoModel" if model.aux is None else "AutoModelForCTC"]
+    if labels is not None:
+        config |= {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
+        config |= {"classifier_proj_size": len(labels), "masked_group_norm": True}
+    name = AUTO_MAP[kind_of(model, labels)]
     kind = dynamic_module_utils.get_class_from_dynamic_module(name, folder)
     exported = kind(kind.config_class(**config, auto_map=dict(AUTO_MAP)))
     # The indices of WavLM's heads are not in a checkpoint; they are there already, from the config.
     exported.base_model.load_state_dict(model.state_dict(), strict=False)
-    if model.aux is not None:
+    if labels is not None:
+        # transformers has two layers here, of which one is enough: means of frames and layers commute.
+        exported.projector.load_state_dict(model.aux.state_dict())
+        torch.nn.init.eye_(exported.classifier.weight)
+        torch.nn.init.zeros_(exported.classifier.bias)
+    elif model.aux is not None:
         exported.lm_head.load_state_dict(model.aux.state_dict())
     return exported
 
@@ -202,23 +232,26 @@ def in_transformers(model: Wav2Vec2Model, folder: Path, tokenizer=None) -> trans
 @torch.no_grad()
 def largest_difference(folder: Path, model: Wav2Vec2Model) -> float:
     """The largest relative difference of a hidden state or output, as transformers computes it, from ours."""
-    auto = transformers.AutoModel if model.aux is None else transformers.AutoModelForCTC
-    exported = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    architecture = read_json(folder / "config.json")["architectures"][0]
+    kind = next(kind for kind, name in AUTO_MAP.items() if name.endswith(f".{architecture}"))
+    exported = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True).eval()
     waveforms = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([16_000, 11_200])
     mask = (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
     inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
     output = exported(inputs, mask, output_hidden_states=True)
-    _, *states = model.extract_features(waveforms, lengths)[0]
-    found = [*output.hidden_states[1:-1], output[0]]
-    return relative_difference(found, [*states[:-1], model.output(states[-1])])
+    (_, *states), frames = model.extract_features(waveforms, lengths)
+    ours = model.output(states[-1])
+    if kind == "AutoModelForAudioClassification":
+        ours = torch.stack([row[:count].mean(0) for row, count in zip(ours, frames, strict=True)])
+    return relative_difference([*output.hidden_states[1:-1], output[0]], [*states[:-1], ours])
 
 
-def model_card(model: Wav2Vec2Model, name: str, run: Mapping[str, dict], transcribes: bool) -> str:
-    """The content of README.md for a folder of that name, with a tokenizer or without; ``run`` is as for
-    :func:`export`."""
+def model_card(model: Wav2Vec2Model, name: str, run: Mapping[str, dict], kind: str) -> str:
+    """The content of README.md for a folder of that name, loaded by such a class of transformers; ``run`` is
+    as for :func:`export`."""
     family = "WavLM" if "encoder_remaining_heads" in model.config else "wav2vec 2.0 or HuBERT"
-    task = "feature-extraction" if model.aux is None else "automatic-speech-recognition"
+    task = TASKS[kind]
     size = count_parameters(model)
     macs = [multiply_accumulates(model, seconds) / 1e6 for seconds in (1.0, 10.0)]
     widths = "\n".join(
@@ -231,11 +264,11 @@ extractor = AutoFeatureExtractor.from_pretrained("{name}")
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
 inputs = extractor([waveform], sampling_rate=16_000, padding=True, return_tensors="pt")
 hidden_states = model(**inputs, output_hidden_states=True).hidden_states"""
-    if transcribes:
+    if kind != "AutoModel":
         use = f"""from transformers import pipeline
 
-recognise = pipeline("automatic-speech-recognition", "{name}", trust_remote_code=True)
-recognise(waveform)["text"]  # a numpy array of 16 kHz; the path of a file needs ffmpeg"""
+recognise = pipeline("{task}", "{name}", trust_remote_code=True)
+recognise(waveform)  # a numpy array of 16 kHz; the path of a file needs ffmpeg"""
     stages = "\n\n".join(_stage(*stage) for stage in run.items())
     return f"""---
 library_name: transformers

@@ -28,6 +28,7 @@ from utils.checkpoint import save_checkpoint
 from utils.compare import relative_difference
 from utils.files import UserError
 from utils.run_record import RunLog
+from utils.vocabulary import Vocabulary
 from wav2vec2 import wav2vec2_model
 from wav2vec2.config import NO_GATES
 from wav2vec2.model import normalize
@@ -434,7 +435,7 @@ def test_the_command_writes_a_model_card_of_the_run(tmp_path, monkeypatch, capsy
     out = tmp_path / "student"
     call(monkeypatch, "export_to_hf", "--ckpt", exp / "ckpts" / "final.pth", "--out", out)
     size = sum(parameter.numel() for parameter in model.parameters())
-    assert f"{size:,} parameters, no CTC head" in capsys.readouterr().out
+    assert f"{size:,} parameters, no head" in capsys.readouterr().out
     card = (out / "README.md").read_text()
     assert f"| parameters | {size:,} |" in card and "| feed forward, layer by layer | 64, 64, 64 |" in card
     assert (
@@ -510,3 +511,16 @@ def test_an_export_that_computes_something_else_gets_no_name(tmp_path):
     with pytest.raises(UserError, match="hidden states differ by"):
         export(model, tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_classifier_names_labels_in_a_pipeline(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=3)).eval()
+    save_checkpoint(tmp_path / "model.pth", model)
+    Vocabulary(["no", "yes", "maybe"]).write(tmp_path / "model.vocab.json")
+    call(monkeypatch, "export_to_hf", "--ckpt", tmp_path / "model.pth", "--out", tmp_path / "export")
+    waveform = torch.randn(8_000).numpy()
+    found = pipeline("audio-classification", tmp_path / "export")(waveform)
+    wanted = model(torch.from_numpy(waveform)[None])[0].mean(1).softmax(-1)[0].tolist()
+    scores = {each["label"]: each["score"] for each in found}
+    assert scores == pytest.approx(dict(zip(["no", "yes", "maybe"], wanted, strict=True)), rel=1e-4)
