@@ -45,13 +45,11 @@ def sizes(model: Wav2Vec2Model, path: Path | None) -> dict:
     seconds = max(SECONDS)
     components = {words: {"parameters": 0, "macs_per_second": 0.0} for words in COMPONENTS.values()}
     names = {module: name for name, module in model.named_modules()}
-    for kind, count, over in (
-        ("parameters", parameter_count(model), 1),
-        ("macs_per_second", mac_count(model, seconds), seconds),
-    ):
+    counts = {"parameters": parameter_count(model), "macs_per_second": mac_count(model, seconds)}
+    for kind, count in counts.items():
         for module, number in count.by_module().items():
             words = next(words for part, words in COMPONENTS.items() if part in names[module])
-            components[words][kind] += number / over if over > 1 else number
+            components[words][kind] += number if kind == "parameters" else number / seconds
     return {
         "components": components,
         "parameters": count_parameters(model),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -130,16 +129,14 @@ def render_side_by_side(reports: dict[str, dict]) -> tuple[str, str]:
 
 def summary(report: dict) -> dict[str, str]:
     """The numbers of a run that are compared with those of others."""
-    student = report["sizes"]["student"]
     last = last_layer(report["distance"]["students"]) if report["distance"] else None
     [*_, speed] = [row for row in report["speed"]["rows"] if row["threads"] == 1]
     sessions = [session for record in report["stages"].values() if record for session in record["sessions"]]
     commits = dict.fromkeys(session["versions"].get("git commit", "") for session in sessions)
     return {
         "student": report["student"]["stage"],
-        "parameters": f"{student['parameters']:,}",
+        **{words: student for words, _, student, _ in size_rows(report["sizes"])},
         f"sparsity of the {COUNTED[report['sparsity']['of']]}": f"{report['sparsity']['reached']:.4f}",
-        "million MACs a second, 10 s of audio": f"{student['macs_per_second']['10'] / 1e6:,.0f}",
         f"real-time factor, {speed['audio_seconds']} s": f"{speed['student']['real_time_factor']:.4f}",
         **{f"loss {words}": f"{value:.4f}" for words, value in validation_losses(report["training"]).items()},
         "cosine to the last layer": "" if last is None else f"{last['cosine']:.4f}",
@@ -166,7 +163,8 @@ def different_flags(reports: Iterable[dict]) -> dict[str, list[str]]:
 
 def _aligned(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
     """Columns with named cells as rows; a column without a cell has an empty one."""
-    return {name: [column.get(name, "") for column in columns] for name in dict(ChainMap(*reversed(columns)))}
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name, "") for column in columns] for name in names}
 
 
 def sparsity_sentence(sparsity: dict) -> str:

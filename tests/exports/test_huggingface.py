@@ -147,16 +147,6 @@ def test_torch_compile_finds_one_graph(tmp_path):
     assert relative_difference(compiled(*batch())[:1], model(*batch())[:1]) < 1e-5
 
 
-@torch.no_grad()
-def test_an_output_layer_becomes_the_ctc_head(tmp_path):
-    model = wav2vec2_model(**config_of("hubert_large", **NO_GATES, aux_num_out=7)).eval()
-    folder = export(model, tmp_path / "model")
-    exported = load(folder, AutoModelForCTC)
-    assert exported.config.vocab_size == 7
-    logits = exported(*batch()).logits
-    assert torch.equal(model.aux(load(folder)(*batch()).last_hidden_state), logits)
-
-
 def head_of(original, folder, auto, **options):
     """The export in ``folder`` with the head of a model of transformers, and the vector of masked frames."""
     model = load(folder, auto, **options)

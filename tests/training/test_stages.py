@@ -47,7 +47,7 @@ def test_run_sh_makes_a_model_that_the_readme_snippet_loads(first, recipe, teach
 
 
 def test_run_sh_hands_its_variables_to_both_trainings(tmp_path):
-    given = {"student_layers": "0.1,2", "predlayer_activation": "none"}
+    given = {"student_layers": "0.1,2", "predlayer_activation": "none", "head_weight": "0.5"}
     printed = run("run.sh", python="echo", final_dir=tmp_path / "final", **given).stdout
     for flag, value in given.items():
         assert printed.count(f" --{flag} {value}") == 2
