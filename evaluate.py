@@ -4,10 +4,7 @@
 As in SUPERB, the models are frozen, and a weighted sum of the layers and a linear classifier are learned.
 """
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 import json

@@ -1,6 +1,6 @@
 """The processes of a command: how they begin, which one speaks for all, and how signals end them.
 
-It imports nothing heavy, so that a script can call ``begin`` before it imports torch for seconds.
+It imports nothing heavy, since ``utils.begin`` imports it before the seconds in which torch is imported.
 """
 
 import multiprocessing
@@ -13,12 +13,6 @@ from contextlib import suppress
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What asks a run to save and stop: preemption, Ctrl-C, SLURM's warning before the time limit, a lost
 connection."""
-
-
-def begin() -> None:
-    """The first act of a script, before its imports."""
-    settle_streams()
-    quit_on_signals()
 
 
 def settle_streams() -> None:
