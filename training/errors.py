@@ -26,15 +26,12 @@ def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iter
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as error:
-        if memory_shortage(error):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            raise  # for run_script
-        reader, rank = lost_reader(error), lost_rank(error, args)
-        sentence = reader or rank or machine_failed(error, args)
-        if sentence is None:
-            raise
         # torch would raise an error for each further worker that ends, wherever this process then is.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        reader, rank = lost_reader(error), lost_rank(error, args)
+        sentence = reader or rank or machine_failed(error, args)
+        if sentence is None or memory_shortage(error):
+            raise  # run_script has a sentence for the latter
         if not ((reader or rank) and stopper.received):
             if rank and not is_first():
                 raise SystemExit(2) from error

@@ -88,10 +88,10 @@ def quit_on_signals() -> None:
     handle_signals(_quit)
 
 
-def unwind_on_signals() -> dict:
+def unwind_on_signals() -> None:
     """From now on a signal ends this process by a SystemExit, so that what is half-written is removed, and a
-    second one at once. Returns what :func:`handle_signals` does."""
-    return handle_signals(_unwind)
+    second one at once."""
+    handle_signals(_unwind)
 
 
 def _quit(number: int, frame) -> None:
