@@ -14,17 +14,14 @@ from .model import (
     wavlm_base,
     wavlm_large,
 )
-from .pruning import PruningError, prune_to
 
 __all__ = [
     "HardConcrete",
-    "PruningError",
     "SizeConstraint",
     "Wav2Vec2Model",
     "hubert_base",
     "hubert_large",
     "hubert_xlarge",
-    "prune_to",
     "wav2vec2_base",
     "wav2vec2_large",
     "wav2vec2_large_lv60k",
