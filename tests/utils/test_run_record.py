@@ -165,7 +165,7 @@ def test_a_damaged_file_is_named_in_every_stage(script, flag, fails, stages, com
 def test_a_damaged_run_json_is_one_sentence(fails, stages, commands, tmp_path):
     exp = shutil.copytree(stages, tmp_path / "exp")
     entry = json.loads((exp / "run.json").read_text())["prune"]
-    odd = [{}, {**entry, "inputs": 3}, *({**entry, "sessions": sessions} for sessions in ([], [{}], [3]))]
+    odd = [{}, {**entry, "inputs": 3}, {**entry, "sessions": []}]
     for content in ("{", "[]", *(json.dumps({"prune": entry}) for entry in odd)):
         (exp / "run.json").write_text(content)
         assert f"{exp}/run.json is damaged" in fails("prune", *commands(exp)["prune"]), content
