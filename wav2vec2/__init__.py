@@ -1,8 +1,8 @@
 """A prunable wav2vec 2.0, HuBERT and WavLM, after DPHuBERT (Peng et al. 2023)."""
 
-from .constraint import SizeConstraint
-from .hardconcrete import HardConcrete
-from .model import (
+from .constraint import SizeConstraint  # noqa: F401
+from .hardconcrete import HardConcrete  # noqa: F401
+from .model import (  # noqa: F401
     Wav2Vec2Model,
     hubert_base,
     hubert_large,
@@ -14,18 +14,3 @@ from .model import (
     wavlm_base,
     wavlm_large,
 )
-
-__all__ = [
-    "HardConcrete",
-    "SizeConstraint",
-    "Wav2Vec2Model",
-    "hubert_base",
-    "hubert_large",
-    "hubert_xlarge",
-    "wav2vec2_base",
-    "wav2vec2_large",
-    "wav2vec2_large_lv60k",
-    "wav2vec2_model",
-    "wavlm_base",
-    "wavlm_large",
-]
