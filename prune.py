@@ -11,8 +11,7 @@ from utils.cli import fraction, path, positive_int, run_script
 from utils.files import UserError
 from utils.size_table import measure, size_table
 from utils.stage_checkpoint import begin, check_student, gated_student, part, read_finished, save_student
-from wav2vec2 import Wav2Vec2Model
-from wav2vec2.pruning import PruningError, prune_to
+from wav2vec2 import PruningError, Wav2Vec2Model, prune_to
 
 TOLERANCE = 0.005
 """How far the sparsity may be from stage 1's target before a remark says so."""

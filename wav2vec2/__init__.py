@@ -14,3 +14,12 @@ from .model import (  # noqa: F401
     wavlm_base,
     wavlm_large,
 )
+
+
+def __getattr__(name: str):
+    """Pruning is imported when it is asked for, since training does without it."""
+    if name in ("PruningError", "prune_to"):
+        from . import pruning
+
+        return getattr(pruning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

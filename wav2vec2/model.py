@@ -96,7 +96,7 @@ class Prunable:
         Raises:
             PruningError: a conv layer would be left without channels; nothing has been cut then.
         """
-        from .pruning import prune  # which training does without
+        from .pruning import prune
 
         layers = self.encoder.transformer.layers
         branches = [(layer.attention, layer.feed_forward) for layer in layers]

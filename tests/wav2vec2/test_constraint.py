@@ -13,8 +13,7 @@ from exports import huggingface
 from lightning import DistillLoss, LinearDecayLRScheduler, distill_projections
 from tests.helpers.models import recorded, ungated
 from tests.helpers.stages import ROOT
-from wav2vec2 import SizeConstraint, wav2vec2_model
-from wav2vec2.pruning import prune_to
+from wav2vec2 import SizeConstraint, prune_to, wav2vec2_model
 
 UNITS = "conv,head,interm"
 

@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.models import FAMILIES, config_of, pruned, randomly_gated, ungated
-from wav2vec2 import wav2vec2_model
+from wav2vec2 import PruningError, prune_to, wav2vec2_model
 from wav2vec2.cost import COUNTS, count_parameters, mac_count, multiply_accumulates
-from wav2vec2.pruning import PruningError, prune_to, rounding
+from wav2vec2.pruning import rounding
 
 SECONDS = 0.7
 
