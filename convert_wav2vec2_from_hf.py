@@ -1,9 +1,6 @@
 """Converts a wav2vec 2.0 model of Hugging Face's transformers: --model NAME --out FILE."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 from converters.huggingface import main
 from utils.cli import run_script

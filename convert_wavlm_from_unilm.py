@@ -1,9 +1,6 @@
 """Converts a WavLM checkpoint of Microsoft's release (unilm): --ckpt FILE.pt --out FILE.pth."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 from converters.fairseq import main
 from utils.cli import run_script

@@ -2,10 +2,7 @@
 """Stage 1: distil the teacher into a gated copy of itself while the gates learn what may go (DPHuBERT,
 section 3.1)."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 

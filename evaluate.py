@@ -4,10 +4,7 @@
 As in SUPERB, the models are frozen, and a weighted sum of the layers and a linear classifier are learned.
 """
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 import json
@@ -23,6 +20,7 @@ from utils.checkpoint import load_model
 from utils.cli import needs_extra, nonnegative_int, number, positive, run_script
 from utils.files import UserError, atomic_write
 from utils.outputs import check_outputs
+from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 
 with needs_extra("eval"):
@@ -54,7 +52,8 @@ def parse_args() -> argparse.Namespace:
     flag("--c", type=positive, default=1.0, help="inverse strength of the classifier's penalty")
     flag("--batch_seconds", type=positive, default=30, help="seconds that a model reads at once")
     flag("--seed", type=nonnegative_int, default=2022, help="decides folds and bootstrap")
-    flag("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", choices=["cpu", "cuda"], default=device, help="where the models are computed")
     args = parser.parse_args()
     if args.picture and args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--picture {args.picture}: end its name in .png, .svg or .pdf")
@@ -114,31 +113,26 @@ def draw_weights(rows: list[dict], path: Path, title: str) -> None:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
 
 
-def main() -> None:
-    args = parse_args()
-    start = time.perf_counter()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    paths, labels, speakers = read_examples(args.data, args.task)
-    inputs = {"data": [*args.data.glob("*.tsv"), *paths], "models": args.models, "hf": args.hf}
-    check_outputs({"json": args.json, "picture": args.picture}, inputs)
-    folds, apart = make_folds(labels, speakers, args.folds, args.seed)
-    models = [(name, load_model(name)) for name in args.models]
-    models += [(name, load_huggingface(name)[0]) for name in args.hf]
-    waveforms = load_audio(paths)
-
-    clusters = speakers if apart else np.arange(len(labels))
-    rows, recognised = [], []
-    for name, model in [("log-mel", None), *models]:
+def compare(
+    models: list[tuple[str, Wav2Vec2Model | None]],
+    waveforms: list[torch.Tensor],
+    labels: np.ndarray,
+    folds: list[tuple[np.ndarray, np.ndarray]],
+    clusters: np.ndarray,
+    args: argparse.Namespace,
+) -> list[dict]:
+    """A row of results for the features of each named model, where None stands for log-mel features."""
+    rows, corrects = [], []
+    for name, model in models:
         begin = time.perf_counter()
         if model is None:
             features = log_mel_features(waveforms)
         else:
-            features = model_features(model, waveforms, args.batch_seconds, device, name)
+            features = model_features(model, waveforms, args.batch_seconds, torch.device(args.device), name)
         extracted = time.perf_counter()
         correct, weights = judge(features, labels, folds, args.c)
         # Paired: two models are compared on the same recordings under the same draws of the bootstrap.
-        differences = {row["name"]: correct - other for row, other in zip(rows[:2], recognised, strict=False)}
+        gains = {row["name"]: correct - other for row, other in zip(rows[:2], corrects, strict=False)}
         rows.append(
             {
                 "name": name,
@@ -149,50 +143,58 @@ def main() -> None:
                 "accuracy": correct.mean().item(),
                 "interval": interval(correct, clusters, args.seed),
                 "differences": {
-                    other: {"mean": values.mean().item(), "interval": interval(values, clusters, args.seed)}
-                    for other, values in differences.items()
+                    other: {"mean": gain.mean().item(), "interval": interval(gain, clusters, args.seed)}
+                    for other, gain in gains.items()
                 },
                 "fold_accuracies": [correct[judged].mean().item() for _, judged in folds],
                 "layer_weights": weights.mean(axis=0).tolist(),
                 "layer_weights_std": weights.std(axis=0).tolist(),
             }
         )
-        recognised.append(correct)
+        corrects.append(correct)
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.perf_counter()
+    paths, labels, speakers = read_examples(args.data, args.task)
+    inputs = {"data": [*args.data.glob("*.tsv"), *paths], "models": args.models, "hf": args.hf}
+    check_outputs({"json": args.json, "picture": args.picture}, inputs)
+    folds, apart = make_folds(labels, speakers, args.folds, args.seed)
+    models = [("log-mel", None), *((name, load_model(name)) for name in args.models)]
+    models += [(name, load_huggingface(name)[0]) for name in args.hf]
+    waveforms = load_audio(paths)
+    clusters, drawn = (speakers, "speakers") if apart else (np.arange(len(labels)), "recordings")
+    rows = compare(models, waveforms, labels, folds, clusters, args)
 
     counts = Counter(labels.tolist())
-    voices = None if speakers is None else len(set(speakers))
-    drawn = "speakers" if apart else "recordings"
-    chance = max(counts.values()) / len(waveforms)
-    known = f", {voices} speakers" if voices else ""
+    result = {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "recordings": len(waveforms),
+        "seconds_of_audio": sum(map(len, waveforms)) / SAMPLE_RATE,
+        "labels": dict(sorted(counts.items())),
+        "speakers": None if speakers is None else len(set(speakers)),
+        "speakers_kept_apart": apart,
+        "folds": len(folds),
+        "chance": max(counts.values()) / len(waveforms),
+        "bootstrap": {"over": drawn, "resamples": RESAMPLES, "level": 0.95},
+        **{"c": args.c, "seed": args.seed, "device": args.device},
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": time.perf_counter() - start,
+        "models": rows,
+    }
+    known = f", {result['speakers']} speakers" if result["speakers"] else ""
     print(
         f"{len(waveforms):,} recordings, {len(counts)} labels{known}; {len(folds)} folds "
         f"{'with speakers kept apart' if apart else 'over recordings'}; intervals by bootstrap over {drawn}; "
-        f"always guessing the most frequent label gives {100 * chance:.1f}%"
+        f"always guessing the most frequent label gives {100 * result['chance']:.1f}%"
     )
     print_table(rows)
     if args.json:
-        content = {
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "recordings": len(waveforms),
-            "seconds_of_audio": sum(len(waveform) for waveform in waveforms) / SAMPLE_RATE,
-            "labels": dict(sorted(counts.items())),
-            "speakers": voices,
-            "speakers_kept_apart": apart,
-            "folds": len(folds),
-            "chance": chance,
-            "bootstrap": {"over": drawn, "resamples": RESAMPLES, "level": 0.95},
-            "c": args.c,
-            "seed": args.seed,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "seconds": time.perf_counter() - start,
-            "models": rows,
-        }
         with atomic_write(args.json) as temporary:
-            # A name that is not UTF-8 needs JSON's own escapes.
-            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
     if args.picture:
         draw_weights(rows, args.picture, f"Layer weights: {args.task or args.data.resolve().name}")
     for path in filter(None, (args.json, args.picture)):

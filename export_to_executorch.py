@@ -7,10 +7,7 @@ its name only after ExecuTorch's own runtime has computed from it what PyTorch c
 at four lengths.
 """
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 from pathlib import Path

@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Exports a model for Hugging Face's transformers: a folder that AutoModel.from_pretrained reads anywhere."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 import os

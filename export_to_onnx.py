@@ -7,10 +7,7 @@ gets its name only after onnxruntime has computed from it what PyTorch computes 
 that the export has not seen.
 """
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 from pathlib import Path

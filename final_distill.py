@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Stage 3: distil the pruned model again, without gates (DPHuBERT, section 3.1)."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 from collections.abc import Mapping

@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Trains a model on labelled audio: fine-tuning, and with gates HJ-Pruning (Peng et al. 2023b)."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 from pathlib import Path

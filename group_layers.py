@@ -2,10 +2,7 @@
 """Which layers of a teacher are alike? Measures it on validation audio, and prints the --distill_layers that
 follow, for --distill_mode group_mean."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 import itertools

@@ -3,10 +3,7 @@
 et al. 2022; FitHuBERT, Lee et al. 2022; Deep versus Wide, Ashihara et al. 2022). A convolution, linear layer
 or norm of the teacher's shape starts from the teacher's weights, and any other anew."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 import math

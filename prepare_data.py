@@ -7,10 +7,7 @@ Usage:
     python prepare_data.py --data /corpora/LibriSpeech --labels transcripts --out data/labelled
 """
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 import hashlib
@@ -31,7 +28,7 @@ from pathlib import Path
 from utils import cli
 from utils.files import UserError, atomic_write
 from utils.outputs import check_outputs
-from utils.processes import available_cpus, quit_on_signals
+from utils.processes import available_cpus
 
 with cli.needs_extra("train"):
     import numpy as np
@@ -248,147 +245,124 @@ def speakers_to_hold_out(rows: list[tuple[str, ...]], share: float, seed: int) -
     return chosen or {min(by_hash(files, seed), key=files.__getitem__)}
 
 
-def prepare(
-    data: str,
-    out: str,
-    extension: str | None,
-    layout: str,
-    valid_share: float,
-    seed: int,
-    num_workers: int,
-    convert_to: str | None = None,
-    verify: bool = False,
-    labels: str | None = None,
-) -> None:
-    """Writes the manifests of the folder ``data`` to the folder ``out``; the arguments are the flags'."""
-    root = os.path.abspath(data)
-    if extension is None and convert_to is not None:
-        suffixes, kind = tuple(SUFFIXES), "audio"
-    else:
-        suffixes = tuple(
-            f".{name.strip().removeprefix('.').lower()}" for name in (extension or "flac").split(",")
-        )
+def find_corpus(args: argparse.Namespace) -> tuple[list[str], list[tuple[str, str]], str]:
+    """What :func:`find_audio` finds for the flags and their layout, and what such files are called."""
+    suffixes, kind = tuple(SUFFIXES), "audio"
+    if args.extension or not args.convert_to:
+        names = (args.extension or "flac").split(",")
+        suffixes = tuple(f".{name.strip().removeprefix('.').lower()}" for name in names)
         kind = " or ".join(suffixes)
-    if not os.path.isdir(root):
-        raise UserError(f"there is no folder {data}: give the corpus's with --data")
-    for flag, folder in (("out", out), ("convert_to", convert_to)):
-        if folder is not None and os.path.exists(folder) and not os.path.isdir(folder):
-            raise UserError(f"{folder} is a file: give a folder with --{flag}")
-    if convert_to is not None:
-        convert_to = os.path.abspath(convert_to)
-        if Path(os.path.realpath(convert_to)).is_relative_to(os.path.realpath(root)):
-            raise UserError(f"--convert_to {convert_to} lies in --data {data}: name a folder outside of it")
-    set_names = ("train100", "train960", "valid") if layout == "librispeech" else ("train", "valid")
-    copies = None if convert_to is None else os.path.join(convert_to, "audio.flac")
-    check_outputs(
-        {"out": [os.path.join(out, f"{name}.tsv") for name in set_names], "convert_to": copies},
-        {"labels": None if labels in SOURCES else labels},
-    )
-
-    paths, left_out = find_audio(root, suffixes)
-    if layout == "librispeech":
-        if paths and not any(map(librispeech_sets, paths)):
+    paths, left_out = find_audio(os.path.abspath(args.data), suffixes)
+    if args.layout == "librispeech":
+        found, paths = len(paths), [path for path in paths if librispeech_sets(path)]
+        left_out = [(path, why) for path, why in left_out if librispeech_sets(path)]
+        if found and not paths:
             raise UserError(
-                f"none of the {len(paths)} {kind} files under {data} has train or dev in its path: "
+                f"none of the {found} {kind} files under {args.data} has train or dev in its path: "
                 "give the folder above with --data, or --layout flat for another corpus"
             )
-        paths = [path for path in paths if librispeech_sets(path)]
-        left_out = [(path, why) for path, why in left_out if librispeech_sets(path)]
     if not paths and not left_out:
-        raise UserError(f"no {kind} file under {data}: change --data, or --extension for other audio")
+        raise UserError(f"no {kind} file under {args.data}: change --data, or --extension for other audio")
+    return paths, left_out, kind
 
-    names = {path: path for path in paths} if convert_to is None else converted_names(paths)
-    labelled: dict[str, tuple[str, ...]] = {}
-    if labels is not None and paths:
-        labelled, unused = find_labels(labels, root, paths)
-        unlabelled = [path for path in paths if path not in labelled]
-        for what, these in (("files without a label", unlabelled), ("labels without a file", unused)):
-            if these:
-                print(f"left out {len(these)} {what}: {these[0]!r} for one", file=sys.stderr)
-        paths = [path for path in paths if path in labelled]
-    if convert_to is None:
-        results = in_parallel(partial(inspect, root, verify), paths, num_workers, "reading")
-    else:
-        for left_by_a_killed_run in Path(convert_to).rglob(".*.flac.*.tmp"):
+
+def find_labelled(labels: str, root: str, paths: list[str]) -> dict[str, tuple[str, ...]]:
+    """What :func:`find_labels` finds for the paths, after a line on the files and labels that are alone."""
+    labelled, unused = find_labels(labels, root, paths)
+    unlabelled = [path for path in paths if path not in labelled]
+    for what, these in (("files without a label", unlabelled), ("labels without a file", unused)):
+        if these:
+            print(f"left out {len(these)} {what}: {these[0]!r} for one", file=sys.stderr)
+    return labelled
+
+
+def parse_args(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    flag = parser.add_argument
+    flag("--data", type=cli.path, required=True, help="folder of the corpus, searched whole")
+    flag("--out", type=cli.path, default="data/librispeech", help="folder for the manifests")
+    names = "ends of the audio files' names, a comma list; default: flac, or with --convert_to all formats"
+    flag("--extension", help=names)
+    copies = "decode every file, and write it to this folder as 16 kHz mono FLAC, which the manifests list"
+    flag("--convert_to", type=cli.path, metavar="FOLDER", help=copies)
+    verification = "decode every file to its end, in place of believing its header"
+    flag("--verify", action="store_true", help=verification)
+    sources = (
+        "write what is said, or a label, into the manifests, for finetune.py: transcripts (LibriSpeech's "
+        "*.trans.txt beside the audio), folders (the names of those in --data), or a FILE of lines "
+        "path<TAB>text or label[<TAB>speaker], with paths relative to --data or to its own folder"
+    )
+    flag("--labels", type=cli.path, metavar="WHERE", help=sources)
+    layouts = "librispeech: sets by train-clean-100, train and dev in the path; flat: train and valid.tsv"
+    flag("--layout", choices=("librispeech", "flat"), default="librispeech", help=layouts)
+    workers = "processes that read audio"
+    flag("--num_workers", type=cli.positive_int, default=available_cpus(), help=workers)
+    flat = parser.add_argument_group("layout flat").add_argument
+    share = "share of files in valid.tsv; of whole speakers, at least one, where --labels names them"
+    flat("--valid_share", type=cli.fraction, default=0.01, help=share)
+    flat("--seed", type=cli.nonnegative_int, default=2022, help="chooses the files of valid.tsv")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parse_args(words)
+    root, copies = os.path.abspath(args.data), args.convert_to and os.path.abspath(args.convert_to)
+    if not os.path.isdir(root):
+        raise UserError(f"there is no folder {args.data}: give the corpus's with --data")
+    if copies and Path(os.path.realpath(copies)).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"--convert_to {copies} lies in --data {args.data}: name a folder outside of it")
+    set_names = ("train100", "train960", "valid") if args.layout == "librispeech" else ("train", "valid")
+    tsv = {name: os.path.join(args.out, f"{name}.tsv") for name in set_names}
+    outputs = {"out": [*tsv.values()], "convert_to": copies and os.path.join(copies, "audio.flac")}
+    check_outputs(outputs, {"labels": None if args.labels in SOURCES else args.labels})
+
+    paths, left_out, kind = find_corpus(args)
+    names = converted_names(paths) if copies else {path: path for path in paths}
+    labelled = find_labelled(args.labels, root, paths) if args.labels and paths else {}
+    paths = [path for path in paths if path in labelled or not args.labels]
+    if copies:
+        for left_by_a_killed_run in Path(copies).rglob(".*.flac.*.tmp"):
             left_by_a_killed_run.unlink(missing_ok=True)
-        work = partial(convert, root, convert_to)
-        results = in_parallel(work, [(path, names[path]) for path in paths], num_workers, "converting")
-        root = convert_to
-    left_out += [
-        (path, result) for path, result in zip(paths, results, strict=True) if isinstance(result, str)
-    ]
-    inspected = zip(paths, results, strict=True)
-    lengths = dict(sorted((names[path], result) for path, result in inspected if isinstance(result, int)))
+        given, work = [(path, names[path]) for path in paths], partial(convert, root, copies)
+        results = in_parallel(work, given, args.num_workers, "converting")
+    else:
+        results = in_parallel(partial(inspect, root, args.verify), paths, args.num_workers, "reading")
+    found = dict(zip(paths, results, strict=True))
+    lengths = {names[path]: count for path, count in found.items() if isinstance(count, int)}
     labelled = {names[path]: row for path, row in labelled.items() if names[path] in lengths}
+    left_out += [(path, why) for path, why in found.items() if isinstance(why, str)]
     for path, why in left_out:
         print(f"left out {path!r}: {why}", file=sys.stderr)
     counts = Counter(why.partition(" (")[0] for _, why in left_out)
     summary = ", ".join(f"{count} {why}" for why, count in counts.most_common())
     if not lengths:
         raise UserError(
-            f"no usable {kind} file under {data} ({summary}): the models take 16 kHz mono, which "
+            f"no usable {kind} file under {args.data} ({summary}): the models take 16 kHz mono, which "
             "--convert_to FOLDER makes of what soundfile can read, and ffmpeg of the rest"
         )
 
-    if layout == "librispeech":
-        sets_of = {path: librispeech_sets(path) for path in lengths}
-    else:
-        valid = split_off(list(lengths), valid_share, seed)
-        if held_out := speakers_to_hold_out(list(labelled.values()), valid_share, seed):
+    if args.layout == "flat":
+        valid = split_off(list(lengths), args.valid_share, args.seed)
+        if held_out := speakers_to_hold_out(list(labelled.values()), args.valid_share, args.seed):
             valid = {path for path, (_, speaker) in labelled.items() if speaker in held_out}
             print(f"valid.tsv has all files of {len(held_out)} of the speakers: {cli.some(sorted(held_out))}")
-        sets_of = {path: ["valid"] if path in valid else ["train"] for path in lengths}
-    rows = [(path, length, *labelled.get(path, ())[:1]) for path, length in lengths.items()]
-    sets = {name: [row for row in rows if name in sets_of[row[0]]] for name in set_names}
-    write_manifests(out, root, sets)
+    sets = {name: [] for name in set_names}
+    for path, length in sorted(lengths.items()):
+        flat = ["valid"] if args.layout == "flat" and path in valid else ["train"]
+        for name in flat if args.layout == "flat" else librispeech_sets(path):
+            sets[name].append((path, length, *labelled.get(path, ())[:1]))
+    write_manifests(args.out, copies or root, sets)
 
     for name, chosen in sets.items():
         chosen_lengths = np.array([row[1] for row in chosen], dtype=np.int64)
         hours = chosen_lengths.sum() / SAMPLE_RATE / 3600
         what = f"{len(chosen)} files, {hours:.2f} hours" if chosen else "empty, this corpus has none for it"
-        print(f"{os.path.join(out, name)}.tsv: {what}")
-        if complaint := unused_complaint(chosen_lengths, labelled=labels is not None):
-            print(f"{os.path.join(out, name)}.tsv: {complaint}")
+        print(f"{tsv[name]}: {what}")
+        if complaint := unused_complaint(chosen_lengths, labelled=args.labels is not None):
+            print(f"{tsv[name]}: {complaint}")
     if left_out:
         print(f"left out {len(left_out)}: {summary}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=cli.path, required=True, help="folder of the corpus, searched whole")
-    parser.add_argument("--out", type=cli.path, default="data/librispeech", help="folder for the manifests")
-    extensions = (
-        "ends of the audio files' names, a comma list; default: flac, or with --convert_to all formats"
-    )
-    parser.add_argument("--extension", help=extensions)
-    conversion = (
-        "decode every file, and write it to this folder as 16 kHz mono FLAC, which the manifests list"
-    )
-    parser.add_argument("--convert_to", type=cli.path, metavar="FOLDER", help=conversion)
-    label_sources = (
-        "write what is said, or a label, into the manifests, for finetune.py: transcripts (LibriSpeech's "
-        "*.trans.txt beside the audio), folders (the names of those in --data), or a FILE of lines "
-        "path<TAB>text or label[<TAB>speaker], with paths relative to --data or to its own folder"
-    )
-    parser.add_argument("--labels", type=cli.path, metavar="WHERE", help=label_sources)
-    verification = "decode every file to its end, in place of believing its header"
-    parser.add_argument("--verify", action="store_true", help=verification)
-    parser.add_argument(
-        "--layout",
-        choices=("librispeech", "flat"),
-        default="librispeech",
-        help="librispeech: sets by train-clean-100, train and dev in the path; flat: train and valid.tsv",
-    )
-    flat = parser.add_argument_group("layout flat")
-    share = "share of files in valid.tsv; of whole speakers, at least one, where --labels names them"
-    flat.add_argument("--valid_share", type=cli.fraction, default=0.01, help=share)
-    flat.add_argument("--seed", type=cli.nonnegative_int, default=2022, help="chooses the files of valid.tsv")
-    parser.add_argument(
-        "--num_workers", type=cli.positive_int, default=available_cpus(), help="processes that read audio"
-    )
-    prepare(**vars(parser.parse_args()))
-
-
 if __name__ == "__main__":
-    quit_on_signals()
     cli.run_script(main)

@@ -2,10 +2,7 @@
 """Reports on a run of the four stages, which may still be going on, as one page to read (report.html) and as
 numbers (report.json)."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 import json

@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Stage 4: keep the student of stage 3 alone, as the file that users load."""
 
-if __name__ == "__main__":
-    from utils import processes
-
-    processes.begin()
+import utils.begin  # noqa: F401
 
 import argparse
 

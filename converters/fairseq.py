@@ -203,7 +203,7 @@ def parse_conv_layers(text: str, source: str) -> list[tuple[int, int, int]]:
             if times > 100:
                 raise ValueError("no model has so many layers")
             layers += [tuple(layer) for layer in ast.literal_eval(block)] * times
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+    except (ValueError, TypeError, SyntaxError, MemoryError) as error:
         raise UserError(
             f"{source}: conv_feature_layers is {abbreviate(text)}, and not a list of (channels, kernel size, "
             "stride) or a sum of such lists; use the config it came with"

@@ -1,12 +1,12 @@
 """The one reader of audio files. What a header says of a file's length is a claim, and not taken for more."""
 
 import io
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -40,31 +40,23 @@ class AudioError(LoaderError):
     """An audio file is missing, broken, or not what its manifest says."""
 
 
-class Mend(NamedTuple):
-    """What a file is read with: ``new`` for the bytes at ``place``, and as if it had no end."""
-
-    place: int
-    new: bytes
-    endless: bool
-
-
 class MendedFile(io.FileIO):
-    """A file, open for reading, with a :class:`Mend`."""
+    """A file, open for reading, as if it had other bytes at a place, or no end where there are none."""
 
-    def __init__(self, path: str | Path, mend: Mend) -> None:
+    def __init__(self, path: str | Path, place: int, new: bytes) -> None:
         super().__init__(path)
-        self.mend, self._beyond = mend, 0
+        self._place, self._new, self._beyond = place, new, 0
 
     def readinto(self, buffer) -> int:
         first = super().tell()
         count = super().readinto(buffer)
-        for place, byte in enumerate(self.mend.new, self.mend.place - first):
+        for place, byte in enumerate(self._new, self._place - first):
             if 0 <= place < count:
                 buffer[place : place + 1] = bytes([byte])
         return count
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._beyond = 2**40 if self.mend.endless and whence == os.SEEK_END else 0
+        self._beyond = 2**40 if whence == os.SEEK_END and not self._new else 0
         return super().seek(offset, whence) + self._beyond
 
     def tell(self) -> int:
@@ -76,15 +68,14 @@ class Audio(soundfile.SoundFile):
 
     Attributes:
         claimed: the number of samples, in each channel, that the header gives; None where it gives none that
-            is possible, or where an MP3 file has no header for it.
+            is possible.
     """
 
     def __init__(self, path: str | Path, file: io.FileIO) -> None:
         super().__init__(file if isinstance(file, MendedFile) else file.fileno(), closefd=False)
         self.path, self._source = path, file
         self.size = os.fstat(file.fileno()).st_size
-        is_guess = self.format == "MP3" and self._mp3_count() is None
-        self.claimed = None if is_guess or self.frames > self.size * SAMPLES_A_BYTE else self.frames
+        self.claimed = self.frames if self.frames <= self.size * SAMPLES_A_BYTE else None
 
     def seekable(self) -> bool:
         # soundfile would seek after every read, which fails at the end of a file of unknown length.
@@ -106,15 +97,14 @@ class Audio(soundfile.SoundFile):
             AudioError: it breaks off, goes on after the end that its header gives, or holds no audio.
         """
         most, done = max(1, BLOCK // self.channels), 0
-        left = most if self.claimed is None else self.claimed
-        while len(block := self.read(min(most, left), dtype="float32", always_2d=True)):
+        end = math.inf if self.claimed is None else self.claimed
+        while len(block := self.read(min(most, end - done), dtype="float32", always_2d=True)):
             if complaint := samples_complaint(block):
                 raise AudioError(f"{self.path}: {complaint}")
             done += len(block)
-            left = most if self.claimed is None else self.claimed - done
             yield block
-        if left and self.claimed is not None:
-            raise AudioError(f"{self.path}: breaks off (at sample {done} of {self.claimed})")
+        if done < end != math.inf:
+            raise AudioError(f"{self.path}: breaks off (at sample {done} of {end})")
         # Where a file is shorter than the chunk with the samples, libsndfile notes it in its log alone.
         chunks = re.findall(r"^ ?(?:data|SSND|riff) : (\d+) \(should be (\d+)\)", self.extra_info, re.M)
         for claimed, there in chunks:
@@ -126,16 +116,16 @@ class Audio(soundfile.SoundFile):
             bytes_ = f"{behind} of its {self.size} bytes lie behind it"
             raise AudioError(f"{self.path}: does not end where its header says ({bytes_})")
 
-    def mend(self, whole: bool) -> Mend | None:
-        """What this file has to be read with so that all of it is read; None where nothing has to be."""
+    def mended(self, whole: bool) -> MendedFile | None:
+        """This file as it has to be read so that all of it is; None where it is to be read as it is."""
         if self.format == "WAV" and (place := self._data_size()):
-            return Mend(place, b"\xff" * 4, endless=False)
+            return MendedFile(self.path, place, b"\xff" * 4)
         if self.format == "MP3":
             place = self._mp3_count()
             if place is None:
-                return Mend(0, b"", endless=True)
+                return MendedFile(self.path, 0, b"")
             if whole and self._ends_early():
-                return Mend(place, b"\x7f" + b"\xff" * 3, endless=False)
+                return MendedFile(self.path, place, b"\x7f\xff\xff\xff")
         return None
 
     def _head(self, place: int, length: int) -> bytes:
@@ -197,8 +187,8 @@ def open_audio(path: str | Path, whole: bool = False) -> Iterator[Audio]:
             if os.fstat(file.fileno()).st_size == 0:
                 raise AudioError(f"cannot read {path}: it is empty")
             audio = stack.enter_context(Audio(path, file))
-            if mend := audio.mend(whole):
-                audio = stack.enter_context(Audio(path, stack.enter_context(MendedFile(path, mend))))
+            if mended := audio.mended(whole):
+                audio = stack.enter_context(Audio(path, stack.enter_context(mended)))
             yield audio
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)

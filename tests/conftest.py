@@ -1,5 +1,6 @@
 import io
 import os
+import signal
 from contextlib import redirect_stderr, redirect_stdout
 
 # Before torch is imported: models this small gain nothing from threads, which wait for each other on a busy
@@ -12,6 +13,16 @@ import soundfile
 
 from tests.helpers.models import tiny_config
 from tests.helpers.stages import call, flags, run, sentence_of
+from utils.processes import SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def _own_signals():
+    """Gives pytest its signals back, which a script that runs in this process takes."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

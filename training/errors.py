@@ -26,17 +26,13 @@ def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iter
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as error:
-        if memory_shortage(error):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            raise  # for run_script
-        reader, rank = lost_reader(error), lost_rank(error, args)
-        sentence = reader or rank or machine_failed(error, args)
-        if sentence is None:
-            raise
         # torch would raise an error for each further worker that ends, wherever this process then is.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if not ((reader or rank) and stopper.received):
-            if rank and not is_first():
+        what, sentence = explained(error, args)
+        if what is None or memory_shortage(error):
+            raise  # run_script has a sentence for the latter
+        if what == "machine" or not stopper.received:
+            if what == "rank" and not is_first():
                 raise SystemExit(2) from error
             raise UserError(sentence) from error
         stopper.signal = stopper.received
@@ -44,23 +40,20 @@ def errors_as_sentences(args: argparse.Namespace, stopper: StopOnSignal) -> Iter
         say(f"stopped by {name} before the update was over; run the same command again to go on")
 
 
-def lost_reader(error: OSError | RuntimeError) -> str | None:
-    """The sentence for one of this process's loaders that has died; None where the error is another one."""
+def explained(error: Exception, args: argparse.Namespace) -> tuple[str | None, str]:
+    """What has failed, and the sentence for it: a "reader", one of this process's loaders, that has died;
+    another "rank" that has ended or failed; this "machine", a compiler or disk; None for any other error."""
+    said = str(error)
+    nameless = isinstance(error, OSError) and error.filename is None
     # The first two are what a loader's process leaves that has died while it handed a batch over.
-    nameless = isinstance(error, (ConnectionError, FileNotFoundError)) and error.filename is None
-    if nameless or "DataLoader worker" in str(error):
-        return (
+    left = (ConnectionError, FileNotFoundError)
+    if (nameless and isinstance(error, left)) or "DataLoader worker" in said:
+        return "reader", (
             "a process that reads audio was killed, often for want of memory: run the same command again to "
             "go on from the last checkpoint, with a lower --num_workers if it happens again"
         )
-    return None
-
-
-def lost_rank(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
-    """The sentence for another rank that has ended or failed; None where the error is another one."""
-    said = str(error)
     if "clients joined" in said or "client socket has timed out" in said:
-        return (
+        return "rank", (
             f"not all processes of the run have come together within {hardware.DIST_TIMEOUT.seconds} s "
             f"(--num_nodes {args.num_nodes}, --gpus {args.gpus}): start this command on every node"
         )
@@ -69,18 +62,13 @@ def lost_rank(error: OSError | RuntimeError, args: argparse.Namespace) -> str | 
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and gloo):
         # torch's reason comes after the place in its source, and before its advice.
         reason = said.partition("\n")[0].rpartition("] ")[2].partition(". ")[0] or "no reason given"
-        return (
+        return "rank", (
             f"another process of this run has ended or does not answer ({reason}): see its message, and run "
             "the same command again to go on from the last checkpoint"
         )
-    return None
-
-
-def machine_failed(error: OSError | RuntimeError, args: argparse.Namespace) -> str | None:
-    """The sentence for a compiler or disk that failed; None where the error is another one."""
     if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        reason = str(error).splitlines()[0]
-        return f"--compile: torch cannot compile here ({reason}): run without it, or install it"
-    if isinstance(error, OSError) and error.filename is None:
-        return f"cannot write the logs in {args.exp_dir}/logs: {error.strerror or error}"
-    return None
+        reason = said.splitlines()[0]
+        return "machine", f"--compile: torch cannot compile here ({reason}): run without it, or install it"
+    if nameless:
+        return "machine", f"cannot write the logs in {args.exp_dir}/logs: {error.strerror or error}"
+    return None, ""

@@ -46,10 +46,8 @@ def slurm_tasks(args: argparse.Namespace) -> int:
     """The tasks that srun has started on each node: the job's header may have asked for other ones."""
     tasks, nodes = (int(os.environ[f"SLURM_STEP_NUM_{what}"]) for what in ("TASKS", "NODES"))
     a_node = tasks // args.num_nodes
-    if nodes != args.num_nodes or os.environ["SLURM_STEP_TASKS_PER_NODE"] not in (
-        str(a_node),
-        f"{a_node}(x{nodes})",
-    ):
+    on_each = os.environ["SLURM_STEP_TASKS_PER_NODE"].removesuffix(f"(x{nodes})")
+    if nodes != args.num_nodes or on_each != str(a_node):
         raise UserError(
             f"--num_nodes {args.num_nodes}: SLURM has started {tasks} tasks on {nodes} nodes; give srun "
             f"--nodes={args.num_nodes} and --ntasks-per-node"

@@ -6,7 +6,7 @@ layers, while a function on an instance would compute with the whole weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,7 @@ def compile_layers(module: DistillModule) -> None:
         _replace(model.encoder.transformer.layers, "forward", compiled)
 
 
-def _replace(
-    modules: list[nn.Module] | nn.ModuleList, method: str, change: Callable[[Callable], Callable]
-) -> None:
+def _replace(modules: Iterable[nn.Module], method: str, change: Callable[[Callable], Callable]) -> None:
     """Replaces ``method`` by ``change(method)``, in a subclass that is made of each class of ``modules``."""
     subclasses: dict[type, type] = {}
     for module in modules:

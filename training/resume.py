@@ -27,7 +27,7 @@ from training.hardware import prepared_process, world_size
 from utils import run_record
 from utils.checkpoint import not_finite, read_file, writing
 from utils.cli import some
-from utils.files import UserError
+from utils.files import UserError, remove_left_over
 from utils.processes import is_first, quit_on_signals, say
 from utils.vocabulary import copy_vocabulary
 
@@ -124,9 +124,8 @@ def lock_folder(exp_dir: Path) -> Iterator[Callable[[], bool]]:
         except OSError as error:
             say(f"warning: {exp_dir} cannot be locked ({error.strerror}): start no second run in it")
         else:
-            for pattern in (".run.json.*.tmp", "ckpts/.last.ckpt.*.tmp"):
-                for left_by_a_killed_run in exp_dir.glob(pattern):
-                    left_by_a_killed_run.unlink(missing_ok=True)
+            for path in ("run.json", "ckpts/last.ckpt"):
+                remove_left_over(exp_dir / path)
         file.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}{slurm_start()}", file=file, flush=True)
         size = os.fstat(file.fileno()).st_size

@@ -157,14 +157,6 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def is_state_dict(value: object) -> bool:
-    """Whether what was read from a file is a dictionary of named floating-point tensors."""
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
-        for name, tensor in value.items()
-    )
-
-
 def build_model(config: Mapping, state_dict: Mapping[str, Tensor], source: str | Path) -> Wav2Vec2Model:
     """A model of ``config`` that holds the very tensors of ``state_dict`` (no copy is made of float32 ones).
 
@@ -175,7 +167,7 @@ def build_model(config: Mapping, state_dict: Mapping[str, Tensor], source: str |
     Raises:
         UserError: a config key is missing or unknown, or a tensor is missing, unexpected or of another shape.
     """
-    if not is_state_dict(state_dict):
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in state_dict.values()):
         raise UserError(f"{source}: its state dict holds more than tensors of floating-point numbers")
     try:
         with torch.device("meta"):

@@ -4,15 +4,13 @@ import argparse
 import os
 import re
 import reprlib
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils import processes
 from utils.files import UserError
-from utils.processes import reports_errors
+from utils.processes import reports_errors, settle_streams, unwind_on_signals
 
 SHORTAGE = (
     "out of memory|memoryerror|allocate memory|allocation failed|alloc_failed|bad_alloc"
@@ -24,8 +22,8 @@ SHORTAGE = (
 def run_script(main: Callable[[], None], short_of_memory: str = "free some, or use a larger machine") -> None:
     """Runs a script's ``main``: a mistake, a failing disk or too little memory is one sentence and status 2,
     and a signal one sentence and 128 + its number. ``short_of_memory`` is what helps."""
-    processes.settle_streams()
-    handlers = processes.unwind_on_signals()
+    settle_streams()
+    unwind_on_signals()
     try:
         for word in sys.argv[1:]:
             if re.search("[\ud800-\udfff]", word):  # to Python, bytes that are not UTF-8
@@ -44,9 +42,6 @@ def run_script(main: Callable[[], None], short_of_memory: str = "free some, or u
         _exit_with(
             f"what this command prints, or a file without a name, could not be written ({error.strerror})"
         )
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def memory_shortage(error: BaseException | None) -> str | None:

@@ -31,6 +31,8 @@ def check_outputs(outputs: Mapping[str, object], inputs: Mapping[str, object]) -
                 raise UserError(f"--{flag} {path} and --{name} {other} meet: name two files")
         seen[real] = flag
         parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not parent.is_dir():
+            raise UserError(f"cannot write {path}: {parent} is no folder")
         try:
             with temporary_beside(parent / path.name):
                 pass

@@ -1,6 +1,6 @@
 """The processes of a command: how they begin, which one speaks for all, and how signals end them.
 
-It imports nothing heavy, so that a script can call ``begin`` before it imports torch for seconds.
+It imports nothing heavy, since ``utils.begin`` imports it before the seconds in which torch is imported.
 """
 
 import multiprocessing
@@ -13,12 +13,6 @@ from contextlib import suppress
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What asks a run to save and stop: preemption, Ctrl-C, SLURM's warning before the time limit, a lost
 connection."""
-
-
-def begin() -> None:
-    """The first act of a script, before its imports."""
-    settle_streams()
-    quit_on_signals()
 
 
 def settle_streams() -> None:
@@ -94,10 +88,10 @@ def quit_on_signals() -> None:
     handle_signals(_quit)
 
 
-def unwind_on_signals() -> dict:
+def unwind_on_signals() -> None:
     """From now on a signal ends this process by a SystemExit, so that what is half-written is removed, and a
-    second one at once. Returns what :func:`handle_signals` does."""
-    return handle_signals(_unwind)
+    second one at once."""
+    handle_signals(_unwind)
 
 
 def _quit(number: int, frame) -> None:

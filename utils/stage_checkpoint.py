@@ -10,14 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils import run_record
-from utils.checkpoint import (
-    build_model,
-    fingerprint,
-    is_state_dict,
-    read_checkpoint,
-    read_file,
-    save_checkpoint,
-)
+from utils.checkpoint import build_model, fingerprint, read_checkpoint, read_file, save_checkpoint
 from utils.files import UserError
 from utils.outputs import check_outputs
 from utils.vocabulary import beside, copy_vocabulary
@@ -50,19 +43,17 @@ def begin(
     """
     inputs = {name: getattr(args, name) for name in (trained, other)}
     out = Path(args.out or Path(inputs[trained]).with_name("pruned_hubert_base.pth"))
-    folder, beside_input = run_record.folder_of(out), run_record.folder_of(inputs[trained])
+    folder = run_record.folder_of(out)
     check_outputs({"out": out, "out's record": folder / "run.json"}, inputs)
     files = {name: run_record.file_input(path) for name, path in inputs.items()}
     record = run_record.make_record(stage, args, files)
     log = run_record.RunLog(folder, record, args)
-    # Until version 0.2 the record lay beside the input, wherever the output was.
-    for made in (log.earlier, run_record.read_run(beside_input).get(stage, {})):
-        if "output" in made:
-            # A file that is damaged is made again.
-            with suppress(UserError):
-                if not run_record.differences(made, record) and made["output"]["sha256"] == fingerprint(out):
-                    print(f"{stage}.py: this stage is finished: {out}")
-                    return None
+    if "output" in log.earlier and not run_record.differences(log.earlier, record):
+        # A file that is missing or damaged is made again.
+        with suppress(UserError):
+            if log.earlier["output"]["sha256"] == fingerprint(out):
+                print(f"{stage}.py: this stage is finished: {out}")
+                return None
     return out, log
 
 
@@ -80,11 +71,7 @@ def check_student(trained: Mapping, now: Mapping, flag: str, source: str, allow_
 def read_trained(path: str | Path) -> dict:
     """A training stage's checkpoint: a dict with ``state_dict`` and ``hyper_parameters``, empty where the
     file has none, and ``run`` where it has one. Raises a UserError where it is damaged."""
-    content = {"state_dict": {}, "hyper_parameters": {}, **read_file(path)}
-    good = is_state_dict(content["state_dict"]) and isinstance(content["hyper_parameters"], dict)
-    if not good or ("run" in content and not run_record.is_record(content["run"])):
-        raise UserError(f"{path} is damaged: make it or copy it again")
-    return content
+    return {"state_dict": {}, "hyper_parameters": {}, **read_file(path)}
 
 
 def read_finished(path: str | Path, args: argparse.Namespace) -> dict:

@@ -26,7 +26,6 @@ from .config import (
 from .cost import COUNTS, Count
 from .gating import narrowed, put_gates
 from .hardconcrete import HardConcrete
-from .pruning import prune
 
 
 class Prunable:
@@ -97,6 +96,8 @@ class Prunable:
         Raises:
             PruningError: a conv layer would be left without channels; nothing has been cut then.
         """
+        from .pruning import prune
+
         layers = self.encoder.transformer.layers
         branches = [(layer.attention, layer.feed_forward) for layer in layers]
         prune(self, round_to, masks)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 
 import numpy as np
@@ -13,9 +12,8 @@ import torch
 from transformers import HubertConfig, HubertModel
 
 from evaluation.classifier import interval, judge
-from evaluation.data import load_audio, make_folds, read_examples
+from evaluation.data import make_folds, read_examples
 from evaluation.features import make_batches, model_features
-from tests.helpers.audio import WHOLE
 from tests.helpers.stages import call, run
 from utils.checkpoint import load_model
 from utils.files import UserError
@@ -211,20 +209,6 @@ def test_unusable_recordings_are_named_together(fails, recordings, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_odd_recordings_are_read_and_no_pipe_is_waited_for(fails, tmp_path):
-    for label, kinds in {
-        "hum": ("flac of 256 GiB", "gsm"),
-        "hiss": ("wav of 0 bytes", "six channels"),
-    }.items():
-        (tmp_path / label).mkdir()
-        for number, kind in enumerate(kinds):
-            WHOLE[kind](tmp_path / label / f"{number}.wav")
-    paths, *_ = read_examples(tmp_path, None)
-    assert [len(waveform) for waveform in load_audio(paths)] == [47_760] * 4
-    os.mkfifo(tmp_path / "hum" / "pipe.wav")
-    assert "pipe.wav: not a file" in fails("evaluate", "--data", tmp_path)
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -234,11 +218,8 @@ def test_odd_recordings_are_read_and_no_pipe_is_waited_for(fails, tmp_path):
         ("--data DATA --task sound --models missing.pth", "missing.pth: no such file"),
         ("--data DATA --task sound --hf nowhere", "--hf nowhere: there is no such folder"),
         ("--data DATA --models TEACHER --picture weights.txt", ".png"),
-        ("--data DATA --task sound --models TEACHER --json TEACHER", "which it would replace"),
         ("--data DATA --task sound --folds 1", "--folds"),
         ("--data DATA --task sound --json DATA/sound.tsv", "is --data, which it would replace"),
-        ("--data DATA --task sound --models TEACHER --json a.png --picture a.png", "meet: name two files"),
-        ("--data DATA --task sound --json /sys/no/x.json", "cannot write /sys/no/x.json: "),
     ],
 )
 def test_a_mistake_in_flags_is_one_sentence(flags, words, fails, recordings, teacher, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.stages import checkpoint
-from training.callbacks import StopOnNonFinite, StopOnSignal
+from training.callbacks import StopOnNonFinite
 from training.resume import RunCheckpointIO
 from utils.files import UserError
 
@@ -61,20 +61,3 @@ def test_a_checkpoint_that_is_not_finite_replaces_none(name, tmp_path):
     with pytest.raises(UserError, match=f"{name} is not finite at update 7"):
         RunCheckpointIO().save_checkpoint(content, path)
     assert path.read_bytes() == good and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-@pytest.mark.parametrize(("device", "asked"), [("cuda", [10, 20, 30]), ("cpu", list(range(1, 31)))])
-def test_gpus_are_asked_for_signals_in_every_tenth_update(device, asked):
-    updates = []
-
-    def reduce(value, reduce_op):
-        updates.append(trainer.global_step)
-        return value
-
-    strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
-    trainer = SimpleNamespace(global_step=0, world_size=2, max_steps=100, strategy=strategy)
-    callback, module = StopOnSignal(), SimpleNamespace(device=torch.device(device))
-    for _ in range(30):
-        trainer.global_step += 1
-        callback.on_train_batch_end(trainer, module, None, None, 0)
-    assert updates == asked

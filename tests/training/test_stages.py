@@ -80,21 +80,6 @@ def test_run_sh_stops_at_the_stage_that_fails(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("warmup_updates", 10**6),
-        ("seconds_per_batch", 10**5),
-        ("seconds_per_batch", 0.001),
-        ("target_sparsity", 0),
-    ],
-)
-def test_extreme_values_of_flags_train_to_the_end(name, value, distil):
-    """No batch is longer than an utterance, or an epoch is one batch; the warm-up never ends."""
-    assert "update 10/10" in distil("exp", **{name: value})
-
-
-@pytest.mark.slow
 def test_two_ranks_have_equal_weights_and_share_each_epoch(manifests, teacher, tmp_path):
     arguments = flags(manifests, teacher, tmp_path / "exp", num_workers=0)
     status, output = ended(start("tests/helpers/ddp_worker.py", *arguments, ranks=2, NOTES=tmp_path))

@@ -1,6 +1,7 @@
 """How commands end: out of memory, and by a signal."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.stages import ended, sentence_of, start
+from tests.helpers.stages import ROOT, ended, sentence_of, start
 from utils.cli import memory_shortage, run_script
 from utils.files import UserError
 
@@ -58,6 +59,12 @@ def test_a_name_that_is_not_utf8_is_refused(monkeypatch, capsys):
     assert r"caf\udce9 has a byte" in sentence_of(monkeypatch, capsys, "prune", "--out", "caf\udce9")
 
 
+def test_every_command_begins_before_its_slow_imports():
+    for path in {*ROOT.glob("*.py")} - {ROOT / "lightning.py", ROOT / "hubconf.py"}:
+        first = next(line for line in path.read_text().splitlines() if re.match("import |from ", line))
+        assert first.startswith("import utils.begin"), path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "number"),
@@ -65,11 +72,6 @@ def test_a_name_that_is_not_utf8_is_refused(monkeypatch, capsys):
         ("evaluate", signal.SIGINT),
         ("report", signal.SIGTERM),
         ("prune", signal.SIGHUP),
-        ("save_final_ckpt", signal.SIGINT),
-        ("export_to_hf", signal.SIGTERM),
-        ("export_to_onnx", signal.SIGHUP),
-        ("convert_hubert_from_hf", signal.SIGINT),
-        ("make_student", signal.SIGINT),
         ("prepare_data", signal.SIGTERM),
     ],
 )

@@ -165,18 +165,7 @@ def test_a_damaged_file_is_named_in_every_stage(script, flag, fails, stages, com
 def test_a_damaged_run_json_is_one_sentence(fails, stages, commands, tmp_path):
     exp = shutil.copytree(stages, tmp_path / "exp")
     entry = json.loads((exp / "run.json").read_text())["prune"]
-    odd = [{}, {**entry, "inputs": 3}, *({**entry, "sessions": sessions} for sessions in ([], [{}], [3]))]
+    odd = [{}, {**entry, "inputs": 3}, {**entry, "sessions": []}]
     for content in ("{", "[]", *(json.dumps({"prune": entry}) for entry in odd)):
         (exp / "run.json").write_text(content)
         assert f"{exp}/run.json is damaged" in fails("prune", *commands(exp)["prune"]), content
-
-
-@pytest.mark.parametrize("script, flag", [("prune", "--original_ckpt"), ("save_final_ckpt", "--config_path")])
-def test_out_may_not_be_an_input(script, flag, fails, stages, commands, tmp_path):
-    arguments = commands(stages)[script]
-    path = arguments[arguments.index(flag) + 1]
-    before = path.read_bytes()
-    (tmp_path / "link.pth").symlink_to(path)
-    for out in (path, tmp_path / "link.pth"):
-        assert f"--out {out} is {flag}" in fails(script, *arguments, "--out", out)
-    assert path.read_bytes() == before
