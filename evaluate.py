@@ -2,6 +2,7 @@
 """How good are the features of frozen models on labelled recordings of your own, next to log-mel features?
 
 As in SUPERB, the models are frozen, and a weighted sum of the layers and a linear classifier are learned.
+With --tsv_dir, models are judged by the heads that they have: word and character error rates, or accuracy.
 """
 
 import utils.begin  # noqa: F401
@@ -20,6 +21,7 @@ from utils.checkpoint import load_model
 from utils.cli import needs_extra, nonnegative_int, number, positive, run_script
 from utils.files import UserError, atomic_write
 from utils.outputs import check_outputs
+from utils.vocabulary import beside, read_vocabulary
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 
@@ -40,8 +42,14 @@ def parse_args() -> argparse.Namespace:
     )
     flag = parser.add_argument
     data_help = "folder with a folder of audio for each label, or with manifests path<TAB>label[<TAB>speaker]"
-    flag("--data", type=Path, required=True, help=data_help)
-    flag("--task", help="use the manifest TASK.tsv of --data")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--data", type=Path, help=data_help)
+    heads_help = (
+        "folder of labelled manifests (prepare_data.py --labels): judge the --models by their own heads"
+    )
+    source("--tsv_dir", type=Path, help=heads_help)
+    flag("--subset", default="valid", help="with --tsv_dir: NAME of the manifest NAME.tsv")
+    flag("--task", help="with --data: use its manifest TASK.tsv")
     flag("--models", nargs="+", default=[], metavar="FILE", help="checkpoints of this project")
     flag("--hf", nargs="+", default=[], metavar="FOLDER", help="models that transformers saved")
     flag("--json", type=Path, help="write the results here as well")
@@ -57,6 +65,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.picture and args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--picture {args.picture}: end its name in .png, .svg or .pdf")
+    if args.tsv_dir and (args.hf or args.picture or args.task or not args.models):
+        raise UserError("--tsv_dir goes with --models, and without --hf, --picture and --task")
     if args.picture and not args.models + args.hf:
         raise UserError("--picture shows the weights of models' layers: name models with --models or --hf")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -155,8 +165,30 @@ def compare(
     return rows
 
 
+def judge_heads(args: argparse.Namespace) -> None:
+    """Prints, and writes to --json, how often the heads of --models are wrong on a labelled manifest."""
+    from evaluation.heads import error_rates  # whose torchmetrics takes seconds to import
+
+    check_outputs({"json": args.json}, {"models": args.models})
+    rows = []
+    for name in args.models:
+        model, own = load_model(name).to(args.device), beside(name)
+        if model.aux is None or not own.is_file():
+            raise UserError(f"{name}: has no head, or no {own.name} beside it that names its outputs")
+        rates = error_rates(model, read_vocabulary(own), args.tsv_dir, args.subset, args.batch_seconds)
+        rows.append({"name": name, "parameters": count_parameters(model), **rates})
+        shown = ", ".join(f"{rate} {100 * value:.2f}%" for rate, value in rates.items())
+        print(f"{name}: {shown}, {rows[-1]['parameters']:,} parameters", flush=True)
+    if args.json:
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps({"models": rows}, indent=1) + "\n")
+        print(f"wrote {args.json}")
+
+
 def main() -> None:
     args = parse_args()
+    if args.tsv_dir is not None:
+        return judge_heads(args)
     start = time.perf_counter()
     paths, labels, speakers = read_examples(args.data, args.task)
     inputs = {"data": [*args.data.glob("*.tsv"), *paths], "models": args.models, "hf": args.hf}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
+from tqdm import tqdm
 
 from dataset import make_loader
 from utils.vocabulary import Vocabulary
@@ -63,9 +64,11 @@ def error_rates(
         tsv_dir, subset, seconds_per_batch, 0, shuffle=False, **labelling(task, vocabulary, model)
     )
     model.eval().masked_group_norm = True
-    rates = new_rates(task)
-    for waveforms, lengths, *labels in loader:
-        count_errors(rates, vocabulary, *model(waveforms, lengths), *labels)
+    device = next(model.parameters()).device
+    rates = new_rates(task).to(device)
+    for waveforms, lengths, *labels in tqdm(loader, desc=subset, unit=" batches", leave=False):
+        batch = [part.to(device) for part in (waveforms, lengths, *labels)]
+        count_errors(rates, vocabulary, *model(*batch[:2]), *batch[2:])
     return {name: rate.compute().item() for name, rate in rates.items()}
 
 

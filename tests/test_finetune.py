@@ -167,6 +167,10 @@ def test_words_are_learnt_pruned_and_saved(tones, model, tmp_path, monkeypatch, 
     assert vocabulary.tokens == ["<pad>", "|", "g", "h", "i", "l", "o", "w"]
     rates = error_rates(small, vocabulary, tones, "valid", 10)
     assert [f"{rate:.4f}" for rate in rates.values()] == list(said[-1][1:])
+    models = ["--models", final / "ckpts/pruned_hubert_base.pth", "--json", tmp_path / "rates.json"]
+    call(monkeypatch, "evaluate", "--tsv_dir", tones, *models)
+    [row] = json.loads((tmp_path / "rates.json").read_text())["models"]
+    assert [row["wer"], row["cer"]] == pytest.approx([*rates.values()])
 
 
 def test_labels_are_learnt_beside_a_teacher(tones, model, tmp_path, monkeypatch, capsys):
