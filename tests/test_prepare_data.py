@@ -408,7 +408,7 @@ def test_names_of_folders_become_labels_of_converted_files(tmp_path, capsys):
     data = tmp_path / "data"
     for path in ("yes/deep/a.wav", "yes/a.wav", "no way/a.wav", "a.wav"):
         write_audio(data / path, 4_000, rate=8_000)
-    flags = {"extension": None, "convert_to": str(tmp_path / "16k"), "labels": "folders"}
+    flags = {"convert_to": tmp_path / "16k", "labels": "folders"}
     prepare(data, tmp_path / "out", share=0, **flags)
     labels = {"no way/a.flac": "no way", "yes/a.flac": "yes", "yes/deep/a.flac": "yes"}
     assert labelled_lines(tmp_path / "out", "train") == labels
