@@ -99,7 +99,7 @@ def main() -> None:
         module = FinetuneModule(
             task=args.task, vocabulary=vocabulary, **distillation(args, teacher, model), **gates
         )
-        data = data_module(args, **labelling(args.task, vocabulary, model))
+        data = data_module(args, labelling(args.task, vocabulary, model))
         trainer = make_trainer(run, module, data)
         if is_first():
             vocabulary.write(beside(run.last))

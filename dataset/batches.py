@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from utils.files import UserError
 
 from .audio import SAMPLE_RATE, AudioError, LoaderError, format_complaint, open_audio, samples_complaint
-from .labels import encode_texts
-from .manifest import MAX_SAMPLES, MIN_SAMPLES, WINDOW, read_manifest, unused_complaint
+from .manifest import MAX_SAMPLES, MIN_SAMPLES, WINDOW, Manifest, read_manifest, unused_complaint
 from .workers import leave_signals_to_training, start_method
 
 NUM_BUCKETS = 1_000  # ranges of length that utterances are sorted into
@@ -187,9 +186,8 @@ class AudioDataset(Dataset[Tensor]):
         tsv_dir, name: the manifest.
         long_utterances: "split" makes utterances of every recording above ``MAX_SAMPLES``: as few pieces of
             equal length as there can be. "drop" leaves it as it is.
-        labels: gives the numbers of a text or label, or raises a UserError that says why it has none. With
-            it, utterances are used whole, and ``long_utterances`` does not apply.
-        frames: for CTC, gives the number of a model's frames by that of samples.
+        labels: :func:`dataset.labels.encode_texts` with its first two arguments. With it, utterances are used
+            whole, and ``long_utterances`` does not apply.
 
     Attributes:
         lengths: (utterance,) int64, in samples.
@@ -203,14 +201,13 @@ class AudioDataset(Dataset[Tensor]):
         tsv_dir: str | Path,
         name: str,
         long_utterances: str = "drop",
-        labels: Callable[[str], list[int]] | None = None,
-        frames: Callable[[int], int] | None = None,
+        labels: Callable[[Path, Manifest], tuple[np.ndarray, np.ndarray]] | None = None,
     ):
         self.tsv = Path(tsv_dir) / f"{name}.tsv"
         manifest = read_manifest(tsv_dir, name)
         self.root, self.paths, self.recordings, _ = manifest
         self.complaint = unused_complaint(self.recordings, long_utterances, labels is not None)
-        self.targets = None if labels is None else encode_texts(self.tsv, manifest, labels, frames)
+        self.targets = None if labels is None else labels(self.tsv, manifest)
         pieces = np.ones(len(self.paths), dtype=np.int64)
         if labels is None and long_utterances == "split":
             pieces = np.maximum(1, -(-self.recordings // MAX_SAMPLES))
@@ -344,8 +341,7 @@ def make_loader(
     num_workers: int,
     *,
     long_utterances: str = "drop",
-    labels: Callable[[str], list[int]] | None = None,
-    frames: Callable[[int], int] | None = None,
+    labels: Callable[[Path, Manifest], tuple[np.ndarray, np.ndarray]] | None = None,
     **loading,
 ) -> DataLoader:
     """The loader of one rank's batches ``(waveforms, lengths)``, or with ``labels`` ``(waveforms, lengths,
@@ -356,14 +352,14 @@ def make_loader(
         tsv_dir, name: the manifest is ``tsv_dir/name.tsv``.
         seconds_per_batch: the most seconds of audio in a batch, before cropping or after padding.
         num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
-        long_utterances, labels, frames: as for :class:`AudioDataset`.
+        long_utterances, labels: as for :class:`AudioDataset`.
         loading: further arguments of :func:`loader_of`.
     Returns:
         The loader. With ``shuffle=False`` its length is 0 where no utterance can be used.
     Raises:
         UserError: the manifest is missing or malformed, or no utterance in it can be used for training.
     """
-    dataset = AudioDataset(tsv_dir, name, long_utterances, labels, frames)
+    dataset = AudioDataset(tsv_dir, name, long_utterances, labels)
     return loader_of(dataset, seconds_per_batch, num_workers, **loading)
 
 

@@ -22,7 +22,7 @@ class SpeechDataModule(pl.LightningDataModule):
         num_workers: processes per device that read audio.
         seed: the order of batches and the crops follow from it.
         long_utterances: what is done with recordings longer than training takes: "drop" or "split".
-        labels, frames: for labelled utterances, as for :class:`~dataset.batches.AudioDataset`.
+        labels: for labelled utterances, as for :class:`~dataset.batches.AudioDataset`.
 
     Attributes:
         first_update: where training starts: 0, or the update of the checkpoint that is resumed.
@@ -36,8 +36,7 @@ class SpeechDataModule(pl.LightningDataModule):
         num_workers: int,
         seed: int = 2022,
         long_utterances: str = "drop",
-        labels: Callable[[str], list[int]] | None = None,
-        frames: Callable[[int], int] | None = None,
+        labels: Callable | None = None,
     ) -> None:
         super().__init__()
         self.tsv_dir = tsv_dir
@@ -46,9 +45,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         # Texts are encoded once.
-        self._dataset = cache(
-            lambda subset: AudioDataset(self.tsv_dir, subset, long_utterances, labels, frames)
-        )
+        self._dataset = cache(lambda subset: AudioDataset(self.tsv_dir, subset, long_utterances, labels))
         self.first_update = 0
         self._training: DataLoader | None = None
 

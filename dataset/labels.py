@@ -107,18 +107,18 @@ def texts_of(tsv: Path, manifest: Manifest) -> list[str]:
 
 
 def encode_texts(
-    tsv: Path,
-    manifest: Manifest,
     encode: Callable[[str], list[int]],
     frames: Callable[[int], int] | None,
+    tsv: Path,
+    manifest: Manifest,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes the texts of a manifest, but those of utterances that are too short to use.
 
     Args:
-        tsv: its file, named in errors.
         encode: gives the numbers of a text, or raises a UserError that says why it has none.
         frames: for CTC, gives the number of a model's frames by that of samples. As many are needed as there
-            are tokens, and a blank between two that are equal (Graves et al. 2006).
+            are tokens, and a blank between two that are equal (Graves et al. 2006). Otherwise None.
+        tsv, manifest: its file, named in errors, and what it says.
     Returns:
         The numbers of all texts (token,), a byte each where that is enough; and where each text begins, and
         the last ends (utterance + 1,).

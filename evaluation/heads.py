@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 from tqdm import tqdm
 
 from dataset import make_loader
+from dataset.labels import encode_texts
 from utils.vocabulary import Vocabulary
 from wav2vec2 import Wav2Vec2Model
 
@@ -61,7 +64,7 @@ def error_rates(
     """
     task = "classify" if vocabulary.blank is None else "ctc"
     loader = make_loader(
-        tsv_dir, subset, seconds_per_batch, 0, shuffle=False, **labelling(task, vocabulary, model)
+        tsv_dir, subset, seconds_per_batch, 0, shuffle=False, labels=labelling(task, vocabulary, model)
     )
     model.eval().masked_group_norm = True
     device = next(model.parameters()).device
@@ -72,9 +75,9 @@ def error_rates(
     return {name: rate.compute().item() for name, rate in rates.items()}
 
 
-def labelling(task: str, vocabulary: Vocabulary, model: Wav2Vec2Model) -> dict:
-    """What a labelled dataset needs for a task: the numbers of a label and, for CTC, the frames that the
-    model has for so many samples."""
+def labelling(task: str, vocabulary: Vocabulary, model: Wav2Vec2Model) -> Callable:
+    """What ``make_loader`` takes as ``labels`` for a task: it encodes the texts of a manifest, of which for
+    CTC each needs enough of the model's frames."""
 
     def frames(samples: int) -> int:
         for layer in model.feature_extractor.conv_layers:
@@ -82,8 +85,8 @@ def labelling(task: str, vocabulary: Vocabulary, model: Wav2Vec2Model) -> dict:
         return samples
 
     if task == "ctc":
-        return {"labels": vocabulary.encode, "frames": frames}
-    return {"labels": vocabulary.number_of_label}
+        return partial(encode_texts, vocabulary.encode, frames)
+    return partial(encode_texts, vocabulary.number_of_label, None)
 
 
 def mean_over_frames(outputs: Tensor, frames: Tensor | None) -> Tensor:

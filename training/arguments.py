@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from torch import nn
@@ -191,7 +192,7 @@ def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model | None, studen
     }
 
 
-def data_module(args: argparse.Namespace, **labels) -> SpeechDataModule:
+def data_module(args: argparse.Namespace, labels: Callable | None = None) -> SpeechDataModule:
     """The batches that the flags ask for."""
     return SpeechDataModule(
         args.tsv_dir,
@@ -200,5 +201,5 @@ def data_module(args: argparse.Namespace, **labels) -> SpeechDataModule:
         args.num_workers,
         args.seed,
         getattr(args, "long_utterances", "drop"),
-        **labels,
+        labels,
     )

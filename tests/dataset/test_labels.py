@@ -1,6 +1,7 @@
 """Labelled utterances: used whole, padded, with the numbers of their texts."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from dataset import BucketBatchSampler, make_loader, write_manifests
 from dataset.datamodule import SpeechDataModule
+from dataset.labels import encode_texts
 from utils.files import UserError
 from utils.vocabulary import Vocabulary
 
@@ -41,7 +43,7 @@ def frames(samples: int) -> int:
 
 
 def loader_of(folder: Path, num_workers: int = 0, **arguments):
-    given = {"labels": VOCABULARY.encode, "frames": frames, "shuffle": True, **arguments}
+    given = {"labels": partial(encode_texts, VOCABULARY.encode, frames), "shuffle": True, **arguments}
     return make_loader(folder, "train", 4, num_workers, **given)
 
 
@@ -132,7 +134,7 @@ def test_a_mistake_in_labels_is_one_sentence_before_training(tmp_path, texts, wo
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         loader_of(tmp_path)
     if texts is not None and "CTC" in words:
-        loader_of(tmp_path, frames=None)
+        loader_of(tmp_path, labels=partial(encode_texts, VOCABULARY.encode, None))
 
 
 def test_a_labelled_manifest_also_gives_crops_without_texts(corpus):
@@ -155,7 +157,7 @@ def test_a_data_module_encodes_each_set_of_labels_once(corpus):
         calls.append(text)
         return [len(text)]
 
-    data = SpeechDataModule(str(corpus), "train", 4, 0, labels=encode)
+    data = SpeechDataModule(str(corpus), "train", 4, 0, labels=partial(encode_texts, encode, None))
     assert data.batches_an_epoch(1) == data.batches_an_epoch(1) > 2
     assert data.has_validation()
     data.say_what_is_left_out()
