@@ -173,6 +173,7 @@ def test_words_are_learnt_pruned_and_saved(tones, model, tmp_path, monkeypatch, 
     assert [row["wer"], row["cer"]] == pytest.approx([*rates.values()])
 
 
+@pytest.mark.slow
 def test_labels_are_learnt_beside_a_teacher(tones, model, tmp_path, monkeypatch, capsys):
     changes = {"task": "classify", "teacher_ckpt": model, "distill_layers": "0.3", "max_updates": 60}
     rates = {"learning_rate": 3e-3, "warmup_updates": 10, "seconds_per_batch": 6, "log_interval": 60}
@@ -186,6 +187,7 @@ def test_labels_are_learnt_beside_a_teacher(tones, model, tmp_path, monkeypatch,
     assert weights(tmp_path / "exp")[projection].abs().sum() > 32
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_bit(tones, model, tmp_path):
     changes = {"pruning_units": "interm", "seconds_per_batch": 1.5, "max_updates": 12}
     run("finetune.py", *flags(tones, model, tmp_path / "whole", **changes))
@@ -248,10 +250,7 @@ def test_a_mistake_is_one_sentence(changes, words, tones, model, tmp_path, monke
     save_checkpoint("nameless.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
     write_manifests("unlabelled", str(tones), {"train": [("0.flac", 6000)]})
     arguments = flags(tones, model, tmp_path / "exp", **changes)
-    if changes.keys() & {"target_sparsity", "cos_weight"}:  # which argparse says
-        assert words in run("finetune.py", *arguments, check=False).stderr.splitlines()[-1]
-    else:
-        assert words in sentence_of(monkeypatch, capsys, "finetune", *arguments)
+    assert words in sentence_of(monkeypatch, capsys, "finetune", *arguments)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
