@@ -4,25 +4,19 @@
 import utils.begin  # noqa: F401
 
 import argparse
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from utils.checkpoint import load_model
 from utils.cli import needs_extra, path, run_script
-from utils.files import UserError
-from utils.processes import is_first, say
-from utils.vocabulary import Vocabulary, beside, of_characters, read_vocabulary
-from wav2vec2 import Wav2Vec2Model
+from utils.processes import is_first
+from utils.vocabulary import beside
 
 with needs_extra("train"):
-    from dataset import read_manifest
-    from dataset.labels import texts_of
     from evaluation.heads import TASKS, labelling
     from training.arguments import add_pruning, data_module, distillation, pruning, training_parser
     from training.errors import LESS_MEMORY
-    from training.finetuning import FinetuneModule
+    from training.finetuning import FinetuneModule, put_head, vocabulary_of
     from training.resume import open_run
     from training.trainer import make_trainer
 
@@ -51,38 +45,6 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, flag) is None and given:
             parser.error(f"--{given[0]} belongs to --{flag}: give that too, or leave it out")
     return args
-
-
-def vocabulary_of(args: argparse.Namespace, model: Wav2Vec2Model) -> Vocabulary:
-    """The tokens or labels that the flags ask for: given ones, those of the model's head, or those of the
-    training data."""
-    own = beside(args.model)
-    if args.vocab is not None or (model.aux is not None and own.is_file()):
-        vocabulary = read_vocabulary(args.vocab or own)
-        if args.task == "ctc" and vocabulary.blank is None:
-            raise UserError(f"{vocabulary.source}: has no <pad>, the blank that --task ctc needs; add one")
-        return vocabulary
-    if model.aux is not None:
-        raise UserError(
-            f"{args.model}: has a head of {model.aux.out_features} outputs, and there is no {own} that names "
-            "them: name them with --vocab"
-        )
-    manifest = read_manifest(args.tsv_dir, args.train_subset)
-    texts = texts_of(Path(args.tsv_dir, f"{args.train_subset}.tsv"), manifest)
-    return of_characters(texts) if args.task == "ctc" else Vocabulary(sorted(set(texts)))
-
-
-def put_head(args: argparse.Namespace, model: Wav2Vec2Model, vocabulary: Vocabulary) -> None:
-    """Gives a model a new head for the tokens or labels, unless it has theirs."""
-    if model.aux is not None:
-        own, outputs = beside(args.model), model.aux.out_features
-        if outputs == len(vocabulary) and (
-            not own.is_file() or read_vocabulary(own).tokens == vocabulary.tokens
-        ):
-            return
-        say(f"--vocab {args.vocab}: other tokens than those of the model's head, which starts anew")
-    model.aux = nn.Linear(model.config["encoder_embed_dim"], len(vocabulary))
-    model.change_config({"aux_num_out": len(vocabulary)})
 
 
 def main() -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dataset import read_manifest
+from dataset.labels import texts_of
 from evaluation.heads import count_errors, mean_over_frames, new_rates
 from lightning import DistillModule, ModelPass, valid_frames
-from utils.vocabulary import Vocabulary
+from utils.files import UserError
+from utils.processes import say
+from utils.vocabulary import Vocabulary, beside, of_characters, read_vocabulary
+from wav2vec2 import Wav2Vec2Model
 
 
 class FinetuneModule(DistillModule):
@@ -72,3 +80,35 @@ class FinetuneModule(DistillModule):
         super().validation_step(batch, batch_idx)
         count_errors(self.rates, self.vocabulary, *self._outputs, *batch[2:])
         self.log_dict({f"valid_{name}": rate for name, rate in self.rates.items()}, on_epoch=True)
+
+
+def vocabulary_of(args: argparse.Namespace, model: Wav2Vec2Model) -> Vocabulary:
+    """The tokens or labels that the flags ask for: given ones, those of the model's head, or those of the
+    training data."""
+    own = beside(args.model)
+    if args.vocab is not None or (model.aux is not None and own.is_file()):
+        vocabulary = read_vocabulary(args.vocab or own)
+        if args.task == "ctc" and vocabulary.blank is None:
+            raise UserError(f"{vocabulary.source}: has no <pad>, the blank that --task ctc needs; add one")
+        return vocabulary
+    if model.aux is not None:
+        raise UserError(
+            f"{args.model}: has a head of {model.aux.out_features} outputs, and there is no {own} that names "
+            "them: name them with --vocab"
+        )
+    manifest = read_manifest(args.tsv_dir, args.train_subset)
+    texts = texts_of(Path(args.tsv_dir, f"{args.train_subset}.tsv"), manifest)
+    return of_characters(texts) if args.task == "ctc" else Vocabulary(sorted(set(texts)))
+
+
+def put_head(args: argparse.Namespace, model: Wav2Vec2Model, vocabulary: Vocabulary) -> None:
+    """Gives a model a new head for the tokens or labels, unless it has theirs."""
+    if model.aux is not None:
+        own, outputs = beside(args.model), model.aux.out_features
+        if outputs == len(vocabulary) and (
+            not own.is_file() or read_vocabulary(own).tokens == vocabulary.tokens
+        ):
+            return
+        say(f"--vocab {args.vocab}: other tokens than those of the model's head, which starts anew")
+    model.aux = nn.Linear(model.config["encoder_embed_dim"], len(vocabulary))
+    model.change_config({"aux_num_out": len(vocabulary)})
