@@ -58,7 +58,9 @@ class Student:
         (batch, frame, feature)."""
         # Computed here because importing lightning.py takes longer than all the rest of a small report.
         predicts = self.settings.get("distill_mode") == "predlayer"
-        layers = self.settings.get("distill_layers", []) if self.projections else []
+        if not self.projections:
+            return {}
+        layers = self.settings.get("distill_layers", [])
         read = [-1] * len(layers) if predicts else self.settings.get("student_layers") or layers
         curved = predicts and self.settings.get("predlayer_activation") != "none"
         result = {}
