@@ -24,4 +24,6 @@ python=$python tsv_dir=$out/data train_subset=train long_utterances=split teache
     distill_layers=0.4,6 target_sparsity=0.75 match_target=1 log_interval=20 \
     lr=0.001 warmup=20 max=${max:-200} reg_lr=0.3 sparsity_warmup=$((${max:-200} * 3 / 5)) \
     final_lr=0.0005 final_warmup=10 final_max=${final_max:-60} bash run.sh
+$python -m demo.compare --teacher "$out/teacher.pth" --student "$out/stage3/ckpts/pruned_hubert_base.pth" \
+    --tsv_dir "$out/data"
 echo "The demo took $SECONDS s. Open $out/stage3/report/report.html in a browser."

@@ -38,7 +38,7 @@ def test_it_takes_recordings_of_any_format_and_length(tmp_path):
     printed = run(
         "demo/demo.sh", DATA=tmp_path / "own", out=out, max=4, final_max=2, python=sys.executable
     ).stdout
-    assert "The demo took" in printed and (out / "stage3" / "report" / "report.html").is_file()
+    assert "Features of the last layer" in printed and (out / "stage3" / "report" / "report.html").is_file()
     inside = run("demo/demo.sh", check=False, DATA=out / "audio", out=out)
     assert inside.returncode == 2 and "copy the recordings elsewhere" in inside.stderr
     assert (out / "stage3" / "report" / "report.html").is_file()
