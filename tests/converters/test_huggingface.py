@@ -400,6 +400,7 @@ def test_code_in_a_folder_is_never_run(folder, tmp_path, monkeypatch):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_the_script_writes_to_pretrained_and_prints_one_line(folder, tmp_path):
     command = [sys.executable, ROOT / SCRIPT, "--model", "model"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)

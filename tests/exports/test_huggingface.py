@@ -358,6 +358,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_ctc_head_learns_and_predicts_the_same_loaded_again(tmp_path):
     torch.manual_seed(0)
     folder = export(with_absent_branches("wavlm_base"), tmp_path / "model")
