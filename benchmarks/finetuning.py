@@ -9,7 +9,7 @@ texts; one voice, another for each seed, is not trained on. A row then trains fo
 ``whole`` fine-tunes the teacher and compresses nothing; ``before`` compresses by run.sh and fine-tunes then;
 ``keep_head`` compresses ``whole`` of the same seed by run.sh, which does not read the texts; ``gates`` is
 finetune.py with gates, prune.py, and finetune.py again; ``gates_teacher`` does so with ``whole``, which also
-teaches its layers; ``gates_means`` teaches their means. ``table`` measures what there is.
+teaches its layers and its head; ``gates_means`` teaches their means. ``table`` measures what there is.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
         with_gates(args, args.teacher_ckpt)
     else:
         mode = {"gates_teacher": "layer2layer", "gates_means": "group_mean"}[args.row]
-        with_gates(args, whole, teacher_ckpt=whole, distill_mode=mode)
+        with_gates(args, whole, teacher_ckpt=whole, distill_mode=mode, head_weight=1)
 
 
 def table(args: argparse.Namespace) -> None:

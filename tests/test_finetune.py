@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import soundfile
 import torch
 from torch.nn import functional as F
 
+import finetune
 from dataset import write_manifests
 from evaluation.heads import error_rates
 from lightning import DistillLoss, distill_projections, head_loss
@@ -27,6 +29,7 @@ from tests.helpers.stages import (
     wait_for,
     weights,
 )
+from training.arguments import distillation
 from training.finetuning import FinetuneModule
 from utils.checkpoint import load_model, save_checkpoint
 from utils.vocabulary import Vocabulary, beside, of_characters, read_vocabulary
@@ -264,3 +267,11 @@ def test_the_report_reads_a_run_of_fine_tuning(tones, model, tmp_path, monkeypat
     report = json.loads((tmp_path / "exp/report/report.json").read_text())
     assert report["stages"]["distill"]["stage"] == "finetune" and report["distance"] is None
     assert {"valid_wer", "valid_cer", "train_loss_task"} <= report["training"]["distill"].keys()
+
+
+def test_a_teachers_head_teaches_only_when_it_is_asked_to(tones, model, tmp_path, monkeypatch):
+    teacher = wav2vec2_model(**without_dropout(aux_num_out=5))
+    for given, weight in (({}, 0.0), ({"head_weight": 2}, 2.0)):
+        words = flags(tones, model, tmp_path, teacher_ckpt=model, distill_layers="0.3", **given)
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+        assert distillation(finetune.parse_args(), teacher, teacher)["head_weight"] == weight

@@ -90,11 +90,9 @@ def training_parser(
     distillation("--cos_weight", type=nonnegative, default=1.0, help="weight of the cosine distance")
     cosines = "the cosine distance: -cos, or -log sigmoid(cos)"
     distillation("--cos_type", choices=["raw", "log_sig"], default="raw", help=cosines)
-    unless = "0, since the labels say what to output" if labelled else "1 where both have a head"
-    head = (
-        f"weight of the divergence of the head's outputs from those of the teacher's head; default: {unless}"
-    )
-    distillation("--head_weight", type=nonnegative, help=head)
+    head = "weight of the divergence of the head's outputs from those of the teacher's head"
+    head += "" if labelled else "; None is 1 where both have a head"
+    distillation("--head_weight", type=nonnegative, default=0.0 if labelled else None, help=head)
     return parser
 
 
@@ -130,7 +128,7 @@ def pruning(args: argparse.Namespace, student: Wav2Vec2Model) -> dict:
 def head_weight(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> float:
     """The weight of what the teacher's head teaches, by default 1 where both models have a head."""
     heads = [None if model.aux is None else model.aux.out_features for model in (teacher, student)]
-    given = getattr(args, "head_weight", None)
+    given = args.head_weight
     if given == 0 or (given is None and None in heads):
         return 0.0
     if heads[0] != heads[1]:
