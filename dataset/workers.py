@@ -7,6 +7,7 @@ import threading
 from multiprocessing import connection, context
 
 from utils.files import UserError
+from utils.processes import SIGNALS
 
 SECONDS, ATTEMPTS = 10.0, 5
 """For how long a new process may be silent, and how often another one is started in its place."""
@@ -24,9 +25,12 @@ if sys.platform == "linux":
         def _launch(self, process: "_Process") -> None:
             for _ in range(ATTEMPTS):
                 arrival, process.report = os.pipe()
+                # The new process keeps them blocked, also before leave_signals_to_training.
+                blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
                 try:
                     super()._launch(process)
                 finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                     os.close(process.report)
                 # A process that ends at once closes its end too: whoever waits for it finds out.
                 arrived = connection.wait([arrival], SECONDS)
@@ -64,10 +68,9 @@ def leave_signals_to_training(worker: int) -> None:
 
     Python ends its remaining readers by SIGTERM, so only a SIGTERM from the training process counts.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if sys.platform == "linux":
         threading.Thread(target=_end_for_parent_alone, args=(os.getppid(),), daemon=True).start()
 
 
