@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint import load_model
+from utils.checkpoint import load_model, vocabulary_path
 from utils.cli import needs_extra, nonnegative_int, number, positive, run_script
 from utils.files import UserError, atomic_write
 from utils.outputs import check_outputs
-from utils.vocabulary import beside, read_vocabulary
+from utils.vocabulary import read_vocabulary
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.cost import count_parameters
 
@@ -172,7 +172,7 @@ def judge_heads(args: argparse.Namespace) -> None:
     check_outputs({"json": args.json}, {"models": args.models})
     rows = []
     for name in args.models:
-        model, own = load_model(name).to(args.device), beside(name)
+        model, own = load_model(name).to(args.device), vocabulary_path(name)
         if model.aux is None or not own.is_file():
             raise UserError(f"{name}: has no head, or no {own.name} beside it that names its outputs")
         rates = error_rates(model, read_vocabulary(own), args.tsv_dir, args.subset, args.batch_seconds)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from exports.common import load_ungated
 from exports.huggingface import export
-from utils.checkpoint import fingerprint
+from utils.checkpoint import fingerprint, vocabulary_path
 from utils.cli import path, run_script
 from utils.outputs import check_outputs
 from utils.run_record import folder_of, read_run
-from utils.vocabulary import beside, read_vocabulary
+from utils.vocabulary import read_vocabulary
 from wav2vec2.cost import count_parameters
 
 
@@ -37,8 +37,8 @@ def main() -> None:
     # Beside it may lie what the same stage has made another time.
     recorded = read_run(folder_of(args.ckpt)).items()
     run = {stage: x for stage, x in recorded if x.get("output", this)["sha256"] == this["sha256"]}
-    known = model.aux is not None and beside(args.ckpt).is_file()
-    vocabulary = read_vocabulary(beside(args.ckpt)) if known else None
+    known = model.aux is not None and vocabulary_path(args.ckpt).is_file()
+    vocabulary = read_vocabulary(vocabulary_path(args.ckpt)) if known else None
     error = export(model, out, run, vocabulary, args.processor)
     kind = "labels" if vocabulary is not None and vocabulary.blank is None else "tokens"
     head = "no head" if model.aux is None else f"a head of {model.aux.out_features} {kind}"

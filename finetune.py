@@ -7,10 +7,9 @@ import argparse
 
 import torch
 
-from utils.checkpoint import load_model
+from utils.checkpoint import load_model, vocabulary_path
 from utils.cli import needs_extra, path, run_script
 from utils.processes import is_first
-from utils.vocabulary import beside
 
 with needs_extra("train"):
     from evaluation.heads import TASKS, labelling
@@ -64,7 +63,7 @@ def main() -> None:
         data = data_module(args, labelling(args.task, vocabulary, model))
         trainer = make_trainer(run, module, data)
         if is_first():
-            vocabulary.write(beside(run.last))
+            vocabulary.write(vocabulary_path(run.last))
         if run.resumed is None:
             trainer.validate(module, data, verbose=False)
         trainer.fit(module, data, ckpt_path=run.resumed, weights_only=True)

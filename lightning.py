@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from utils.files import UserError
+from training.callbacks import gathered
 from wav2vec2 import SizeConstraint, Wav2Vec2Model
+from wav2vec2.components import valid_frames
 from wav2vec2.gating import narrowed
 
 DISTILL_MODES = {
@@ -110,33 +111,6 @@ def head_loss(student: Tensor, teacher: Tensor, lengths: Tensor | None = None) -
     if lengths is not None:
         divergence = divergence[valid_frames(lengths, divergence.size(1))]
     return divergence.mean()
-
-
-def valid_frames(lengths: Tensor, frames: int) -> Tensor:
-    """Which of so many frames are not padding, (batch, frame)."""
-    return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(-1)
-
-
-def parse_distill_layers(text: str, num_layers: int, model: str = "teacher") -> list[list[int]]:
-    """``"0.4,8,12"`` -> [[0], [4, 8, 12]]: commas separate the layers of a group, and periods the groups.
-
-    Args:
-        text: the value of --distill_layers, or of --student_layers where ``model`` is "student".
-        num_layers: layers of that model.
-    Raises:
-        UserError: not such a list, or an index outside 0 ... ``num_layers``.
-    """
-    flag = {"teacher": "--distill_layers", "student": "--student_layers"}[model]
-    try:
-        groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
-    except ValueError:
-        raise UserError(
-            f"{flag} {text}: separate layers by commas and groups by periods, as in 0.4,8,12"
-        ) from None
-    outside = [layer for group in groups for layer in group if not 0 <= layer <= num_layers]
-    if outside:
-        raise UserError(f"{flag} {text}: layer {outside[0]} is not one of 0 to {num_layers} of the {model}")
-    return groups
 
 
 def distill_projections(
@@ -442,7 +416,7 @@ class DistillModule(pl.LightningModule):
         teacher = [key for key in checkpoint["state_dict"] if key.startswith("teacher_model.")]
         for key in teacher:
             del checkpoint["state_dict"][key]
-        checkpoint["random_state"] = self._gather(_random_state(self.device))
+        checkpoint["random_state"] = gathered(self.trainer, _random_state(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._random_state = checkpoint["random_state"]
@@ -463,13 +437,6 @@ class DistillModule(pl.LightningModule):
         torch.set_rng_state(state["cpu"].cpu())
         if "cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
-
-    def _gather(self, value: dict) -> list[dict]:
-        if self.trainer.world_size == 1:
-            return [value]
-        values = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
 
 
 def _parts(batch: Tensor | tuple) -> tuple:

@@ -12,12 +12,11 @@ from bisect import bisect_left
 
 import torch
 
-from utils.checkpoint import load_model, save_checkpoint
+from utils.checkpoint import copy_vocabulary, load_model, save_checkpoint
 from utils.cli import nonnegative_int, number, path, positive_int, run_script
 from utils.files import UserError
 from utils.outputs import check_outputs
 from utils.size_table import measure, size_table
-from utils.vocabulary import copy_vocabulary
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.cost import count_parameters
 

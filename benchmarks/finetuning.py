@@ -30,9 +30,9 @@ from dataset import read_recording
 from dataset.manifest import write_manifests
 from evaluation.heads import error_rates
 from reporting.measure import speeds
-from utils.checkpoint import load_model
+from utils.checkpoint import load_model, vocabulary_path
 from utils.cli import fraction, nonnegative_int, path, positive, positive_int, run_script
-from utils.vocabulary import beside, read_vocabulary
+from utils.vocabulary import read_vocabulary
 from wav2vec2.cost import count_parameters, multiply_accumulates
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -192,7 +192,7 @@ def table(args: argparse.Namespace) -> None:
             model = load_model(file).eval()
             data, vocabulary = (
                 args.out / f"data-{folder.name.rpartition('-')[2]}",
-                read_vocabulary(beside(file)),
+                read_vocabulary(vocabulary_path(file)),
             )
             for subset, voices in (("valid", "new voice"), ("heard", "trained voices")):
                 for rate, error in error_rates(model, vocabulary, data, subset, 60).items():

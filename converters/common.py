@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.checkpoint import build_model, save_checkpoint
+from utils.checkpoint import build_model, save_checkpoint, vocabulary_path
 from utils.cli import abbreviate, path, some
 from utils.files import UserError
 from utils.outputs import check_outputs
-from utils.vocabulary import Vocabulary, beside
+from utils.vocabulary import Vocabulary
 from wav2vec2.config import WAVLM_KEYS
 from wav2vec2.model import Wav2Vec2Model, base_config
 
@@ -155,11 +155,11 @@ def run_converter(
     source = getattr(args, flag)
     name = Path(source).name if suffix == ".hf.pth" else Path(source).stem
     out = args.out or f"pretrained/{name or Path(source).resolve().name}{suffix}"
-    outputs = {"out": out, **({"out's vocabulary": beside(out)} if args.keep_head else {})}
+    outputs = {"out": out, **({"out's vocabulary": vocabulary_path(out)} if args.keep_head else {})}
     check_outputs(outputs, {flag: source, "vocab": args.vocab})
     model, remark = load(source, args.keep_head)
     if model.aux is not None:
-        read_tokens(source, args.vocab, model.aux.out_features).write(beside(out))
+        read_tokens(source, args.vocab, model.aux.out_features).write(vocabulary_path(out))
         remark = f"a CTC head of {model.aux.out_features} tokens, {remark}"
     save_checkpoint(out, model)
     waveform = "normalised" if model.normalize_waveform else "not normalised"

@@ -335,42 +335,22 @@ def collate(items: list[Item], multiple: int = 1) -> tuple:
 
 
 def make_loader(
-    tsv_dir: str | Path,
-    name: str,
-    seconds_per_batch: float,
-    num_workers: int,
-    *,
-    long_utterances: str = "drop",
-    labels: Callable[[Path, Manifest], tuple[np.ndarray, np.ndarray]] | None = None,
-    **loading,
+    dataset: AudioDataset, seconds_per_batch: float, num_workers: int, *, for_gpu: bool = False, **sampling
 ) -> DataLoader:
-    """The loader of one rank's batches ``(waveforms, lengths)``, or with ``labels`` ``(waveforms, lengths,
-    targets, target_lengths)``, which leaves global random states alone. A last entry lists the faults of
-    files for which other utterances were read, where there are any.
+    """The loader of one rank's batches ``(waveforms, lengths)``, or of a labelled dataset ``(waveforms,
+    lengths, targets, target_lengths)``, which leaves global random states alone. A last entry lists the
+    faults of files for which other utterances were read, where there are any.
 
     Args:
-        tsv_dir, name: the manifest is ``tsv_dir/name.tsv``.
+        dataset: the utterances.
         seconds_per_batch: the most seconds of audio in a batch, before cropping or after padding.
         num_workers: the number of processes that read audio, kept from epoch to epoch; 0 reads in this one.
-        long_utterances, labels: as for :class:`AudioDataset`.
-        loading: further arguments of :func:`loader_of`.
+        for_gpu: whether to pin batches in memory, and crop or pad them to multiples of ``GPU_CROP_MULTIPLE``.
+        sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
     Returns:
         The loader. With ``shuffle=False`` its length is 0 where no utterance can be used.
     Raises:
-        UserError: the manifest is missing or malformed, or no utterance in it can be used for training.
-    """
-    dataset = AudioDataset(tsv_dir, name, long_utterances, labels)
-    return loader_of(dataset, seconds_per_batch, num_workers, **loading)
-
-
-def loader_of(
-    dataset: AudioDataset, seconds_per_batch: float, num_workers: int, *, for_gpu: bool = False, **sampling
-) -> DataLoader:
-    """As :func:`make_loader`, of a dataset that is there.
-
-    Args:
-        for_gpu: whether to pin batches in memory, and crop or pad them to multiples of ``GPU_CROP_MULTIPLE``.
-        sampling: further arguments of the ``BucketBatchSampler``, which is the loader's ``batch_sampler``.
+        UserError: no utterance can be used for training.
     """
     multiple, whole = GPU_CROP_MULTIPLE if for_gpu else 1, dataset.targets is not None
     batches = BucketBatchSampler(

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from utils.processes import say
 
-from .batches import AudioDataset, loader_of
+from .batches import AudioDataset, make_loader
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -66,7 +66,7 @@ class SpeechDataModule(pl.LightningDataModule):
                 say(f"{self.tsv_dir}/{subset}.tsv: {complaint}")
 
     def _batches(self, subset: str, num_workers: int = 0, **arguments) -> DataLoader:
-        return loader_of(self._dataset(subset), self.seconds_per_batch, num_workers, **arguments)
+        return make_loader(self._dataset(subset), self.seconds_per_batch, num_workers, **arguments)
 
     def train_dataloader(self) -> DataLoader:
         """The batches of the updates from ``first_update`` to the trainer's last one.

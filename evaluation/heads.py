@@ -12,10 +12,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 from tqdm import tqdm
 
-from dataset import make_loader
+from dataset import AudioDataset, make_loader
 from dataset.labels import encode_texts
 from utils.vocabulary import Vocabulary
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.components import valid_frames
 
 TASKS = {"ctc": "transcribe, by CTC", "classify": "give each utterance one label"}
 
@@ -63,9 +64,8 @@ def error_rates(
         UserError: the manifest cannot be read, or a text in it is not made of the vocabulary's tokens.
     """
     task = "classify" if vocabulary.blank is None else "ctc"
-    loader = make_loader(
-        tsv_dir, subset, seconds_per_batch, 0, shuffle=False, labels=labelling(task, vocabulary, model)
-    )
+    dataset = AudioDataset(tsv_dir, subset, labels=labelling(task, vocabulary, model))
+    loader = make_loader(dataset, seconds_per_batch, 0, shuffle=False)
     model.eval().masked_group_norm = True
     device = next(model.parameters()).device
     rates = new_rates(task).to(device)
@@ -76,7 +76,7 @@ def error_rates(
 
 
 def labelling(task: str, vocabulary: Vocabulary, model: Wav2Vec2Model) -> Callable:
-    """What ``make_loader`` takes as ``labels`` for a task: it encodes the texts of a manifest, of which for
+    """What ``AudioDataset`` takes as ``labels`` for a task: it encodes the texts of a manifest, of which for
     CTC each needs enough of the model's frames."""
 
     def frames(samples: int) -> int:
@@ -94,8 +94,8 @@ def mean_over_frames(outputs: Tensor, frames: Tensor | None) -> Tensor:
     of which ``frames`` (batch,) are valid."""
     if frames is None:
         return outputs.mean(1)
-    valid = torch.arange(outputs.size(1), device=frames.device) < frames.unsqueeze(-1)
-    return (outputs * valid.unsqueeze(-1)).sum(1) / frames.unsqueeze(-1)
+    valid = valid_frames(frames, outputs.size(1)).unsqueeze(-1)
+    return (outputs * valid).sum(1) / frames.unsqueeze(-1)
 
 
 def transcribe(outputs: Tensor, frames: Tensor | None, vocabulary: Vocabulary) -> list[str]:

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from .components import EncoderLayer, WavLMSelfAttention, without_padding
+from .components import EncoderLayer, WavLMSelfAttention, valid_frames, without_padding
 from .config import NO_GATES, Wav2Vec2Config, base_config
 from .constraint import SizeConstraint  # noqa: F401
 from .cost import count_parameters  # noqa: F401
@@ -227,7 +227,7 @@ class PrunedSpeechModel(PrunedSpeechPreTrainedModel, Prunable):
     def _spec_augment(self, x: Tensor, frames: Tensor | None) -> Tensor:
         """Masks spans of frames and of features of (batch, frame, feature) at random, by the code of
         transformers' own models (SpecAugment, Park et al. 2019, section 2)."""
-        valid = None if frames is None else torch.arange(x.size(1), device=x.device) < frames.unsqueeze(-1)
+        valid = None if frames is None else valid_frames(frames, x.size(1))
         vector = x.new_zeros(x.size(-1)) if self.masked_spec_embed is None else self.masked_spec_embed
         masked = SimpleNamespace(config=self.config, training=True, masked_spec_embed=vector)
         return TransformersModel._mask_hidden_states(masked, x, attention_mask=valid)
@@ -327,9 +327,9 @@ class PrunedSpeechForSequenceClassification(PrunedSpeechHead):
         x = self.projector(x)
         if attention_mask is None:
             return self.classifier(x.mean(1))
-        frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=1).unsqueeze(-1)
-        valid = torch.arange(x.size(1), device=x.device) < frames
-        return self.classifier(x.masked_fill(~valid.unsqueeze(-1), 0.0).sum(1) / frames)
+        frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=1)
+        x = x.masked_fill(~valid_frames(frames, x.size(1)).unsqueeze(-1), 0.0)
+        return self.classifier(x.sum(1) / frames.unsqueeze(-1))
 
     def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         return F.cross_entropy(logits.float(), labels.view(-1))

@@ -31,8 +31,8 @@ from tests.helpers.stages import (
 )
 from training.arguments import distillation
 from training.finetuning import FinetuneModule
-from utils.checkpoint import load_model, save_checkpoint
-from utils.vocabulary import Vocabulary, beside, of_characters, read_vocabulary
+from utils.checkpoint import load_model, save_checkpoint, vocabulary_path
+from utils.vocabulary import Vocabulary, of_characters, read_vocabulary
 from wav2vec2 import wav2vec2_model
 
 TEXTS = ["low", "high low", "low low", "high"]
@@ -166,7 +166,7 @@ def test_words_are_learnt_pruned_and_saved(tones, model, tmp_path, monkeypatch, 
     call(monkeypatch, "save_final_ckpt", "--config_path", pruned, *trained)
     small, whole = load_model(final / "ckpts/pruned_hubert_base.pth"), load_model(model)
     assert 0.68 < small.count().total() / whole.count().total() < 0.71
-    vocabulary = read_vocabulary(beside(final / "ckpts/pruned_hubert_base.pth"))
+    vocabulary = read_vocabulary(vocabulary_path(final / "ckpts/pruned_hubert_base.pth"))
     assert vocabulary.tokens == ["<pad>", "|", "g", "h", "i", "l", "o", "w"]
     rates = error_rates(small, vocabulary, tones, "valid", 10)
     assert [f"{rate:.4f}" for rate in rates.values()] == list(said[-1][1:])
@@ -183,7 +183,7 @@ def test_labels_are_learnt_beside_a_teacher(tones, model, tmp_path, monkeypatch,
     call(monkeypatch, "finetune", *flags(tones / "labels", model, tmp_path / "exp", **changes, **rates))
     said = re.findall(r"loss_task (\S+), accuracy (\S+)", capsys.readouterr().err)
     assert float(said[-1][0]) < 0.4 < 0.6 < float(said[0][0]) and float(said[-1][1]) > 0.8
-    assert json.loads(beside(tmp_path / "exp/ckpts/last.ckpt").read_text()) == {"high": 0, "low": 1}
+    assert json.loads(vocabulary_path(tmp_path / "exp/ckpts/last.ckpt").read_text()) == {"high": 0, "low": 1}
     [projection, _] = [
         name for name in weights(tmp_path / "exp") if name.startswith("distill_linear_projs.0")
     ]

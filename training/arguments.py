@@ -10,7 +10,7 @@ from typing import NoReturn
 from torch import nn
 
 from dataset.datamodule import SpeechDataModule
-from lightning import DISTILL_MODES, DistillLoss, distill_projections, parse_distill_layers
+from lightning import DISTILL_MODES, DistillLoss, distill_projections
 from utils import run_record
 from utils.cli import fraction, nonnegative, nonnegative_int, path, positive, positive_int
 from utils.files import UserError
@@ -138,6 +138,28 @@ def head_weight(args: argparse.Namespace, teacher: Wav2Vec2Model, student: Wav2V
             "both have the same head, which convert_*.py keeps by --keep_head, or --head_weight 0"
         )
     return 1.0 if given is None else given
+
+
+def parse_distill_layers(text: str, num_layers: int, model: str = "teacher") -> list[list[int]]:
+    """``"0.4,8,12"`` -> [[0], [4, 8, 12]]: commas separate the layers of a group, and periods the groups.
+
+    Args:
+        text: the value of --distill_layers, or of --student_layers where ``model`` is "student".
+        num_layers: layers of that model.
+    Raises:
+        UserError: not such a list, or an index outside 0 ... ``num_layers``.
+    """
+    flag = {"teacher": "--distill_layers", "student": "--student_layers"}[model]
+    try:
+        groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
+    except ValueError:
+        raise UserError(
+            f"{flag} {text}: separate layers by commas and groups by periods, as in 0.4,8,12"
+        ) from None
+    outside = [layer for group in groups for layer in group if not 0 <= layer <= num_layers]
+    if outside:
+        raise UserError(f"{flag} {text}: layer {outside[0]} is not one of 0 to {num_layers} of the {model}")
+    return groups
 
 
 def distillation(args: argparse.Namespace, teacher: Wav2Vec2Model | None, student: Wav2Vec2Model) -> dict:

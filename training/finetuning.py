@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from dataset import read_manifest
 from dataset.labels import texts_of
 from evaluation.heads import count_errors, mean_over_frames, new_rates
-from lightning import DistillModule, ModelPass, valid_frames
+from lightning import DistillModule, ModelPass
+from utils.checkpoint import vocabulary_path
 from utils.files import UserError
 from utils.processes import say
-from utils.vocabulary import Vocabulary, beside, of_characters, read_vocabulary
+from utils.vocabulary import Vocabulary, of_characters, read_vocabulary
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.components import valid_frames
 
 
 class FinetuneModule(DistillModule):
@@ -85,7 +87,7 @@ class FinetuneModule(DistillModule):
 def vocabulary_of(args: argparse.Namespace, model: Wav2Vec2Model) -> Vocabulary:
     """The tokens or labels that the flags ask for: given ones, those of the model's head, or those of the
     training data."""
-    own = beside(args.model)
+    own = vocabulary_path(args.model)
     if args.vocab is not None or (model.aux is not None and own.is_file()):
         vocabulary = read_vocabulary(args.vocab or own)
         if args.task == "ctc" and vocabulary.blank is None:
@@ -104,7 +106,7 @@ def vocabulary_of(args: argparse.Namespace, model: Wav2Vec2Model) -> Vocabulary:
 def put_head(args: argparse.Namespace, model: Wav2Vec2Model, vocabulary: Vocabulary) -> None:
     """Gives a model a new head for the tokens or labels, unless it has theirs."""
     if model.aux is not None:
-        own, outputs = beside(args.model), model.aux.out_features
+        own, outputs = vocabulary_path(args.model), model.aux.out_features
         if outputs == len(vocabulary) and (
             not own.is_file() or read_vocabulary(own).tokens == vocabulary.tokens
         ):

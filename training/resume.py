@@ -25,11 +25,10 @@ from training.callbacks import StopOnSignal
 from training.errors import errors_as_sentences
 from training.hardware import prepared_process, world_size
 from utils import run_record
-from utils.checkpoint import not_finite, read_file, writing
+from utils.checkpoint import copy_vocabulary, not_finite, read_file, writing
 from utils.cli import some
 from utils.files import UserError, remove_left_over
 from utils.processes import is_first, quit_on_signals, say
-from utils.vocabulary import copy_vocabulary
 
 
 @dataclass

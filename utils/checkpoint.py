@@ -5,6 +5,7 @@
 import hashlib
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -236,3 +237,16 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     whole = {key: t.untyped_storage().nbytes() == t.numel() * t.element_size() for key, t in result.items()}
     return {key: tensor if whole[key] else tensor.clone() for key, tensor in result.items()}
+
+
+def vocabulary_path(checkpoint: str | Path) -> Path:
+    """Where the vocabulary of a model's file lies, or would (utils.vocabulary)."""
+    return Path(checkpoint).with_suffix(".vocab.json")
+
+
+def copy_vocabulary(source: str | Path, checkpoint: str | Path) -> None:
+    """Copies the vocabulary that lies beside one model's file, where there is one, to beside another's."""
+    there, here = vocabulary_path(source), vocabulary_path(checkpoint)
+    if there.is_file() and there.absolute() != here.absolute():
+        with atomic_write(here) as temporary:
+            shutil.copyfile(there, temporary)

@@ -10,10 +10,17 @@ from pathlib import Path
 from torch import Tensor
 
 from utils import run_record
-from utils.checkpoint import build_model, fingerprint, read_checkpoint, read_file, save_checkpoint
+from utils.checkpoint import (
+    build_model,
+    copy_vocabulary,
+    fingerprint,
+    read_checkpoint,
+    read_file,
+    save_checkpoint,
+    vocabulary_path,
+)
 from utils.files import UserError
 from utils.outputs import check_outputs
-from utils.vocabulary import beside, copy_vocabulary
 from wav2vec2.model import Wav2Vec2Model
 
 GATES = {
@@ -133,5 +140,5 @@ def save_student(
     training stage's checkpoint, or else beside what the student started from. ``extra`` is as for
     :func:`save_checkpoint`."""
     if model.aux is not None:
-        copy_vocabulary(trained if beside(trained).is_file() else original, out)
+        copy_vocabulary(trained if vocabulary_path(trained).is_file() else original, out)
     save_checkpoint(out, model, verify=True, **extra)

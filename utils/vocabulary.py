@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -192,15 +191,3 @@ def _read_tokenizer(folder: Path) -> Vocabulary:
     finally:
         logging.set_verbosity(verbosity)
     return Vocabulary(_in_order(numbers, folder), tokenizer, folder, blank)
-
-
-def beside(checkpoint: str | Path) -> Path:
-    """Where the vocabulary of a model's file lies, or would."""
-    return Path(checkpoint).with_suffix(".vocab.json")
-
-
-def copy_vocabulary(source: str | Path, checkpoint: str | Path) -> None:
-    """Copies the vocabulary that lies beside one model's file, where there is one, to beside another's."""
-    if beside(source).is_file() and beside(source).absolute() != beside(checkpoint).absolute():
-        with atomic_write(beside(checkpoint)) as temporary:
-            shutil.copyfile(beside(source), temporary)

@@ -71,7 +71,7 @@ class ChannelGroupNorm(nn.GroupNorm):
             if length is None:
                 return F.group_norm(x, x.size(1), weight, bias, self.eps)
             wide = x.to(torch.promote_types(x.dtype, torch.float32))  # for the sums
-            valid = torch.arange(x.size(2), device=x.device) < length.view(-1, 1, 1)
+            valid = valid_frames(length, x.size(2)).unsqueeze(1)
             count = length.clamp(min=1).view(-1, 1, 1)
             centred = wide - wide.where(valid, 0).sum(2, keepdim=True) / count
             variance = centred.where(valid, 0).square().sum(2, keepdim=True) / count
@@ -541,12 +541,17 @@ class Encoder(nn.Module):
         return [x, *self.transformer(x, attention_mask, num_layers, layer_drop)[1:]]
 
 
+def valid_frames(lengths: Tensor, frames: int) -> Tensor:
+    """Which of so many frames, or samples, are not padding, (batch, frame), by (batch,) lengths."""
+    return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(-1)
+
+
 def without_padding(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(batch, frame, feature) with zeros after (batch,) valid frames and the mask for :class:`SelfAttention`:
     for None, what is given and None."""
     if lengths is None:
         return x, None
-    padded = torch.arange(x.size(1), device=x.device) >= lengths.unsqueeze(-1)
+    padded = ~valid_frames(lengths, x.size(1))
     x = x.masked_fill(padded.unsqueeze(-1), 0.0)
     return x, torch.zeros_like(padded, dtype=x.dtype).masked_fill(padded, MASKED)[:, None, None]
 

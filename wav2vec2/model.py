@@ -260,7 +260,7 @@ def normalize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
     zero."""
     if lengths is None:
         return F.layer_norm(waveforms, waveforms.shape[-1:])
-    valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths.unsqueeze(-1)
+    valid = parts.valid_frames(lengths, waveforms.size(1))
     count = lengths.clamp(min=1).unsqueeze(-1)
     mean = waveforms.where(valid, 0).sum(-1, keepdim=True) / count
     centred = (waveforms - mean).where(valid, 0)

@@ -188,18 +188,18 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def loader_of(corpus: Path, num_workers: int = 0, **arguments):
-    return make_loader(corpus, "train", 12.5, num_workers, **{"shuffle": True, **arguments})
+    return make_loader(AudioDataset(corpus, "train"), 12.5, num_workers, **{"shuffle": True, **arguments})
 
 
 @pytest.mark.parametrize("text", ["", "{root}\n", "{root}"])
 def test_an_empty_manifest_can_validate_but_not_train(tmp_path, text):
     (tmp_path / "few.tsv").write_text(text.format(root=tmp_path))
-    assert len(make_loader(tmp_path, "few", 87.5, 0, shuffle=False)) == 0
-    assert list(make_loader(tmp_path, "few", 87.5, 0, shuffle=False)) == []
+    assert len(make_loader(AudioDataset(tmp_path, "few"), 87.5, 0, shuffle=False)) == 0
+    assert list(make_loader(AudioDataset(tmp_path, "few"), 87.5, 0, shuffle=False)) == []
     with pytest.raises(
         UserError, match=r"few\.tsv has 0 utterances, but none of 32000 to 250000 samples \(2 to"
     ):
-        make_loader(tmp_path, "few", 87.5, 0, shuffle=True)
+        make_loader(AudioDataset(tmp_path, "few"), 87.5, 0, shuffle=True)
 
 
 def test_a_loader_gives_the_crops_of_its_sampler(corpus):
@@ -249,7 +249,7 @@ def test_a_file_that_changed_is_an_error_that_names_it(tmp_path, how, num_worker
     rewrite(NOISE)(tmp_path / "one.flac")
     write_manifests(tmp_path, str(tmp_path), {"train": [("one.flac", len(NOISE))]})
     change(tmp_path / "one.flac")
-    batches = iter(make_loader(tmp_path, "train", 87.5, num_workers))
+    batches = iter(make_loader(AudioDataset(tmp_path, "train"), 87.5, num_workers))
     with pytest.raises(AudioError, match=rf"^[^\n]*{tmp_path}/one.flac[^\n]*({words})[^\n]*$"):
         next(batches)
     if num_workers:
@@ -271,12 +271,10 @@ def test_long_recordings_become_equal_pieces_read_in_place(tmp_path):
         assert dataset.path(index) == f"{tmp_path}/{name}.flac"
         crop = dataset[index, 7, length - 7] * 32_768
         assert torch.equal(crop, (torch.arange(first + 7, first + length) % 30_000).float())
-    loader = make_loader(tmp_path, "train", 87.5, 0, shuffle=True, long_utterances="split")
+    loader = make_loader(AudioDataset(tmp_path, "train", "split"), 87.5, 0, shuffle=True)
     assert sorted(utterances_of(loader.batch_sampler)) == list(range(7))
-    assert sorted(utterances_of(make_loader(tmp_path, "train", 87.5, 0, shuffle=True).batch_sampler)) == [
-        0,
-        1,
-    ]
+    dropped = make_loader(AudioDataset(tmp_path, "train"), 87.5, 0, shuffle=True)
+    assert sorted(utterances_of(dropped.batch_sampler)) == [0, 1]
     assert AudioDataset(tmp_path, "train", "drop").lengths.tolist() == list(lengths.values())
 
 
@@ -289,7 +287,7 @@ def test_another_utterance_is_read_for_one_that_is_broken(corpus, tmp_path, num_
         (folder / f"u {number:02}.flac").write_bytes(b"broken")
 
     def batches(of):
-        return list(make_loader(of, "train", 12.5, num_workers, shuffle=True, run=range(12)))
+        return list(make_loader(AudioDataset(of, "train"), 12.5, num_workers, shuffle=True, run=range(12)))
 
     first, again, whole = batches(folder), batches(folder), batches(corpus)
     seen = []
@@ -324,14 +322,14 @@ def stand_still():
     time.sleep(600)
 os.register_at_fork(after_in_child=stand_still)
 from dataset import workers
-from dataset.batches import make_loader
+from dataset.batches import AudioDataset, make_loader
 workers.SECONDS = 0.5
-loader = make_loader({str(corpus)!r}, "train", 12.5, 2, shuffle=False)
+loader = make_loader(AudioDataset({str(corpus)!r}, "train"), 12.5, 2, shuffle=False)
 print(sum(len(waveforms) for waveforms, _ in loader))
 """
     command = [sys.executable, "-c", script]
     process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert process.returncode == 0, process.stderr
-    loader = make_loader(corpus, "train", 12.5, 0, shuffle=False)
+    loader = make_loader(AudioDataset(corpus, "train"), 12.5, 0, shuffle=False)
     assert int(process.stdout) == sum(len(waveforms) for waveforms, _ in loader)
     assert (tmp_path / "first").exists(), "one was to stand still"

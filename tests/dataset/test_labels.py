@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from dataset import BucketBatchSampler, make_loader, write_manifests
+from dataset import AudioDataset, BucketBatchSampler, make_loader, write_manifests
 from dataset.datamodule import SpeechDataModule
 from dataset.labels import encode_texts
 from utils.files import UserError
@@ -43,8 +43,9 @@ def frames(samples: int) -> int:
 
 
 def loader_of(folder: Path, num_workers: int = 0, **arguments):
-    given = {"labels": partial(encode_texts, VOCABULARY.encode, frames), "shuffle": True, **arguments}
-    return make_loader(folder, "train", 4, num_workers, **given)
+    labels = arguments.pop("labels", partial(encode_texts, VOCABULARY.encode, frames))
+    dataset = AudioDataset(folder, "train", labels=labels)
+    return make_loader(dataset, 4, num_workers, **{"shuffle": True, **arguments})
 
 
 def indices(loader) -> list[list[int]]:
@@ -138,7 +139,7 @@ def test_a_mistake_in_labels_is_one_sentence_before_training(tmp_path, texts, wo
 
 
 def test_a_labelled_manifest_also_gives_crops_without_texts(corpus):
-    batches = list(make_loader(corpus, "train", 4, 0, shuffle=False))
+    batches = list(make_loader(AudioDataset(corpus, "train"), 4, 0, shuffle=False))
     assert [(waveforms.shape, lengths.tolist()) for waveforms, lengths in batches] == [
         ((1, 48_000), [48_000])
     ]
