@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from utils.checkpoint import load_model
+from utils.checkpoint import copy_vocabulary, load_model
 from utils.cli import needs_extra, path, run_script
 
 with needs_extra("train"):
@@ -40,6 +40,7 @@ def main() -> None:
     with open_run("distill", args) as run:
         if run is None:
             return
+        copy_vocabulary(args.student_ckpt, run.last)
         torch.manual_seed(args.seed)
         teacher = load_model(args.teacher_ckpt)
         student = load_model(args.student_ckpt)

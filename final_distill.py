@@ -7,9 +7,10 @@ import argparse
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from utils import run_record
-from utils.checkpoint import build_model, load_model, read_checkpoint
+from utils.checkpoint import build_model, copy_vocabulary, load_model, read_checkpoint
 from utils.cli import needs_extra, path, run_script
 from utils.files import UserError
 from utils.processes import say
@@ -47,27 +48,33 @@ def check_same_teaching(args: argparse.Namespace, record: Mapping) -> None:
     run_record.check_unchanged(then, record, args.student_ckpt, args.allow_changed, remedy)
 
 
+def load_projections(args: argparse.Namespace, projections: nn.ModuleList, pruned: Mapping) -> None:
+    """Loads stage 1's projections, where stage 2's file has them; refuses those of other layers."""
+    if "distill_linear_projs" not in pruned:
+        say(f"{args.student_ckpt}: holds no projections, as stage 2's file does; they start anew")
+        return
+    try:
+        projections.load_state_dict(pruned["distill_linear_projs"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{args.student_ckpt}: its projections are not those of --distill_mode {args.distill_mode} "
+            f"--distill_layers {args.distill_layers}; give the flags of stage 1, and stage 2's file"
+        ) from error
+
+
 def main() -> None:
     args = parse_args()
     with open_run("final_distill", args) as run:
         if run is None:
             return
         check_same_teaching(args, run.record)
+        copy_vocabulary(args.student_ckpt, run.last)
         torch.manual_seed(args.seed)
         pruned = read_checkpoint(args.student_ckpt)
         teacher = load_model(args.teacher_ckpt)
         student = build_model(pruned["config"], pruned["state_dict"], args.student_ckpt)
         arguments = distillation(args, teacher, student)
-        try:
-            if "distill_linear_projs" in pruned:
-                arguments["distill_linear_projs"].load_state_dict(pruned["distill_linear_projs"])
-            else:
-                say(f"{args.student_ckpt}: holds no projections, as stage 2's file does; they start anew")
-        except RuntimeError as error:
-            raise UserError(
-                f"{args.student_ckpt}: its projections are not those of --distill_mode {args.distill_mode} "
-                f"--distill_layers {args.distill_layers}; give the flags of stage 1, and stage 2's file"
-            ) from error
+        load_projections(args, arguments["distill_linear_projs"], pruned)
         module = DistillModule(**arguments, use_reg=False)
         data = data_module(args)
         trainer = make_trainer(run, module, data)

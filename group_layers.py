@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     flag("--teacher_ckpt", type=path, required=True, help="the teacher's file")
     flag("--tsv_dir", type=path, required=True, help="the folder of valid.tsv")
     flag("--groups", type=positive_int, default=3, help="number of groups")
-    frames = "frames to measure on, of as many utterances as it takes"
+    frames = "number of frames to measure on, from validation utterances"
     flag("--frames", type=positive_int, default=5_000, help=frames)
     flag("--picture", type=Path, help="draw the similarities here (.png, .svg or .pdf)")
     args = parser.parse_args()

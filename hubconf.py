@@ -1,6 +1,7 @@
 """Entries of ``torch.hub.load(REPOSITORY_OR_FOLDER, ENTRY, ...)``, and an upstream for s3prl.
 
-Of this project, only ``wav2vec2`` is imported: whoever calls torch.hub may have a ``utils`` of their own.
+This file imports only ``wav2vec2`` and torch, since a program that calls torch.hub may have a package named
+``utils`` of its own.
 """
 
 import math as _math

@@ -288,7 +288,7 @@ class DistillModule(pl.LightningModule):
         student_layers = self.hparams.student_layers or teacher_layers
         ends = outputs or self.hparams.head_weight > 0
         top = None if ends or self.hparams.distill_mode == "predlayer" else max(student_layers)
-        # A GPU is asked which gates are open before it is given the teacher's work.
+        # Narrowing waits for the GPU, so it comes before the teacher's work is queued.
         model, teacher, wanted = self.narrow(self.student_model), [], None
         if self.teacher_model is not None:
             taught = self.hparams.head_weight > 0
@@ -353,7 +353,7 @@ class DistillModule(pl.LightningModule):
         losses = self._losses(*_parts(batch))
         update, last = self.global_step + 1, self.trainer.max_steps
         if self.device.type == "cuda" and update % self.trainer.log_every_n_steps and update != last:
-            # A GPU notes only what is written to the logs, since noting it takes milliseconds.
+            # On a GPU log_dict takes milliseconds, so it runs only in updates whose values are written.
             return losses["loss"]
         logged = {name if "loss" not in name else f"train_{name}": value for name, value in losses.items()}
         self.log_dict(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write a student of a shape that is asked for, which learnt shapes can be compared with (DistilHuBERT, Chang
-et al. 2022; FitHuBERT, Lee et al. 2022; Deep versus Wide, Ashihara et al. 2022). A convolution, linear layer
-or norm of the teacher's shape starts from the teacher's weights, and any other anew."""
+"""Write a student of a shape of your choice, to compare with learnt shapes (DistilHuBERT, Chang et al. 2022;
+FitHuBERT, Lee et al. 2022; Deep versus Wide, Ashihara et al. 2022). A convolution, linear layer or norm of
+the teacher's shape starts from the teacher's weights, and any other anew."""
 
 import utils.begin  # noqa: F401
 

@@ -191,8 +191,8 @@ def in_parallel(work: Callable, given: list, num_workers: int, name: str) -> lis
 
 
 def become_reader() -> None:
-    """Keeps a process that reads audio from writing what libmpg123 thinks of a file into the user's bar, and
-    from waiting for work when the first process has been killed."""
+    """Silences the errors of a process that reads audio, since libmpg123's warnings would break the progress
+    bar, and ends it when the first process has been killed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     flag("--student_ckpt", type=Path, help=student_help)
     utterances_help = "number of utterances to measure the distances on"
     flag("--utterances", type=positive_int, default=32, help=utterances_help)
-    flag("--repeats", type=positive_int, default=5, help="timed runs of which medians count")
+    flag("--repeats", type=positive_int, default=5, help="number of timed runs, of which the median is shown")
     return parser.parse_args()
 
 

@@ -26,7 +26,7 @@ set -euo pipefail
 : "${distill_layers:=0.4,8,12}" "${distill_mode:=layer2layer}"
 : "${student_layers:=}" "${predlayer_activation:=gelu}" # layers of a student of another depth; gelu or none
 : "${l2_weight:=0}" "${l1_weight:=1}" "${cos_weight:=1}" "${cos_type:=raw}" "${seed:=2022}"
-: "${head_weight:=}" # of the head's outputs; empty for 1 where the teacher and the student have a head
+: "${head_weight:=}" # weight of the loss on the head's outputs; empty means 1 if both models have a head, else 0
 
 # stage 1: distil and prune
 : "${lr:=0.0002}" "${warmup:=15000}" "${max:=50000}"

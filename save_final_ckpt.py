@@ -23,7 +23,7 @@ from wav2vec2.cost import count_parameters
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     flag = parser.add_argument
-    flag("--config_path", type=path, required=True, help="stage 2's file, which knows the pruned config")
+    flag("--config_path", type=path, required=True, help="stage 2's file, whose config the model gets")
     flag("--ckpt_after_final_distill", type=path, required=True, help="stage 3's EXP/ckpts/last.ckpt")
     out = "file to write, or else pruned_hubert_base.pth beside --ckpt_after_final_distill"
     flag("--out", type=path, help=out)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -60,14 +61,15 @@ def parse_args() -> argparse.Namespace:
     flag("--seconds_per_batch", type=positive, default=8.0)
     flag("--distill_layers", default="0.2,4,6")
     flag("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
-    args = parser.parse_args()
+    args = common.parse_args(parser)
     args.folder = args.out / f"{args.row}-{args.seed}"
     return args
 
 
 def make_data(args: argparse.Namespace) -> None:
     """Writes digit strings of one voice each and, for each of ``--voices``, manifests: ``train`` has every
-    recording of the other voices three times, ``heard`` once more in other strings, ``valid`` the voice."""
+    recording of the other voices three times, ``heard`` has them once more in other strings, and ``valid``
+    has those of the voice."""
     recordings = defaultdict(list)
     for line in Path(args.fsdd, "digit.tsv").read_text().splitlines():
         name, digit, voice = line.split("\t")
@@ -148,12 +150,7 @@ def with_gates(args: argparse.Namespace, model: Path, **flags: object) -> None:
 def recipe(args: argparse.Namespace, teacher: Path, updates: int) -> None:
     """Compresses ``teacher`` by run.sh in the row's folder."""
     first = updates * 4 // 5
-    given = {
-        "PYTHON": common.sys.executable,
-        "python": common.sys.executable,
-        "precision": 32,
-        "num_workers": 1,
-    }
+    given = {"python": sys.executable, "precision": 32, "num_workers": 1}
     folders = {"root_dir": args.folder, "final_dir": args.folder / "final", "teacher_ckpt": teacher}
     size = {"target_sparsity": args.target_sparsity, "match_target": 1, "reg_lr": args.reg_learning_rate}
     stage_1 = {"lr": args.learning_rate, "max": first, "warmup": first // 20, "sparsity_warmup": first // 3}

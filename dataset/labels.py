@@ -63,7 +63,7 @@ def find_labels(where: str, root: str, paths: list[str]) -> tuple[dict[str, tupl
         remedy = "a file *.trans.txt beside the audio has a line ID TEXT for ID.flac"
     elif where == "folders":
         rows = [(path, path.partition("/")[0]) for path in paths if "/" in path]
-        remedy = "a file lies in a folder of --data, whose name is its label"
+        remedy = "put each file into a folder of --data that has its label as its name"
     elif os.path.isfile(where):
         folder = os.path.dirname(where)
         rows = [

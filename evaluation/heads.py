@@ -1,4 +1,4 @@
-"""What a model's own head says of labelled audio, and how often that is wrong."""
+"""Error rates of a model's own head, for CTC or classification, on labelled audio."""
 
 from __future__ import annotations
 
@@ -61,9 +61,11 @@ def error_rates(
     has no blank classifies.
 
     Raises:
-        UserError: the manifest cannot be read, or a text in it is not made of the vocabulary's tokens.
+        UserError: the vocabulary is not the head's, the manifest cannot be read, or a text in it is not made
+            of the vocabulary's tokens.
     """
     task = "classify" if vocabulary.blank is None else "ctc"
+    vocabulary = vocabulary.of_head(model.aux.out_features, labels=task == "classify")
     dataset = AudioDataset(tsv_dir, subset, labels=labelling(task, vocabulary, model))
     loader = make_loader(dataset, seconds_per_batch, 0, shuffle=False)
     model.eval().masked_group_norm = True
@@ -76,8 +78,8 @@ def error_rates(
 
 
 def labelling(task: str, vocabulary: Vocabulary, model: Wav2Vec2Model) -> Callable:
-    """What ``AudioDataset`` takes as ``labels`` for a task: it encodes the texts of a manifest, of which for
-    CTC each needs enough of the model's frames."""
+    """The argument ``labels`` of ``AudioDataset`` for a task: it encodes the texts of a manifest, and for CTC
+    refuses one that does not fit into the frames of its utterance."""
 
     def frames(samples: int) -> int:
         for layer in model.feature_extractor.conv_layers:

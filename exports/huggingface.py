@@ -129,7 +129,7 @@ def write_files(
     tokenizer, extractor = None, transformers.Wav2Vec2FeatureExtractor(**options)
     labels = None
     if vocabulary is not None and vocabulary.blank is None:
-        labels, vocabulary = vocabulary.tokens, None
+        labels, vocabulary = vocabulary.of_head(model.aux.out_features, labels=True).tokens, None
         model.masked_group_norm = True  # as in finetune.py
     if vocabulary is not None:
         vocabulary = vocabulary.of_head(model.aux.out_features)

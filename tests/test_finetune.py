@@ -1,5 +1,6 @@
 """finetune.py: a task's loss, whole utterances, gates and a teacher; and what a head teaches a head."""
 
+import argparse
 import itertools
 import json
 import math
@@ -30,8 +31,9 @@ from tests.helpers.stages import (
     weights,
 )
 from training.arguments import distillation
-from training.finetuning import FinetuneModule
+from training.finetuning import FinetuneModule, put_head, vocabulary_of
 from utils.checkpoint import load_model, save_checkpoint, vocabulary_path
+from utils.files import UserError
 from utils.vocabulary import Vocabulary, of_characters, read_vocabulary
 from wav2vec2 import wav2vec2_model
 
@@ -229,6 +231,18 @@ def test_a_teachers_head_teaches_the_students(stage, manifests, tmp_path, monkey
     assert moved[0] == 0 and moved[None] > 1e-3 and not math.isclose(moved[None], moved[5])
 
 
+def test_a_head_stays_beside_a_tokenizers_further_special_tokens(tmp_path):
+    """Tokenizers of transformers add <s> and </s> beyond the outputs that a head has."""
+    model, file = wav2vec2_model(**without_dropout(aux_num_out=3)), tmp_path / "model.pth"
+    args, head = argparse.Namespace(model=file, vocab=None, task="ctc"), model.aux
+    Vocabulary(["<pad>", "|", "a", "<s>", "</s>"]).write(vocabulary_path(file))
+    vocabulary = vocabulary_of(args, model)
+    put_head(args, model, vocabulary)
+    assert vocabulary.tokens == ["<pad>", "|", "a"] and model.aux is head
+    with pytest.raises(UserError, match="has 2 tokens, and the head 3 outputs"):
+        error_rates(model, Vocabulary(["<pad>", "a"]), tmp_path, "valid", 10)
+
+
 MISTAKES = [
     ({"model": "no.pth"}, "no.pth: no such file"),
     ({"target_sparsity": 0.5}, "--target_sparsity belongs to --pruning_units"),
@@ -239,6 +253,7 @@ MISTAKES = [
     ({"vocab": "few.json"}, "'hi' is not among the tokens of few.json"),
     ({"vocab": "wrong.json"}, "wrong.json: is no vocabulary"),
     ({"model": "nameless.pth"}, "names them: name them with --vocab"),
+    ({"model": "short.pth"}, "short.vocab.json has 2 tokens, and the head 5 outputs"),
     ({"task": "classify", "vocab": "labels.json"}, "the label 'high low' is not among those of labels.json"),
     ({"tsv_dir": "unlabelled"}, "has no texts or labels"),
 ]
@@ -250,7 +265,9 @@ def test_a_mistake_is_one_sentence(changes, words, tones, model, tmp_path, monke
     for name, tokens in {"labels": ["low", "high"], "few": ["<pad>", "|", "l", "o", "w", "g"]}.items():
         Vocabulary(tokens).write(f"{name}.json")
     (tmp_path / "wrong.json").write_text('{"a": 1}')
-    save_checkpoint("nameless.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
+    for name in ("nameless", "short"):
+        save_checkpoint(f"{name}.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
+    Vocabulary(["<pad>", "h"]).write("short.vocab.json")
     write_manifests("unlabelled", str(tones), {"train": [("0.flac", 6000)]})
     arguments = flags(tones, model, tmp_path / "exp", **changes)
     assert words in sentence_of(monkeypatch, capsys, "finetune", *arguments)

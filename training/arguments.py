@@ -25,7 +25,7 @@ HUBERT_BASE = "pretrained/hubert-base-ls960.hf.pth"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of what several processes are given, of which one says what is wrong with it."""
+    """A parser for a command that several processes run: only one of them prints what is wrong."""
 
     def error(self, message: str) -> NoReturn:
         if not reports_errors():

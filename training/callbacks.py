@@ -157,7 +157,7 @@ class StopOnUnreadable(AfterUpdates):
             raise UserError(self._sentence) if is_first() else SystemExit(2)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        # Of several processes the others cannot be asked to save with this one.
+        # With several processes, the others do not know of the error and cannot save together with this one.
         if isinstance(exception, AudioError) and trainer.world_size == 1 and trainer.training:
             trainer.save_checkpoint(self.run.last)
             say(f"saved at update {trainer.global_step}")

@@ -23,7 +23,7 @@ from wav2vec2.components import valid_frames
 
 class FinetuneModule(DistillModule):
     """Trains a model with a head on labels. Under gates that is HJ-Pruning (Peng et al. 2023b, arXiv
-    2302.14132); a teacher's hidden states may be learnt beside (after DiariZen, Han et al. 2025, arXiv
+    2302.14132); the hidden states of a teacher may be learnt besides (after DiariZen, Han et al. 2025, arXiv
     2505.24111).
 
     Batches are padded, and what is padding counts nowhere: convolutional norms take their statistics over
@@ -85,31 +85,32 @@ class FinetuneModule(DistillModule):
 
 
 def vocabulary_of(args: argparse.Namespace, model: Wav2Vec2Model) -> Vocabulary:
-    """The tokens or labels that the flags ask for: given ones, those of the model's head, or those of the
+    """The tokens or labels to train with: those of --vocab, else those of the model's head, else those of the
     training data."""
+    if args.vocab is None and model.aux is None:
+        manifest = read_manifest(args.tsv_dir, args.train_subset)
+        texts = texts_of(Path(args.tsv_dir, f"{args.train_subset}.tsv"), manifest)
+        return of_characters(texts) if args.task == "ctc" else Vocabulary(sorted(set(texts)))
     own = vocabulary_path(args.model)
-    if args.vocab is not None or (model.aux is not None and own.is_file()):
-        vocabulary = read_vocabulary(args.vocab or own)
-        if args.task == "ctc" and vocabulary.blank is None:
-            raise UserError(f"{vocabulary.source}: has no <pad>, the blank that --task ctc needs; add one")
-        return vocabulary
-    if model.aux is not None:
+    if args.vocab is None and not own.is_file():
         raise UserError(
             f"{args.model}: has a head of {model.aux.out_features} outputs, and there is no {own} that names "
             "them: name them with --vocab"
         )
-    manifest = read_manifest(args.tsv_dir, args.train_subset)
-    texts = texts_of(Path(args.tsv_dir, f"{args.train_subset}.tsv"), manifest)
-    return of_characters(texts) if args.task == "ctc" else Vocabulary(sorted(set(texts)))
+    vocabulary = read_vocabulary(args.vocab or own)
+    if args.task == "ctc" and vocabulary.blank is None:
+        raise UserError(f"{vocabulary.source}: has no <pad>, the blank that --task ctc needs; add one")
+    if args.vocab is not None:
+        return vocabulary
+    return vocabulary.of_head(model.aux.out_features, labels=args.task == "classify")
 
 
 def put_head(args: argparse.Namespace, model: Wav2Vec2Model, vocabulary: Vocabulary) -> None:
     """Gives a model a new head for the tokens or labels, unless it has theirs."""
     if model.aux is not None:
         own, outputs = vocabulary_path(args.model), model.aux.out_features
-        if outputs == len(vocabulary) and (
-            not own.is_file() or read_vocabulary(own).tokens == vocabulary.tokens
-        ):
+        known = own.is_file() and args.vocab is not None
+        if outputs == len(vocabulary) and (not known or read_vocabulary(own).tokens == vocabulary.tokens):
             return
         say(f"--vocab {args.vocab}: other tokens than those of the model's head, which starts anew")
     model.aux = nn.Linear(model.config["encoder_embed_dim"], len(vocabulary))

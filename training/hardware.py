@@ -87,7 +87,8 @@ def trainer_devices(args: argparse.Namespace) -> dict:
 
 
 def cluster(args: argparse.Namespace) -> list[ClusterEnvironment]:
-    """``Trainer``'s plugin for who has started this process: torchrun, which it sees itself, srun, nobody."""
+    """``Trainer``'s plugin for what has started this process: srun, torchrun (which Lightning recognises
+    without a plugin), or neither."""
     if not in_slurm_step():
         # Lightning would take the tasks that a job may have for this run's, in its script or shell too.
         return [] if "RANK" in os.environ else [LightningEnvironment()]

@@ -25,7 +25,7 @@ from training.callbacks import StopOnSignal
 from training.errors import errors_as_sentences
 from training.hardware import prepared_process, world_size
 from utils import run_record
-from utils.checkpoint import copy_vocabulary, not_finite, read_file, writing
+from utils.checkpoint import not_finite, read_file, writing
 from utils.cli import some
 from utils.files import UserError, remove_left_over
 from utils.processes import is_first, quit_on_signals, say
@@ -85,8 +85,6 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
         log = run_record.RunLog(Path(args.exp_dir), run.record, args) if is_first() else nullcontext()
         quit_on_signals()
         with log:
-            if is_first() and hasattr(args, "student_ckpt"):  # finetune.py has none, and writes a vocabulary
-                copy_vocabulary(args.student_ckpt, run.last)
             with prepared_process(args), errors_as_sentences(args, run.stopper):
                 yield run
             if run.stopped and is_first():

@@ -63,9 +63,9 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
 
 
 def leave_signals_to_us(trainer: pl.Trainer) -> None:
-    """Takes Lightning's own answer to SIGTERM away, for which it has no public switch: its message to other
-    ranks mixes with what they are sending each other, and it asks them before every batch, which waits for
-    the GPU. ``StopOnSignal`` does its work."""
+    """Turns off Lightning's handling of SIGTERM, which has no public switch. It sends messages that mix with
+    other messages between ranks, and it synchronises before every batch, which waits for the GPU.
+    ``StopOnSignal`` takes its place."""
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from utils.cli import abbreviate, some
 from utils.files import UserError, atomic_write
+from utils.processes import is_first
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 
 _files: dict[tuple[str, int, int], tuple[str, BinaryIO]] = {}
@@ -26,7 +27,7 @@ _files: dict[tuple[str, int, int], tuple[str, BinaryIO]] = {}
 
 def fingerprint(path: str | Path) -> str:
     """The SHA-256 of what torch.save wrote into a file, 64 hexadecimal digits, the same for equal contents
-    under other names. What is read later is the file that was checked here, and is not checked again.
+    under other names. :func:`read_file` reads the file that was checked here, without checking it again.
 
     Raises:
         UserError: there is no such file, or it is damaged.
@@ -65,10 +66,10 @@ def _sha256(file: BinaryIO) -> str:
     with zipfile.ZipFile(file) as archive:
         for member in sorted(archive.infolist(), key=lambda member: member.filename):
             if member.compress_type != zipfile.ZIP_STORED:
-                # torch.save does not compress, so this is somebody's trick to fill the memory.
+                # torch.save does not compress; a small file could fill the memory in this way.
                 raise zipfile.BadZipFile("compressed")
             name = member.filename.partition("/")[2]
-            # This is a hash in which the name of the file has a part.
+            # torch derives this entry from the file's name, so equal contents would differ in it.
             counts = name != ".data/serialization_id"
             if counts:
                 digest.update(name.encode())
@@ -245,8 +246,9 @@ def vocabulary_path(checkpoint: str | Path) -> Path:
 
 
 def copy_vocabulary(source: str | Path, checkpoint: str | Path) -> None:
-    """Copies the vocabulary that lies beside one model's file, where there is one, to beside another's."""
+    """Copies the vocabulary that lies beside one model's file, where there is one, to beside another's; the
+    first process of a run does so."""
     there, here = vocabulary_path(source), vocabulary_path(checkpoint)
-    if there.is_file() and there.absolute() != here.absolute():
+    if is_first() and there.is_file() and there.absolute() != here.absolute():
         with atomic_write(here) as temporary:
             shutil.copyfile(there, temporary)

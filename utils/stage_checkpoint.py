@@ -82,8 +82,8 @@ def read_trained(path: str | Path) -> dict:
 
 
 def read_finished(path: str | Path, args: argparse.Namespace) -> dict:
-    """What :func:`read_trained` gives, of a run that is at its end, as one that says no end is. Raises a
-    UserError where it is not, and ``args`` do not allow that."""
+    """Reads a training checkpoint as :func:`read_trained` does; one without a record counts as finished.
+    Raises a UserError where its run has not reached --max_updates, and ``args`` do not allow that."""
     trained = read_trained(path)
     run = trained.get("run", {"flags": {}})
     done, end = trained.get("global_step"), run["flags"].get("max_updates")

@@ -25,10 +25,10 @@ class Vocabulary:
     """The tokens of a CTC head, or the labels of a classifier, by the number of the output.
 
     Args:
-        tokens: they, one for each output.
+        tokens: the name of each output, in their order.
         tokenizer: a tokenizer of transformers with these tokens, which divides texts in its own way.
         source: where they come from, named in errors.
-        blank: the number of CTC's blank; None where its name tells, or there is none.
+        blank: the number of CTC's blank; by default that of the token with one of the names in ``BLANKS``.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Vocabulary:
         return next((s for s in SPACES if any(s in token for token in self.tokens)), SPACES[-1])
 
     def encode(self, text: str) -> list[int]:
-        """The tokens' numbers of a text, of which each is as long as can be from left to right.
+        """The numbers of a text's tokens: from left to right, always the longest token that fits.
 
         Raises:
             UserError: the text is empty, or has characters that no token has.
@@ -105,12 +105,13 @@ class Vocabulary:
         tokens = [self.tokens[number] for number in numbers if not SPECIAL.fullmatch(self.tokens[number])]
         return " ".join("".join(tokens).replace(self.space, " ").split())
 
-    def of_head(self, size: int, blank: int | None = None) -> Vocabulary:
+    def of_head(self, size: int, blank: int | None = None, labels: bool = False) -> Vocabulary:
         """The tokens of a CTC head's outputs, without the special ones beyond them that tokenizers add.
 
         Args:
             size: outputs of the head.
-            blank: which one its model takes for the blank; None where nothing but the vocabulary says so.
+            blank: the output that the head's model takes for the blank, if it has a setting for that.
+            labels: whether the head is a classifier, which needs no blank.
         Raises:
             UserError: they are not this head's.
         """
@@ -120,6 +121,8 @@ class Vocabulary:
                 f"{self.source} has {len(self)} tokens, and the head {size} outputs: give the vocabulary "
                 "that it was trained with"
             )
+        if labels:
+            return Vocabulary(tokens, source=self.source)
         fitting = Vocabulary(tokens, None, self.source, self.blank if self.blank in range(size) else None)
         blank = fitting.blank if blank is None else blank
         if blank is None:
