@@ -1,11 +1,4 @@
-"""Lists the audio files of a folder in manifests: ``train100.tsv``, ``train960.tsv`` and ``valid.tsv``.
-
-Usage:
-    python prepare_data.py --data /corpora/LibriSpeech --out data/librispeech
-    python prepare_data.py --data /corpora/any --layout flat --extension wav --out data/any
-    python prepare_data.py --data /corpora/mp3 --layout flat --convert_to /corpora/mp3-16k --out data/mp3
-    python prepare_data.py --data /corpora/LibriSpeech --labels transcripts --out data/labelled
-"""
+"""Lists the audio files of a folder in manifests: ``train100.tsv``, ``train960.tsv`` and ``valid.tsv``."""
 
 import utils.begin  # noqa: F401
 
@@ -277,7 +270,7 @@ def find_labelled(labels: str, root: str, paths: list[str]) -> dict[str, tuple[s
 
 
 def parse_args(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     flag = parser.add_argument
     flag("--data", type=cli.path, required=True, help="folder of the corpus, searched whole")
     flag("--out", type=cli.path, default="data/librispeech", help="folder for the manifests")

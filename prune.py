@@ -10,7 +10,7 @@ from utils import run_record
 from utils.cli import fraction, path, positive_int, run_script
 from utils.files import UserError
 from utils.size_table import measure, size_table
-from utils.stage_checkpoint import begin, check_student, gated_student, part, read_finished, save_student
+from utils.stage_checkpoint import begin, check_student, gated_student, part, save_student
 from wav2vec2 import PruningError, Wav2Vec2Model, prune_to
 
 TOLERANCE = 0.005
@@ -78,8 +78,7 @@ def main() -> None:
     begun = begin("prune", args, "distilled_ckpt", "original_ckpt")
     if begun is None:
         return
-    out, log = begun
-    trained = read_finished(args.distilled_ckpt, args)
+    out, log, trained = begun
     student = gated_student(trained, args.distilled_ckpt, args.original_ckpt)
     check_student(trained, log.record, "original_ckpt", args.distilled_ckpt, args.allow_changed)
     with log:

@@ -9,14 +9,7 @@ from utils import run_record
 from utils.checkpoint import build_model
 from utils.cli import path, run_script
 from utils.files import UserError
-from utils.stage_checkpoint import (
-    begin,
-    check_student,
-    config_of,
-    read_finished,
-    save_student,
-    student_tensors,
-)
+from utils.stage_checkpoint import begin, check_student, config_of, save_student, student_tensors
 from wav2vec2.cost import count_parameters
 
 
@@ -38,8 +31,7 @@ def main() -> None:
     begun = begin("save_final_ckpt", args, "ckpt_after_final_distill", "config_path")
     if begun is None:
         return
-    out, log = begun
-    trained = read_finished(args.ckpt_after_final_distill, args)
+    out, log, trained = begun
     tensors = student_tensors(trained, args.ckpt_after_final_distill)
     check_student(trained, log.record, "config_path", args.ckpt_after_final_distill, args.allow_changed)
     source = f"{args.ckpt_after_final_distill} with the config of --config_path {args.config_path}"

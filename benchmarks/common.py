@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -134,15 +133,6 @@ def compressed(teacher: Wav2Vec2Model, sparsity: float, conv_share: float | None
     student = gated_copy(teacher, sparsity, conv_share).eval()
     student.prune()
     return student
-
-
-def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The norm of the difference of all tensors over the norm of those that are expected."""
-    actual, expected = (
-        torch.cat([tensor.detach().double().cpu().flatten() for tensor in tensors])
-        for tensors in (actual, expected)
-    )
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def spread(values: list[float]) -> str:

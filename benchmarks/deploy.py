@@ -28,6 +28,7 @@ from exports.onnx import export
 from reporting.measure import take_turns
 from training import onednn
 from utils.cli import positive, positive_int, run_script
+from utils.compare import relative_error
 from utils.files import UserError
 from utils.processes import available_cpus
 from wav2vec2 import Wav2Vec2Model
@@ -124,7 +125,7 @@ def main() -> None:
             for way in args.ways or WAYS[device.type]:
                 row, path = f"{name}, {way}", Path(folder, f"{len(rows)}.pt2")
                 makers[row] = prepare(model, way, path)
-                error = common.relative_error([makers[row](1)(noise)], [expected])
+                error = relative_error([makers[row](1)(noise)], [expected])
                 rows[row] = {**costs, "MB": path.stat().st_size / 1e6, "error %": 100 * error}
         for threads in args.threads:
             torch.set_num_threads(threads)

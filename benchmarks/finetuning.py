@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import common
 import numpy as np
 import soundfile
 import torch
-from results import ROOT, run, script
+from results import recipe, script, shared_settings
 from tqdm import tqdm
 
 from dataset import read_recording
@@ -63,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     flag("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
     args = common.parse_args(parser)
     args.folder = args.out / f"{args.row}-{args.seed}"
+    args.tsv_dir, args.train_subset = args.out / f"data-{args.seed}", "train"
     return args
 
 
@@ -103,21 +103,9 @@ def pruned(folder: Path) -> Path:
     return folder / "ckpts" / "pruned_hubert_base.pth"
 
 
-def settings(args: argparse.Namespace) -> dict[str, object]:
-    """What all trainings share, by the names of run.sh's variables and of the flags."""
-    names = ["seconds_per_batch", "distill_layers", "seed"]
-    fixed = {
-        "tsv_dir": args.out / f"data-{args.seed}",
-        "train_subset": "train",
-        "gpus": 0,
-        "log_interval": 50,
-    }
-    return {**fixed, **{name: getattr(args, name) for name in names}}
-
-
 def finetune(args: argparse.Namespace, folder: Path, model: Path, updates: int, **flags: object) -> None:
     """Fine-tunes ``model`` in ``folder``, and leaves it as its ``ckpts/pruned_hubert_base.pth``."""
-    shared = settings(args)
+    shared = shared_settings(args)
     if "teacher_ckpt" not in flags:
         del shared["distill_layers"]
     script(
@@ -147,15 +135,10 @@ def with_gates(args: argparse.Namespace, model: Path, **flags: object) -> None:
     finetune(args, args.folder / "final", pruned(args.folder), args.updates - first, **flags)
 
 
-def recipe(args: argparse.Namespace, teacher: Path, updates: int) -> None:
+def compress(args: argparse.Namespace, teacher: Path, updates: int) -> None:
     """Compresses ``teacher`` by run.sh in the row's folder."""
     first = updates * 4 // 5
-    given = {"python": sys.executable, "precision": 32, "num_workers": 1}
-    folders = {"root_dir": args.folder, "final_dir": args.folder / "final", "teacher_ckpt": teacher}
-    size = {"target_sparsity": args.target_sparsity, "match_target": 1, "reg_lr": args.reg_learning_rate}
-    stage_1 = {"lr": args.learning_rate, "max": first, "warmup": first // 20, "sparsity_warmup": first // 3}
-    stage_3 = {"final_lr": args.learning_rate, "final_max": updates - first, "final_warmup": updates // 50}
-    run("bash", ROOT / "run.sh", **settings(args), **given, **folders, **size, **stage_1, **stage_3)
+    recipe(args, first, updates - first, teacher_ckpt=teacher)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -165,10 +148,10 @@ def train(args: argparse.Namespace) -> None:
         finetune(args, args.folder / "final", args.teacher_ckpt, args.updates)
     elif args.row == "before":
         final = args.folder / "final"
-        recipe(args, args.teacher_ckpt, args.updates // 2)
+        compress(args, args.teacher_ckpt, args.updates // 2)
         finetune(args, final / "tuned", pruned(final), args.updates - args.updates // 2)
     elif args.row == "keep_head":
-        recipe(args, whole, args.updates)
+        compress(args, whole, args.updates)
     elif args.row == "gates":
         with_gates(args, args.teacher_ckpt)
     else:

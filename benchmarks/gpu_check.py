@@ -29,6 +29,7 @@ from dataset import write_manifests
 from training.hardware import prepare_gpu
 from utils.checkpoint import save_checkpoint
 from utils.cli import run_script
+from utils.compare import relative_error
 from utils.files import UserError
 from wav2vec2 import Wav2Vec2Model, hubert_base
 from wav2vec2.config import NO_DROPOUT
@@ -120,7 +121,7 @@ def agreement(checks: Checks) -> None:
             step = Step(variant, teacher, student, checks.device)
             actual = [outputs_and_gradients(step, batch, lengths) for lengths in given]
             for i, what in enumerate(("outputs", "gradients")):
-                worst = max(common.relative_error(a[i], e[i]) for a, e in zip(actual, expected, strict=True))
+                worst = max(relative_error(a[i], e[i]) for a, e in zip(actual, expected, strict=True))
                 name = f"{family} {stage}, {variant}: error of {what}"
                 checks.add(name, worst, worst <= limits[variant][i])
 
@@ -173,7 +174,7 @@ def runs(checks: Checks) -> None:
         checks.add("exit status of a run stopped by SIGTERM", status, status == 128 + signal.SIGTERM)
         run("stopped")
         # Sums on a GPU have no fixed order, so that two whole runs may differ a little.
-        noise, departed = (common.relative_error(weights(n), weights("whole")) for n in ("again", "stopped"))
+        noise, departed = (relative_error(weights(n), weights("whole")) for n in ("again", "stopped"))
         checks.add("difference of two whole runs", noise)
         name = "difference of a stopped and resumed run from a whole one"
         checks.add(name, departed, departed <= 10 * noise)

@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     flag("--repeats", type=positive_int, default=15, help="table: timed runs of a model")
     flag("--figure", type=Path, help="table: draw error against multiply-accumulates here (.png, .svg, .pdf)")
     args = common.parse_args(parser)
-    args.folder = args.out / f"{args.row}-{args.seed}"
+    args.folder, args.train_subset = args.out / f"{args.row}-{args.seed}", "train100"
     return args
 
 
@@ -76,22 +76,20 @@ def script(name: str, *words: object, **flags: object) -> None:
 
 
 def shared_settings(args: argparse.Namespace) -> dict[str, object]:
-    """What all rows train with, by the names that run.sh's variables and final_distill.py's flags share."""
-    names = ["tsv_dir", "teacher_ckpt", "seconds_per_batch", "distill_layers", "seed"]
-    fixed = {"train_subset": "train100", "gpus": 0, "log_interval": 100}
-    return {**fixed, **{name: getattr(args, name) for name in names}}
+    """What all rows train with, by the names that run.sh's variables and the scripts' flags share."""
+    names = ["tsv_dir", "train_subset", "seconds_per_batch", "distill_layers", "seed"]
+    return {"gpus": 0, "log_interval": 50, **{name: getattr(args, name) for name in names}}
 
 
-def recipe(args: argparse.Namespace) -> None:
-    """Makes the rows with gates by run.sh."""
-    first, last = args.updates
+def recipe(args: argparse.Namespace, first: int, last: int, **variables: object) -> None:
+    """Runs run.sh in the row's folder, with so many updates of stages 1 and 3 and further variables."""
     machine = {"python": sys.executable, "precision": 32, "num_workers": 1}
     folders = {"root_dir": args.folder, "final_dir": args.folder / "final"}
-    size = {"target_sparsity": args.target_sparsity, "sparsity_of": args.row, "match_target": 1}
+    size = {"target_sparsity": args.target_sparsity, "match_target": 1}
     rates = {"lr": args.learning_rate, "final_lr": args.learning_rate, "reg_lr": args.reg_learning_rate}
     stage_1 = {"max": first, "warmup": first // 20, "sparsity_warmup": first // 3}
     stage_3 = {"final_max": last, "final_warmup": last // 10}
-    variables = machine | folders | size | rates | stage_1 | stage_3
+    variables |= machine | folders | size | rates | stage_1 | stage_3
     run("bash", ROOT / "run.sh", **shared_settings(args), **variables)
 
 
@@ -139,6 +137,7 @@ def distil_alone(args: argparse.Namespace) -> None:
     script(
         "final_distill.py",
         **{**shared_settings(args), **by_hand},
+        teacher_ckpt=args.teacher_ckpt,
         exp_dir=args.folder / "final",
         student_ckpt=start,
         learning_rate=args.learning_rate,
@@ -225,7 +224,10 @@ def draw(kinds: dict[str, dict[str, list[float]]], figure: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    {"table": table, "params": recipe, "macs": recipe}.get(args.row, distil_alone)(args)
+    if args.row in ("params", "macs"):
+        recipe(args, *args.updates, teacher_ckpt=args.teacher_ckpt, sparsity_of=args.row)
+    else:
+        (table if args.row == "table" else distil_alone)(args)
 
 
 if __name__ == "__main__":

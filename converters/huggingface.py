@@ -182,13 +182,8 @@ def family_of(config: Mapping, wanted: str | None = None) -> str:
     return "wav2vec2" if wanted == "wav2vec2" else "hubert"
 
 
-def is_export(folder: Path) -> bool:
-    """Whether export_to_hf.py wrote it, or transformers after fine-tuning what that wrote."""
-    return read_json(folder / "config.json").get("model_type") == EXPORT
-
-
 def load_export(name: str | Path, keep_head: bool = False) -> tuple[Wav2Vec2Model, list[str]]:
-    """The model in a folder as :func:`is_export` says.
+    """The model in a folder that export_to_hf.py has written, or transformers after fine-tuning such a model.
 
     Args:
         name: the folder, or a hub's name; no code in it is run.
@@ -370,8 +365,8 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     Both models read two utterances, one of a second and one of 0.7 s that is padded.
 
     Args:
-        model, original: the converted model, and that of ``transformers``, with or without a CTC head; both
-            in evaluation mode.
+        model, original: the converted or exported model, and that of ``transformers``, with or without a
+            head; both in evaluation mode.
     """
     generator = torch.Generator().manual_seed(0)
     time = torch.arange(16_000) / 16_000
@@ -386,9 +381,12 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     states, frames = model.extract_features(waveforms, lengths)
     valid = torch.arange(states[0].size(1)) < frames.unsqueeze(-1)
     # Releases of transformers differ in what they list first and last.
-    found = [*states[1:-1], model(waveforms, lengths)[0]]
-    expected = [*output.hidden_states[1:-1], output[0]]
-    return relative_difference([state[valid] for state in found], [state[valid] for state in expected])
+    found = [state[valid] for state in (*states[1:-1], model.output(states[-1]))]
+    expected = [state[valid] for state in output.hidden_states[1:-1]]
+    if output[0].dim() == 2:  # a classifier's logits, of whole utterances
+        found[-1] = torch.stack([rows.mean(0) for rows in found[-1].split(frames.tolist())])
+        return relative_difference(found, [*expected, output[0]])
+    return relative_difference(found, [*expected, output[0][valid]])
 
 
 def _import_transformers():

@@ -1,14 +1,12 @@
 """What the exporters share."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from converters.common import left_out
-from converters.huggingface import is_export, load_export
+from converters.huggingface import EXPORT, load_export, read_json
 from utils.checkpoint import load_model
 from utils.compare import relative_difference
 from utils.files import UserError
@@ -18,7 +16,7 @@ from wav2vec2 import Wav2Vec2Model
 def load_ungated(path: str | Path) -> Wav2Vec2Model:
     """The model of a checkpoint file, or of a folder that export_to_hf.py or, after fine-tuning, transformers
     wrote, in evaluation mode; prints what is left out of it. Raises a UserError where it has gates."""
-    if is_export(Path(path)):
+    if read_json(Path(path, "config.json")).get("model_type") == EXPORT:
         model, heads = load_export(path, keep_head=True)
         if heads:
             print(f"{path}: the encoder{left_out(heads)}")
@@ -45,13 +43,3 @@ def check_near(out: Path, what: str, actual: Tensor, expected: Tensor, fewer_bit
     # In float32, 1e-6 is usual. Fewer bits may cost much, but no shape and no finite number.
     if not error < (math.inf if fewer_bits else 1e-4):
         raise UserError(f"{out}: not written, because {what} differ by {error:.1e} from PyTorch's")
-
-
-@contextmanager
-def writes(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
-    """Wraps the writing of ``path`` by way of other files, and names ``path`` where that fails with an
-    OSError, or with one of ``errors``, which a package raises in its place."""
-    try:
-        yield
-    except (OSError, *errors) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exports.common import check_near, samples_of
 from utils.cli import needs_extra
+from utils.compare import relative_error
 from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 
@@ -72,7 +73,7 @@ def export(model: Wav2Vec2Model, out: Path, int8: bool = False, max_seconds: flo
             (actual,), expected = method.execute([waveforms]), features(waveforms)
             what = f"the features of {waveforms.size(1)} samples in ExecuTorch"
             check_near(out, what, actual, expected, int8)
-    return ((actual - expected).norm() / expected.norm()).item()
+    return relative_error([actual], [expected])
 
 
 def _lower(features: Features, longest: Tensor, int8: bool) -> bytes:

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import torch
 
-from converters.huggingface import fetch, read_json
-from exports.common import writes
+from converters.huggingface import fetch, largest_difference
 from utils.cli import needs_extra
-from utils.compare import relative_difference
 from utils.files import UserError, flush, remove_left_over, temporary_beside
 from utils.vocabulary import BLANK, Vocabulary, read_vocabulary
 from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters, multiply_accumulates
-from wav2vec2.model import Wav2Vec2Model, normalize
+from wav2vec2.model import Wav2Vec2Model
 
 with needs_extra("export"):
     import transformers
@@ -75,22 +73,23 @@ def export(
         )
     transformers.utils.logging.disable_progress_bar()
     remove_left_over(out)
-    with (
-        writes(out, SafetensorError),
-        temporary_beside(out, folder=True) as beside,
-        own_cache(beside / "cache"),
-    ):
-        # transformers imports the code that it loads under the folder's name, which has no dots.
-        folder = beside / out.name
-        write_files(model, folder, run, vocabulary, processor)
-        error = largest_difference(folder, model)
-        if not error <= 1e-5:
-            raise UserError(
-                f"{out} was not written: loaded by transformers, its hidden states differ by {error:.1e} "
-                "from the checkpoint's; please report it with the versions of torch and transformers"
-            )
-        os.replace(folder, out)
-    return error
+    try:
+        with temporary_beside(out, folder=True) as beside, own_cache(beside / "cache"):
+            # transformers imports the code that it loads under the folder's name, which has no dots.
+            folder = beside / out.name
+            kind = write_files(model, folder, run, vocabulary, processor)
+            exported = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True).eval()
+            difference = largest_difference(model, exported)
+            if not difference <= 1e-5:
+                raise UserError(
+                    f"{out} was not written: loaded by transformers, its hidden states differ by "
+                    f"{difference:.1e} from the checkpoint's; please report it with the versions of torch "
+                    "and transformers"
+                )
+            os.replace(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+    return difference
 
 
 @contextmanager
@@ -120,8 +119,9 @@ def write_files(
     run: Mapping[str, dict],
     vocabulary: Vocabulary | None,
     processor: str | None,
-) -> None:
-    """Writes ``model`` into the new folder; the arguments are those of :func:`export`."""
+) -> str:
+    """Writes ``model`` into the new folder; the arguments are those of :func:`export`. Returns the class of
+    transformers that loads it."""
     folder.mkdir()
     for file in CODE:
         shutil.copyfile(file, folder / file.name)
@@ -140,13 +140,14 @@ def write_files(
     for part in (in_transformers(model, folder, tokenizer, labels), extractor, tokenizer):
         if part is not None:
             part.save_pretrained(folder)
-    card = folder / "README.md"
-    task = kind_of(model, labels) if labels or tokenizer else "AutoModel"
+    card, kind = folder / "README.md", kind_of(model, labels)
+    task = kind if labels or tokenizer else "AutoModel"
     card.write_text(model_card(model, folder.name, run, task), encoding="utf-8")
     for file in folder.iterdir():
         with suppress(OSError):  # which some file systems refuse
             file.chmod(card.stat().st_mode)  # safetensors lets the owner alone read what it writes
         flush(file)
+    return kind
 
 
 def read_processor(name: str, model: Wav2Vec2Model, vocabulary: Vocabulary | None) -> tuple:
@@ -227,24 +228,6 @@ def in_transformers(
     elif model.aux is not None:
         exported.lm_head.load_state_dict(model.aux.state_dict())
     return exported
-
-
-@torch.no_grad()
-def largest_difference(folder: Path, model: Wav2Vec2Model) -> float:
-    """The largest relative difference of a hidden state or output, as transformers computes it, from ours."""
-    architecture = read_json(folder / "config.json")["architectures"][0]
-    kind = next(kind for kind, name in AUTO_MAP.items() if name.endswith(f".{architecture}"))
-    exported = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True).eval()
-    waveforms = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
-    lengths = torch.tensor([16_000, 11_200])
-    mask = (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
-    inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
-    output = exported(inputs, mask, output_hidden_states=True)
-    (_, *states), frames = model.extract_features(waveforms, lengths)
-    ours = model.output(states[-1])
-    if kind == "AutoModelForAudioClassification":
-        ours = torch.stack([row[:count].mean(0) for row, count in zip(ours, frames, strict=True)])
-    return relative_difference([*output.hidden_states[1:-1], output[0]], [*states[:-1], ours])
 
 
 def model_card(model: Wav2Vec2Model, name: str, run: Mapping[str, dict], kind: str) -> str:

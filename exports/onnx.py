@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from exports.common import check_near, samples_of
 from utils.cli import needs_extra
+from utils.compare import relative_error
 from utils.files import UserError, atomic_write
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.model import normalize
@@ -111,7 +112,7 @@ def export(
             )
         outputs = _compute(exported, path, audio.unsqueeze(0))
         outputs.pop("frames", None)
-        errors = {name: ((x - right).norm() / right.norm()).item() for name, (x, right) in outputs.items()}
+        errors = {name: relative_error([x], [right]) for name, (x, right) in outputs.items()}
         _tidy(path, all_hidden_states)
         # Batch sizes and lengths that the export has not seen.
         generator = torch.Generator().manual_seed(1)

@@ -28,7 +28,7 @@ from utils import run_record
 from utils.checkpoint import not_finite, read_file, writing
 from utils.cli import some
 from utils.files import UserError, remove_left_over
-from utils.processes import is_first, quit_on_signals, say
+from utils.processes import handle_signals, is_first, quit_at_once, say
 
 
 @dataclass
@@ -83,7 +83,7 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
             yield None
             return
         log = run_record.RunLog(Path(args.exp_dir), run.record, args) if is_first() else nullcontext()
-        quit_on_signals()
+        handle_signals(quit_at_once)
         with log:
             with prepared_process(args), errors_as_sentences(args, run.stopper):
                 yield run

@@ -5,9 +5,9 @@ worker or a test, is left as it is."""
 import sys
 from pathlib import Path
 
-from utils.processes import quit_on_signals, settle_streams
+from utils.processes import handle_signals, quit_at_once, settle_streams
 
 _main = getattr(sys.modules["__main__"], "__file__", None)
 if _main is not None and Path(_main).resolve().parent == Path(__file__).resolve().parents[1]:
     settle_streams()
-    quit_on_signals()
+    handle_signals(quit_at_once)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.files import UserError
-from utils.processes import reports_errors, settle_streams, unwind_on_signals
+from utils.processes import handle_signals, reports_errors, settle_streams, unwind
 
 SHORTAGE = (
     "out of memory|memoryerror|allocate memory|allocation failed|alloc_failed|bad_alloc"
@@ -23,7 +23,7 @@ def run_script(main: Callable[[], None], short_of_memory: str = "free some, or u
     """Runs a script's ``main``: a mistake, a failing disk or too little memory is one sentence and status 2,
     and a signal one sentence and 128 + its number. ``short_of_memory`` is what helps."""
     settle_streams()
-    unwind_on_signals()
+    handle_signals(unwind)
     try:
         for word in sys.argv[1:]:
             if re.search("[\ud800-\udfff]", word):  # to Python, bytes that are not UTF-8

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,11 @@ def relative_difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> 
         (ours - right).abs().max() / right.abs().max() for ours, right in zip(found, expected, strict=True)
     ]
     return max(error.nan_to_num(float("inf"), float("inf")).item() for error in errors)
+
+
+def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The norm of the difference of all tensors, over the norm of those that are expected."""
+    actual, expected = (
+        torch.cat([t.detach().double().cpu().flatten() for t in x]) for x in (actual, expected)
+    )
+    return ((actual - expected).norm() / expected.norm()).item()

@@ -83,23 +83,15 @@ def handle_signals(handler: Callable) -> dict:
     return {n: signal.signal(n, handler) for n in SIGNALS if n != signal.SIGHUP or not hung_up}
 
 
-def quit_on_signals() -> None:
-    """From now on a signal ends this process at once, with one sentence and status 128 + its number."""
-    handle_signals(_quit)
-
-
-def unwind_on_signals() -> None:
-    """From now on a signal ends this process by a SystemExit, so that what is half-written is removed, and a
-    second one at once."""
-    handle_signals(_unwind)
-
-
-def _quit(number: int, frame) -> None:
+def quit_at_once(number: int, frame) -> None:
+    """A handler that ends this process at once, with one sentence and status 128 + the signal's number."""
     _say_what_ends(number)
     os._exit(128 + number)
 
 
-def _unwind(number: int, frame) -> None:
+def unwind(number: int, frame) -> None:
+    """A handler that ends this process by a SystemExit, so that what is half-written is removed, and at a
+    second signal at once."""
     handle_signals(lambda number, frame: os._exit(128 + number))
     _say_what_ends(number)
     sys.exit(128 + number)

@@ -35,7 +35,7 @@ GATES = {
 
 def begin(
     stage: str, args: argparse.Namespace, trained: str, other: str
-) -> tuple[Path, run_record.RunLog] | None:
+) -> tuple[Path, run_record.RunLog, dict] | None:
     """How stages 2 and 4 begin.
 
     Args:
@@ -44,9 +44,11 @@ def begin(
         trained: the flag that names a training stage's checkpoint, beside which the output lies by default.
         other: the flag that names the other file to read.
     Returns:
-        The file to write and the stage's log; None, and a line for the user, where the file is there already.
+        The file to write, the stage's log and what :func:`read_trained` gives; None, and a line for the user,
+        where the file is there already.
     Raises:
-        UserError: an input is missing or damaged, or the output would replace it or cannot be written.
+        UserError: an input is missing or damaged, the training is not at its end, or the output would replace
+            an input or cannot be written.
     """
     inputs = {name: getattr(args, name) for name in (trained, other)}
     out = Path(args.out or Path(inputs[trained]).with_name("pruned_hubert_base.pth"))
@@ -61,7 +63,7 @@ def begin(
             if log.earlier["output"]["sha256"] == fingerprint(out):
                 print(f"{stage}.py: this stage is finished: {out}")
                 return None
-    return out, log
+    return out, log, read_finished(inputs[trained], args)
 
 
 def check_student(trained: Mapping, now: Mapping, flag: str, source: str, allow_changed: str) -> None:
