@@ -56,8 +56,9 @@ if sys.platform == "linux":
         """Python's fork, tried again where the new process stands still.
 
         Up to Python 3.11, a process that forks while another of its threads starts or ends may leave its
-        child waiting for a lock of Python's own. The forkserver has no such fault, but it starts seconds
-        later, its readers hold twice the memory, and they outlive a training process that was killed.
+        child waiting for a lock of Python's own. The forkserver has no such fault, but a reader that it
+        starts imports torch and Lightning anew: it takes 7 s in place of 0.03, holds 460 MiB of its own in
+        place of 3 (one core of an AMD EPYC, 2026-11-26), and outlives a training process that was killed.
         """
 
         Process = _Process
