@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from tests.helpers.models import ALL_UNITS, close, recorded
-from utils.checkpoint import load_model, save_checkpoint
+from utils.checkpoint import load_model
 from wav2vec2 import wav2vec2_model
 
 PRUNED = ["prune_hubert", "prune_hubert_large", "prune_wavlm"]
@@ -36,31 +35,6 @@ def test_readmes_snippet_loads_every_spelling(name, conv, new_names, tmp_path):
     assert keys.missing_keys == keys.unexpected_keys == []
     with torch.no_grad():
         close(model.eval().extract_features(golden["waveforms"])[0], golden["hidden_states_pruned"])
-
-
-@pytest.mark.parametrize("name", PRUNED)
-def test_a_published_student_can_be_pruned_further(name, tmp_path):
-    """It is a --student_ckpt: gates are added, trained (here: closed by hand), and cut."""
-    golden, _ = published(name, tmp_path / "student.pth", list, new_names=True)
-    model = load_model(tmp_path / "student.pth").eval()
-    model.add_gates(ALL_UNITS)
-    assert len(model.gates()) > 0
-    before = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("log_alpha"))
-    assert before == golden["pruned_params"]
-    for gate in model.gates():
-        gate.log_alpha.data.fill_(10.0)
-        if gate.n_in >= 4:
-            gate.log_alpha.data[0] = -10.0
-    model.prune()
-    after = sum(p.numel() for p in model.parameters())
-    assert model.get_num_params() == after < before
-    save_checkpoint(tmp_path / "again.pth", model)
-    again = load_model(tmp_path / "again.pth").eval()
-    with torch.no_grad():
-        assert_close(
-            again.extract_features(golden["waveforms"])[0],
-            model.eval().extract_features(golden["waveforms"])[0],
-        )
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["heads in the config", "no heads in the config"])
