@@ -1,7 +1,6 @@
 """finetune.py: a task's loss, whole utterances, gates and a teacher; and what a head teaches a head."""
 
 import argparse
-import itertools
 import json
 import math
 import re
@@ -20,6 +19,7 @@ from evaluation.heads import error_rates
 from lightning import DistillLoss, distill_projections, head_loss
 from tests.helpers.models import config_of, ungated, without_dropout
 from tests.helpers.stages import (
+    as_words,
     assert_equal_to_the_bit,
     call,
     checkpoint,
@@ -30,6 +30,7 @@ from tests.helpers.stages import (
     wait_for,
     weights,
 )
+from tests.helpers.stages import flags as flags_of_stages
 from training.arguments import distillation
 from training.finetuning import FinetuneModule, put_head, vocabulary_of
 from utils.checkpoint import load_model, save_checkpoint, vocabulary_path
@@ -84,7 +85,7 @@ def flags(tsv_dir, model, exp_dir, /, **changes):
         "log_interval": 1,
         **changes,
     }
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return as_words(**values)
 
 
 def module_of(student, teacher=None, task="ctc", vocabulary=None):
@@ -159,7 +160,7 @@ def test_words_are_learnt_pruned_and_saved(tones, model, tmp_path, monkeypatch, 
     gates = {"pruning_units": "head,interm", "target_sparsity": 0.3, "reg_learning_rate": 0.1}
     call(monkeypatch, "finetune", *flags(tones, model, exp, max_updates=40, **rates, **gates))
     cut = {"distilled_ckpt": exp / "ckpts/last.ckpt", "original_ckpt": model, "target_sparsity": 0.3}
-    call(monkeypatch, "prune", *(word for name, value in cut.items() for word in (f"--{name}", value)))
+    call(monkeypatch, "prune", *as_words(**cut))
     pruned = exp / "ckpts/pruned_hubert_base.pth"
     call(monkeypatch, "finetune", *flags(tones, pruned, final, max_updates=80, **rates))
     said = re.findall(r"valid loss_task (\S+), wer (\S+), cer (\S+)", capsys.readouterr().err)
@@ -211,21 +212,12 @@ def test_a_teachers_head_teaches_the_students(stage, manifests, tmp_path, monkey
     save_checkpoint(tmp_path / "teacher.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
     torch.manual_seed(1)
     save_checkpoint(tmp_path / "student.pth", wav2vec2_model(**without_dropout(aux_num_out=5)))
-    shared = {
-        "tsv_dir": manifests,
-        "gpus": 0,
-        "distill_layers": "0.1,3",
-        "seconds_per_batch": 8,
-        "max_updates": 3,
-    }
-    shared |= {"teacher_ckpt": tmp_path / "teacher.pth", "student_ckpt": tmp_path / "student.pth"}
-    shared |= {"warmup_updates": 1, "log_interval": 1, "learning_rate": 1e-2}
+    changes = {"student_ckpt": tmp_path / "student.pth", "sparsity_warmup_updates": None, "max_updates": 3}
+    changes |= {"warmup_updates": 1, "learning_rate": 1e-2, "num_workers": 0}
     moved = {}
     for weight in (None, 0, 5):
-        given = (
-            shared | {"exp_dir": tmp_path / str(weight)} | ({} if weight is None else {"head_weight": weight})
-        )
-        call(monkeypatch, stage, *itertools.chain(*((f"--{k}", v) for k, v in given.items())))
+        folders = manifests, tmp_path / "teacher.pth", tmp_path / str(weight)
+        call(monkeypatch, stage, *flags_of_stages(*folders, head_weight=weight, **changes))
         before = load_model(tmp_path / "student.pth").aux.weight
         moved[weight] = (weights(tmp_path / str(weight))["student_model.aux.weight"] - before).norm().item()
     assert moved[0] == 0 and moved[None] > 1e-3 and not math.isclose(moved[None], moved[5])
@@ -276,10 +268,7 @@ def test_a_mistake_is_one_sentence(changes, words, tones, model, tmp_path, monke
 
 def test_the_report_reads_a_run_of_fine_tuning(tones, model, tmp_path, monkeypatch, capsys):
     call(monkeypatch, "finetune", *flags(tones, model, tmp_path / "exp", pruning_units="interm"))
-    given = {"teacher_ckpt": model, "root_dir": tmp_path / "exp", "repeats": 1}
-    call(
-        monkeypatch, "report", *(word for name, value in given.items() for word in (f"--{name}", str(value)))
-    )
+    call(monkeypatch, "report", *as_words(teacher_ckpt=model, root_dir=tmp_path / "exp", repeats=1))
     assert "target 0.7500" in capsys.readouterr().out
     report = json.loads((tmp_path / "exp/report/report.json").read_text())
     assert report["stages"]["distill"]["stage"] == "finetune" and report["distance"] is None

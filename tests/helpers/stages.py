@@ -137,6 +137,11 @@ def sentence_of(monkeypatch, capsys, script, *args):
     return lines[-1]
 
 
+def as_words(**flags):
+    """A command's flags as words; None leaves one out."""
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+
+
 def flags(manifests, teacher, exp_dir, /, **changes):
     """Flags of distill.py for ten updates; a change to None leaves a flag out."""
     values = {
@@ -154,7 +159,7 @@ def flags(manifests, teacher, exp_dir, /, **changes):
         "log_interval": 1,
         **changes,
     }
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    return as_words(**values)
 
 
 def distill_module(family, student, groups=((0,), (1, 3)), use_reg=True):

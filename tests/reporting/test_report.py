@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from report import as_json
 from reporting.run import read_scalars
 from tests.helpers.models import tiny_config, ungated
-from tests.helpers.stages import call, flags
+from tests.helpers.stages import as_words, call, flags
 from utils.checkpoint import load_model, save_checkpoint
 from utils.processes import available_cpus
 from wav2vec2 import wav2vec2_model
@@ -32,10 +32,6 @@ STAGE_1 = {"pruning_units": "conv,head,interm", "reg_learning_rate": 0.1, "num_w
 def read(out):
     """The numbers and the page in the folder that a report was written to."""
     return json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
-
-
-def as_words(**flags):
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
