@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
-from dataset import AudioDataset, BucketBatchSampler, make_loader, write_manifests
+from dataset import AudioDataset, BucketBatchSampler, make_loader
 from dataset.datamodule import SpeechDataModule
 from dataset.labels import encode_texts
+from tests.helpers.audio import write_counting
 from utils.files import UserError
 from utils.vocabulary import Vocabulary
 
@@ -20,21 +20,9 @@ LENGTHS = [400, 399, 8_000, 9_700, 16_000, 30_000, 48_000, 300_000]
 TEXTS = ["A", "?", "A B", "BA", "CAB", "ABBA", "A CAB", "C" * 40]
 
 
-def write_labelled(folder: Path, lengths: list[int], texts: list[str] | None) -> Path:
-    """Files in which sample i is i + 1 modulo 30,000, and ``train.tsv`` and ``valid.tsv`` of them."""
-    rows = []
-    for number, length in enumerate(lengths):
-        soundfile.write(
-            folder / f"{number}.flac", (np.arange(1, length + 1) % 30_000).astype(np.int16), 16_000
-        )
-        rows.append((f"{number}.flac", length, *([] if texts is None else [texts[number]])))
-    write_manifests(folder, str(folder), {"train": rows, "valid": rows[:3]})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("labelled"), LENGTHS, TEXTS)
+    return write_counting(tmp_path_factory.mktemp("labelled"), LENGTHS, TEXTS)
 
 
 def frames(samples: int) -> int:
@@ -65,7 +53,7 @@ def test_labelled_utterances_come_whole_with_their_texts(corpus, for_gpu, multip
         assert waveforms.dtype == torch.float32 and lengths.tolist() == [LENGTHS[index] for index in batch]
         assert waveforms.shape[1] == -(-max(lengths.tolist()) // multiple) * multiple
         for row, length in zip(waveforms * 32_768, lengths, strict=True):
-            assert torch.equal(row[:length], (torch.arange(1, length + 1) % 30_000).float())
+            assert torch.equal(row[:length], (torch.arange(length) % 30_000).float())
             assert not row[length:].any()
         pieces = targets.split(target_lengths.tolist())
         assert [piece.tolist() for piece in pieces] == [VOCABULARY.encode(TEXTS[index]) for index in batch]
@@ -103,7 +91,7 @@ def test_labelled_batches_follow_from_their_number_and_rank(corpus):
 
 def test_another_labelled_utterance_comes_with_its_own_label(tmp_path):
     lengths = [16_000, 30_000, 16_500, 300_000]
-    write_labelled(tmp_path, lengths, ["A", "B", "C", "ABC"])
+    write_counting(tmp_path, lengths, ["A", "B", "C", "ABC"])
     (tmp_path / "0.flac").write_bytes(b"broken")
     loader = loader_of(tmp_path)
     for batch, (_, found, targets, _, *faults) in zip(indices(loader), loader, strict=True):
@@ -131,7 +119,7 @@ def test_another_labelled_utterance_comes_with_its_own_label(tmp_path):
     ],
 )
 def test_a_mistake_in_labels_is_one_sentence_before_training(tmp_path, texts, words):
-    write_labelled(tmp_path, [400, 720, 1_040], texts)
+    write_counting(tmp_path, [400, 720, 1_040], texts)
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         loader_of(tmp_path)
     if texts is not None and "CTC" in words:
@@ -146,7 +134,7 @@ def test_a_labelled_manifest_also_gives_crops_without_texts(corpus):
 
 
 def test_what_is_too_short_to_use_needs_no_good_label(tmp_path):
-    write_labelled(tmp_path, [399], ["?"])
+    write_counting(tmp_path, [399], ["?"])
     with pytest.raises(UserError, match=r"has 1 utterances, but none of 400 samples \(0\.025 s\) or more"):
         loader_of(tmp_path)
 
