@@ -12,7 +12,6 @@ from tests.helpers.stages import call, flags
 from training.arguments import distillation, training_parser
 from utils.checkpoint import load_model, save_checkpoint
 from wav2vec2 import wav2vec2_model
-from wav2vec2.config import NO_GATES
 from wav2vec2.cost import count_parameters
 
 WAVEFORMS = 0.1 * torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
@@ -108,7 +107,7 @@ def test_a_pruned_wavlm_keeps_its_position_bias(make):
 @pytest.mark.parametrize("width, words", [(32, "the head is the teacher's"), (16, "the head is new")])
 def test_a_head_keeps_its_size_and_its_vocabulary(width, words, make, capsys, tmp_path):
     (tmp_path / "teacher.vocab.json").write_text('{"<pad>": 0, "a": 1, "b": 2}')
-    teacher = wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=3))
+    teacher = ungated("hubert_base", aux_num_out=3)
     student = make(teacher, "--layers=1", f"--width={width}")
     assert student.aux.weight.shape == (3, width) and words in capsys.readouterr().out
     assert width != 32 or torch.equal(student.aux.weight, teacher.aux.weight)
@@ -158,7 +157,7 @@ def loss(module):
 def test_a_student_of_two_layers_reaches_their_targets(make):
     """The teacher's second layer does nothing, so that a student without it can equal the third."""
     branches = {key: [True, False, True] for key in ("encoder_use_attention", "encoder_use_feed_forward")}
-    teacher = stirred(wav2vec2_model(**config_of("hubert_large", **NO_GATES, **branches)))
+    teacher = stirred(ungated("hubert_large", **branches))
     student = make(teacher, "--layers=1,3")
     right = module(teacher, student, "--distill_layers=0.1,3", "--student_layers=0.1,2")
     assert loss(right) == pytest.approx(-1, abs=1e-6)

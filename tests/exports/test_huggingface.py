@@ -22,15 +22,13 @@ from converters.huggingface import import_huggingface_model, load_huggingface
 from exports import huggingface
 from tests.helpers.convert import CLASSES, converted, hf_model, refused, save_recogniser
 from tests.helpers.convert import load as load_checkpoint
-from tests.helpers.models import FAMILIES, config_of, randomly_gated, ungated, with_absent_branches
+from tests.helpers.models import FAMILIES, randomly_gated, ungated, with_absent_branches
 from tests.helpers.stages import ENVIRONMENT, call
 from utils.checkpoint import save_checkpoint
 from utils.compare import relative_difference
 from utils.files import UserError
 from utils.run_record import RunLog
 from utils.vocabulary import Vocabulary
-from wav2vec2 import wav2vec2_model
-from wav2vec2.config import NO_GATES
 from wav2vec2.model import normalize
 
 transformers.utils.logging.disable_progress_bar()
@@ -468,7 +466,7 @@ def test_another_models_processor_is_refused(change, word, fails, tmp_path):
 
 
 def test_a_vocabulary_of_another_size_is_refused(fails, teacher, tmp_path):
-    save_checkpoint(tmp_path / "a.pth", wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=7)))
+    save_checkpoint(tmp_path / "a.pth", ungated("hubert_base", aux_num_out=7))
     (tmp_path / "a.vocab.json").write_text('{"<pad>": 0, "|": 1}')
     flags = ["--ckpt", tmp_path / "a.pth", "--out", tmp_path / "out"]
     assert "a.vocab.json has 2 tokens, and the head 7 outputs" in fails("export_to_hf", *flags)
@@ -477,7 +475,7 @@ def test_a_vocabulary_of_another_size_is_refused(fails, teacher, tmp_path):
 
 
 def test_pieces_of_words_need_their_own_tokenizer(monkeypatch, capsys, tmp_path):
-    save_checkpoint(tmp_path / "a.pth", wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=3)))
+    save_checkpoint(tmp_path / "a.pth", ungated("hubert_base", aux_num_out=3))
     (tmp_path / "a.vocab.json").write_text('{"<pad>": 0, "\u2581the": 1, "n": 2}')
     call(monkeypatch, "export_to_hf", "--ckpt", tmp_path / "a.pth", "--out", tmp_path / "out")
     assert "a.vocab.json: has pieces of words" in capsys.readouterr().out
@@ -506,7 +504,7 @@ def test_an_export_that_computes_something_else_gets_no_name(tmp_path):
 
 def test_a_classifier_names_labels_in_a_pipeline(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = wav2vec2_model(**config_of("hubert_base", **NO_GATES, aux_num_out=3)).eval()
+    model = ungated("hubert_base", aux_num_out=3).eval()
     save_checkpoint(tmp_path / "model.pth", model)
     Vocabulary(["no", "yes", "maybe"]).write(tmp_path / "model.vocab.json")
     call(monkeypatch, "export_to_hf", "--ckpt", tmp_path / "model.pth", "--out", tmp_path / "export")

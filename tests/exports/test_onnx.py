@@ -10,12 +10,10 @@ from torch.testing import assert_close
 
 from exports import huggingface as exports_huggingface
 from exports import onnx as exports_onnx
-from tests.helpers.models import config_of, pruned, randomly_gated, with_absent_branches
+from tests.helpers.models import pruned, randomly_gated, ungated, with_absent_branches
 from tests.helpers.stages import call
 from utils.checkpoint import save_checkpoint
 from utils.files import UserError
-from wav2vec2 import wav2vec2_model
-from wav2vec2.config import NO_GATES
 
 SLOW = pytest.mark.slow
 
@@ -94,7 +92,7 @@ def test_int8_is_near_in_every_layer_of_a_padded_batch(family, monkeypatch, caps
 @SLOW
 @torch.no_grad()
 def test_half_precision_gives_the_ctc_logits_of_a_folder(monkeypatch, capsys, tmp_path):
-    model = wav2vec2_model(**config_of("hubert_large", **NO_GATES, aux_num_out=7)).eval()
+    model = ungated("hubert_large", aux_num_out=7).eval()
     exports_huggingface.export(model, tmp_path / "folder", {})
     out = tmp_path / "model.onnx"
     for flag, low, high in (("--half", 1e-5, 0.01), ("--int8", 1e-4, 0.1)):

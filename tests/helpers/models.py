@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from wav2vec2 import wav2vec2_model
-from wav2vec2.config import PRUNING_UNITS, base_config
+from wav2vec2.config import NO_GATES, PRUNING_UNITS, base_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ALL_UNITS = ",".join(PRUNING_UNITS)
@@ -71,9 +71,9 @@ def config_of(family, **changes):
     return config | changes
 
 
-def ungated(family):
-    """A tiny model of ``family`` without gates."""
-    return wav2vec2_model(**config_of(family, **dict.fromkeys(ALL_GATES, False)))
+def ungated(family, **changes):
+    """A tiny model of ``family`` without gates, with ``changes`` of its config."""
+    return wav2vec2_model(**config_of(family, **NO_GATES, **changes))
 
 
 def randomly_gated(family, seed, closed=0.6, ff_interm_features=64):

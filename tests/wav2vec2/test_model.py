@@ -10,9 +10,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.models import (
-    ALL_GATES,
     FAMILIES,
-    config_of,
     pruned,
     randomly_gated,
     states_and_gradients,
@@ -188,7 +186,7 @@ def test_ddp_waits_for_no_parameter_in_vain(family, layer_drop):
 def test_padding_has_no_influence_on_what_is_valid(family, norm):
     torch.manual_seed(0)
     mode = {"extractor_mode": "layer_norm"} if norm == "layer" else {}
-    model = wav2vec2_model(**{**config_of(family), **dict.fromkeys(ALL_GATES, False), **mode}).eval()
+    model = ungated(family, **mode).eval()
     model.masked_group_norm = norm == "masked group"
     short = torch.randn(1, 5000)
     padded = torch.cat([short, torch.randn(1, 3000)], dim=1)
