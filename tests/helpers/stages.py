@@ -108,19 +108,13 @@ def call(monkeypatch, script, *args):
 
 def run_file(script, *args):
     """Runs a script's file in this process; returns its status, and what it wrote to both of its outputs."""
-    from utils import processes
-
     output, errors, status = io.StringIO(), io.StringIO(), 0
-    handlers = {n: signal.getsignal(n) for n in processes.SIGNALS}
     argv = mock.patch.object(sys, "argv", [script, *map(str, args)])
     with argv, redirect_stdout(output), redirect_stderr(errors):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as error:
             status = error.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return status, output.getvalue(), errors.getvalue()
 
 
