@@ -157,18 +157,13 @@ def cross_entropy(head, model, waveforms, labels):
     return nn.functional.cross_entropy(head(model(waveforms)[0]).transpose(1, 2), labels)
 
 
-def optimizer_and_scheduler(constraint, head, updates):
-    """Learning rates that rise over 20 updates and fall over the last half."""
+def train(model, constraint, head, updates):
+    """A plain loop on a toy task, which it learns by heart; returns the last loss. Its learning rates rise
+    over 20 updates and fall over the last half."""
     optimizer = torch.optim.AdamW(constraint.parameter_groups(1e-3, 0.1, head.parameters()))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1, (k + 1) / 20, 2 * (updates - k) / updates)
     )
-    return optimizer, scheduler
-
-
-def train(model, constraint, head, updates):
-    """A plain loop on a toy task, which it learns by heart; returns the last loss."""
-    optimizer, scheduler = optimizer_and_scheduler(constraint, head, updates)
     waveforms, labels = task()
     for update in range(updates):
         loss = cross_entropy(head, model, waveforms, labels)
