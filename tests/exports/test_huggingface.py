@@ -426,15 +426,11 @@ def test_the_command_writes_a_model_card_of_the_run(tmp_path, monkeypatch, capsy
     size = sum(parameter.numel() for parameter in model.parameters())
     assert f"{size:,} parameters, no head" in capsys.readouterr().out
     card = (out / "README.md").read_text()
-    assert f"| parameters | {size:,} |" in card and "| feed forward, layer by layer | 64, 64, 64 |" in card
-    assert (
-        "### distill" in card
-        and "### prune" not in card
-        and "- target_sparsity: `0.75`" in card
-        and "- started: `20" in card
-    )
-    assert f"- torch: `{torch.__version__}`" in card and "- teacher_ckpt: `hubert.pth`" in card
-    assert "someone" not in card and platform.node() not in card
+    wanted = [f"| parameters | {size:,} |", "| feed forward, layer by layer | 64, 64, 64 |", "### distill"]
+    wanted += ["- target_sparsity: `0.75`", "- teacher_ckpt: `hubert.pth`", "- started: `20"]
+    wanted += [f"- torch: `{torch.__version__}`"]
+    assert not [words for words in wanted if words not in card]
+    assert not [words for words in ("### prune", "someone", platform.node()) if words in card]
     contents = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     assert {path.name for path in out.iterdir()} == contents | {path.name for path in huggingface.CODE}
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
