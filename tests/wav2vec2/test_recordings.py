@@ -41,6 +41,7 @@ def test_num_layers_gives_the_first_hidden_states(name):
 def test_gates_and_gated_outputs_equal_the_recording(name):
     golden = recorded(name)
     model = build(golden["config"], golden["state_dict"])
+    assert model.config == golden["config"]
     gates = dict(model.named_modules())
     for gate, norm in golden["l0_norm"].items():
         assert gates[gate].l0_norm().item() == pytest.approx(norm, rel=1e-5)
