@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -93,6 +94,8 @@ def unwind(number: int, frame) -> None:
     """A handler that ends this process by a SystemExit, so that what is half-written is removed, and at a
     second signal at once."""
     handle_signals(lambda number, frame: os._exit(128 + number))
+    # A thread that serves the children, as a pool of processes has one, may fail over their end.
+    threading.excepthook = lambda failure: None
     _say_what_ends(number)
     sys.exit(128 + number)
 

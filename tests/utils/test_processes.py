@@ -39,3 +39,23 @@ def test_nohup_keeps_a_command_from_hearing_of_the_terminal():
         words = [sys.executable, "-c", f"import signal; signal.signal(1, signal.{handler}); {program}"]
         said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
         assert ("SIGHUP" in said) == heeds and "SIGTERM" in said
+
+
+def test_a_thread_that_fails_over_a_signals_end_says_nothing():
+    program = """
+import os, threading
+from utils.processes import handle_signals, unwind
+handle_signals(unwind)
+ended = threading.Event()
+thread = threading.Thread(target=lambda: ended.wait() / 0)
+thread.start()
+try:
+    os.kill(os.getpid(), 15)
+finally:
+    ended.set()
+    thread.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 128 + 15 and "Traceback" not in done.stderr and "SIGTERM" in done.stderr
