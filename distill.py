@@ -15,10 +15,10 @@ with needs_extra("train"):
     from lightning import DistillModule
     from training.arguments import (
         HUBERT_BASE,
+        add_gates,
         add_pruning,
         data_module,
         distillation,
-        pruning,
         training_parser,
     )
     from training.errors import LESS_MEMORY
@@ -44,7 +44,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         teacher = load_model(args.teacher_ckpt)
         student = load_model(args.student_ckpt)
-        gates = pruning(args, student)
+        gates = add_gates(args, student)
         module = DistillModule(**distillation(args, teacher, student), **gates)
         data = data_module(args)
         trainer = make_trainer(run, module, data)

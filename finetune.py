@@ -13,7 +13,7 @@ from utils.processes import is_first
 
 with needs_extra("train"):
     from evaluation.heads import TASKS, labelling
-    from training.arguments import add_pruning, data_module, distillation, pruning, training_parser
+    from training.arguments import add_gates, add_pruning, data_module, distillation, training_parser
     from training.errors import LESS_MEMORY
     from training.finetuning import FinetuneModule, put_head, vocabulary_of
     from training.resume import open_run
@@ -56,7 +56,7 @@ def main() -> None:
         teacher = load_model(args.teacher_ckpt) if args.teacher_ckpt else None
         vocabulary = vocabulary_of(args, model)
         put_head(args, model, vocabulary)
-        gates = pruning(args, model) if args.pruning_units else {"use_reg": False}
+        gates = add_gates(args, model) if args.pruning_units else {"use_reg": False}
         module = FinetuneModule(
             task=args.task, vocabulary=vocabulary, **distillation(args, teacher, model), **gates
         )

@@ -1,4 +1,5 @@
-"""What trains: distillation loss, DPHuBERT's regulariser and learning-rate schedule, as a LightningModule.
+"""What trains: distillation loss, size constraint and learning-rate schedule, as a LightningModule. The file
+has the original's name; PyTorch Lightning itself is imported as pytorch_lightning.
 
 Equation numbers are those of DPHuBERT (Peng et al. 2023, https://arxiv.org/abs/2305.17651) unless said
 otherwise.
@@ -31,7 +32,7 @@ averages the layers of a cluster; no more of that paper was at hand."""
 
 class LinearDecayLRScheduler(LRScheduler):
     """Linear warm-up from 0, then linear decay to 0: with k = 1 at the first update, lr k / warmup, then
-    lr (max - k) / (max - warmup).
+    lr (max - k) / (max - warmup). So the last update has rate 0, as in the original.
 
     Args:
         optimizer: every group's ``lr`` is its peak (negative for gradient ascent).
@@ -162,7 +163,9 @@ class DistillModule(pl.LightningModule):
     """Stages 1 and 3: the student learns the teacher's layers and, with ``use_reg``, which units may go.
 
     For each batch Lightning calls ``on_before_batch_transfer``, ``training_step`` and the backward pass.
-    After --accum_grad batches come ``configure_gradient_clipping`` and the steps of optimiser and scheduler.
+    After --accum_grad batches come ``configure_gradient_clipping``, the steps of optimiser and scheduler, and
+    ``on_update`` of the callbacks in training/callbacks.py, of which ``LastCheckpoint`` saves, by
+    ``on_save_checkpoint`` here and ``RunCheckpointIO`` in training/resume.py.
 
     Args:
         teacher_model: the teacher, which is frozen here; None where training has another loss, as
@@ -237,7 +240,8 @@ class DistillModule(pl.LightningModule):
             constraint = SizeConstraint(
                 student_model, target_sparsity, sparsity_warmup_updates, sparsity_of, total
             )
-            # Its parts are registered one by one, under the names that the original's checkpoints have.
+            # Its parts are registered one by one, under the names that the original's checkpoints have;
+            # __dict__ keeps nn.Module from registering them a second time.
             self.lambda1, self.lambda2 = constraint.lambda1, constraint.lambda2
             self.student_cost = constraint.count
             self.__dict__["constraint"] = constraint
@@ -248,11 +252,8 @@ class DistillModule(pl.LightningModule):
         self._freeze_idle_parameters()
 
     def _freeze_idle_parameters(self) -> None:
-        """Freezes what takes no part in the loss (layers above the distilled ones, say): DDP waits for all
-        gradients.
-
-        What takes part is found by looking, on a fraction of a second of silence.
-        """
+        """Freezes what takes no part in the loss of a moment of silence (layers above the distilled ones,
+        say): DDP waits for all gradients."""
         trained = [p for p in self.parameters() if p.requires_grad]
         with torch.random.fork_rng(devices=[]):
             loss = self._losses(*self._silence(trained[0].device))["loss"]
@@ -288,15 +289,17 @@ class DistillModule(pl.LightningModule):
         student_layers = self.hparams.student_layers or teacher_layers
         ends = outputs or self.hparams.head_weight > 0
         top = None if ends or self.hparams.distill_mode == "predlayer" else max(student_layers)
-        # Narrowing waits for the GPU, so it comes before the teacher's work is queued.
-        model, teacher, wanted = self.narrow(self.student_model), [], None
+        # This draws the gates and gives a plain model. extract_features would do the same, but it waits for a
+        # GPU, so it comes before the teacher's work is queued.
+        model = self.narrow(self.student_model)
+        teacher, wanted = [], None
         if self.teacher_model is not None:
-            taught = self.hparams.head_weight > 0
+            head_teaches = self.hparams.head_weight > 0
             with torch.no_grad():
                 teacher, _ = self.teacher_model.extract_features(
-                    waveforms, lengths, None if taught else max(teacher_layers)
+                    waveforms, lengths, None if head_teaches else max(teacher_layers)
                 )
-                wanted = self.teacher_model.output(teacher[-1]) if taught else None
+                wanted = self.teacher_model.output(teacher[-1]) if head_teaches else None
         student, frames = model.extract_features(waveforms, lengths, top)
         return ModelPass(student, teacher, model.output(student[-1]) if ends else None, wanted, frames)
 
@@ -313,9 +316,9 @@ class DistillModule(pl.LightningModule):
         learnt, taught = [], []
         for projection, pairs in together.items():
             read = torch.stack([student[layer if layered else -1] for layer, _ in pairs], dim=1)
-            wanted = torch.stack([teacher[layer] for _, layer in pairs], dim=1)
+            target = torch.stack([teacher[layer] for _, layer in pairs], dim=1)
             learnt.append(projection(read.mean(1, keepdim=True) if means else read))
-            taught.append(wanted.mean(1, keepdim=True) if means else wanted)
+            taught.append(target.mean(1, keepdim=True) if means else target)
         return torch.cat(learnt, dim=1), torch.cat(taught, dim=1)
 
     def _losses(self, waveforms: Tensor, lengths: Tensor | None, *labels: Tensor) -> dict[str, Tensor]:
@@ -409,7 +412,7 @@ class DistillModule(pl.LightningModule):
 
     @property
     def strict_loading(self) -> bool:
-        return False
+        return False  # the teacher is in no checkpoint, and resume_state has compared the rest
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Leaves the teacher out; adds the random state of every rank."""
@@ -423,10 +426,7 @@ class DistillModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Each rank draws its own gates and dropout, or goes on drawing where the checkpoint was written.
-
-        With another number of processes there is no state to go on from: they draw anew, and not what they
-        drew at the start.
-        """
+        With another number of processes there is no state for that: they draw anew, not as at the start."""
         states, self._random_state = self._random_state, None
         if states is None or len(states) != self.trainer.world_size:
             torch.manual_seed(

@@ -258,8 +258,8 @@ class AudioDataset(Dataset[Tensor]):
         return f"line {self._recording[crop[0]] + 2} of {self.tsv}"
 
     def __getitems__(self, crops: list[Crop]) -> list[Item]:
-        """Reads the crops of a batch. For one that cannot be read another utterance is, which follows from
-        the crop.
+        """Reads the crops of a batch, as a DataLoader asks for them in place of ``__getitem__``. For one that
+        cannot be read another utterance is, which follows from the crop.
 
         Raises:
             AudioError: none of some others can be read either.

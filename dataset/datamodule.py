@@ -71,8 +71,8 @@ class SpeechDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The batches of the updates from ``first_update`` to the trainer's last one.
 
-        To Lightning the whole run is one epoch: it would end an epoch of the data with an update of too few
-        batches, and start the loader's processes anew.
+        To Lightning the whole run is one epoch. If each epoch of the data were one, Lightning would end it
+        with an update of too few batches, and start the loader's processes anew.
         """
         accum_grad = self.trainer.accumulate_grad_batches
         run = range(self.first_update * accum_grad, self.trainer.max_steps * accum_grad)

@@ -114,7 +114,7 @@ def add_pruning(
     pruning("--sparsity_warmup_updates", type=nonnegative_int, default=sparsity_warmup_updates, help=rises)
 
 
-def pruning(args: argparse.Namespace, student: Wav2Vec2Model) -> dict:
+def add_gates(args: argparse.Namespace, student: Wav2Vec2Model) -> dict:
     """Puts the gates that the flags ask for on ``student``; returns the arguments of ``DistillModule`` for
     them. Raises a UserError where no such gates can be put on it."""
     try:

@@ -77,7 +77,8 @@ def open_run(stage: str, args: argparse.Namespace) -> Iterator[Run | None]:
     inputs["train_subset"] = run_record.manifest_input(args.tsv_dir, args.train_subset)
     batches = world_size(args) * args.accum_grad
     run = Run(args, run_record.make_record(stage, args, inputs, batches_an_update=batches))
-    with (lock_folder if is_first() else wait_for_first)(Path(args.exp_dir)) as run.stopper.superseded:
+    with (lock_folder if is_first() else wait_for_first)(Path(args.exp_dir)) as superseded:
+        run.stopper.superseded = superseded
         run.resumed, run.content, run.origin = checkpoint_to_resume(args)
         if is_finished(run):
             yield None
@@ -283,6 +284,7 @@ class RunCheckpointIO(CheckpointIO):
                 f"{path} is left as it was"
             )
         with writing(path, checkpoint):
+            # The new file does not have its name yet, which is still that of the one before.
             if path.exists():
                 previous = path.with_name("previous.ckpt")
                 previous.unlink(missing_ok=True)

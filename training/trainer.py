@@ -40,7 +40,7 @@ def make_trainer(run: Run, module: DistillModule, data: SpeechDataModule) -> pl.
         gradient_clip_val=args.clip_norm,
         log_every_n_steps=args.log_interval,
         logger=TensorBoardLogger(args.exp_dir, name="", version="logs", filename_suffix=f".start{starts}"),
-        callbacks=[
+        callbacks=[  # LastCheckpoint comes after those that may stop the run, whose end it saves
             run.stopper,
             StopOnUnreadable(run),
             StopOnNonFinite(run.last),

@@ -538,6 +538,7 @@ class Encoder(nn.Module):
         x, attention_mask = without_padding(self.feature_projection(features), lengths)
         if num_layers == 0:
             return [x]
+        # As in the original, hidden state 0 is what goes into the positional convolution.
         return [x, *self.transformer(x, attention_mask, num_layers, layer_drop)[1:]]
 
 

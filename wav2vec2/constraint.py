@@ -17,7 +17,8 @@ class SizeConstraint(nn.Module):
 
     Args:
         model: a gated ``Wav2Vec2Model``, trained by whatever loss; it is not a part of this module. Make the
-            constraint after the model has its gates and is on its device.
+            constraint after the model has its gates and is on its device, or register ``lambda1``,
+            ``lambda2`` and ``count`` in a module that is moved with the model.
         target_sparsity: 1 - wanted cost / ``total``.
         warmup_updates: the target grows linearly from 0 over these.
         of: the cost that is constrained: "params", parameters, or "macs", multiply-accumulates of an

@@ -58,6 +58,7 @@ class Count(nn.Module):
         one = len(gates)  # the row and column of what no gate changes
         coefficients = torch.zeros(one + 1, one + 1, dtype=torch.long, device="cpu")
         for term in terms:
+            # No tensor has more than two gates: its units' and their branch's, or channels in and out.
             left, right = [*(number[gate] for gate in term.gates), one, one][:2]
             ungated = math.prod(axis.n for axis in term.axes if axis.gate is None)
             coefficients[left, right] += term.coefficient * ungated

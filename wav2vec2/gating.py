@@ -33,9 +33,9 @@ GPU_CONV_MULTIPLE = 64
 """The same for conv channels on a GPU, where cuDNN searches for a way to compute each new shape of a
 convolution, so that there must be few of them."""
 
-FEW_CLOSED, HALF_CLOSED = 0.01, 0.5
-"""The share of new gates that is expected to be closed: few where a unit is large, a conv channel, a head or
-a whole branch, and half of the many small features of a feed-forward layer, as in the paper's scripts."""
+LARGE_UNITS, SMALL_UNITS = 0.01, 0.5
+"""The probability that a new gate is below 1/2: small where a unit is large, a conv channel, a head or a
+whole branch, and a half for the many small features of a feed-forward layer, as in the paper's scripts."""
 
 Place = tuple[nn.Module, str]
 """Where a tensor is: its module, and its name there."""
@@ -244,8 +244,8 @@ def put_gates(model: nn.Module, units: Collection[str]) -> None:
     not there, or has nothing in it, gets none."""
     like = next(model.parameters())
 
-    def gate(unit: str, n: int, closed: float = FEW_CLOSED) -> HardConcrete | None:
-        return HardConcrete(n, closed).to(like) if unit in units else None
+    def gate(unit: str, n: int, init_mean: float = LARGE_UNITS) -> HardConcrete | None:
+        return HardConcrete(n, init_mean).to(like) if unit in units else None
 
     for module in model.modules():
         if isinstance(module, ConvLayerBlock):
@@ -255,7 +255,7 @@ def put_gates(model: nn.Module, units: Collection[str]) -> None:
             module.hard_concrete_for_layer = gate("attlayer", 1)
         elif isinstance(module, FeedForward) and module.intermediate_dense.out_features:
             features = module.intermediate_dense.out_features
-            module.hard_concrete_for_intermediate = gate("interm", features, HALF_CLOSED)
+            module.hard_concrete_for_intermediate = gate("interm", features, SMALL_UNITS)
             module.hard_concrete_for_layer = gate("ffnlayer", 1)
 
 

@@ -16,7 +16,7 @@ class HardConcrete(nn.Module):
 
     Args:
         n_in: number of gates, one a unit.
-        init_mean: share of the gates expected to be closed at the start.
+        init_mean: P(gate < 1/2) at the start; of 0.5, P(gate = 0) is 0.17 (see ``shift``).
         init_std: standard deviation of ``log_alpha`` around ``logit(1 - init_mean)``.
         temperature: b, the temperature of the concrete distribution.
         stretch: the support (0, 1) is stretched to (l, r) = (-stretch, 1 + stretch) before clamping.
