@@ -19,6 +19,7 @@ from utils.cli import needs_extra, some
 from utils.compare import relative_difference
 from utils.files import UserError
 from utils.vocabulary import Vocabulary, read_vocabulary
+from wav2vec2.components import valid_frames
 from wav2vec2.config import NO_GATES, Wav2Vec2Config
 from wav2vec2.model import Wav2Vec2Model, normalize
 
@@ -373,13 +374,13 @@ def largest_difference(model: Wav2Vec2Model, original: nn.Module) -> float:
     tones = torch.stack([torch.sin(2 * torch.pi * 220 * time), torch.sin(2 * torch.pi * 1370 * time)])
     waveforms = 0.1 * tones + 0.05 * torch.randn(2, 16_000, generator=generator)
     lengths = torch.tensor([16_000, 11_200])
-    mask = (torch.arange(16_000) < lengths.unsqueeze(-1)).long()
+    mask = valid_frames(lengths, 16_000).long()
     inputs = normalize(waveforms, lengths) if model.normalize_waveform else waveforms
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output = original(inputs, attention_mask=mask, output_hidden_states=True, return_dict=True)
     states, frames = model.extract_features(waveforms, lengths)
-    valid = torch.arange(states[0].size(1)) < frames.unsqueeze(-1)
+    valid = valid_frames(frames, states[0].size(1))
     # Releases of transformers differ in what they list first and last.
     found = [state[valid] for state in (*states[1:-1], model.output(states[-1]))]
     expected = [state[valid] for state in output.hidden_states[1:-1]]
