@@ -130,7 +130,8 @@ def write_files(
     labels = None
     if vocabulary is not None and vocabulary.blank is None:
         labels, vocabulary = vocabulary.of_head(model.aux.out_features, labels=True).tokens, None
-        model.masked_group_norm = True  # as in finetune.py
+    # As in finetune.py, so that pipelines give the same alone and in batches.
+    model.masked_group_norm |= model.aux is not None
     if vocabulary is not None:
         vocabulary = vocabulary.of_head(model.aux.out_features)
     if processor is not None:
@@ -207,6 +208,7 @@ def in_transformers(
     """The same model as transformers knows it, built by the code in ``folder``."""
     config = {key: value for key, value in model.config.items() if key not in NO_GATES}
     del config["aux_num_out"]
+    config["masked_group_norm"] = model.masked_group_norm
     if model.aux is not None:
         config["vocab_size"] = model.aux.out_features
     if tokenizer is not None:
@@ -214,7 +216,7 @@ def in_transformers(
         config["tokenizer_class"] = type(tokenizer).__name__  # makes pipelines of 4.48 load one
     if labels is not None:
         config |= {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
-        config |= {"classifier_proj_size": len(labels), "masked_group_norm": True}
+        config["classifier_proj_size"] = len(labels)
     name = AUTO_MAP[kind_of(model, labels)]
     kind = dynamic_module_utils.get_class_from_dynamic_module(name, folder)
     exported = kind(kind.config_class(**config, auto_map=dict(AUTO_MAP)))

@@ -272,6 +272,8 @@ def test_spec_augment_masks_what_transformers_masks(tmp_path):
 
 @torch.no_grad()
 def test_a_masked_group_norm_is_a_key_of_the_config(tmp_path):
+    with_head = load(export(ungated("hubert_base", aux_num_out=5), tmp_path / "head"), AutoModelForCTC)
+    assert with_head.config.masked_group_norm is True
     model = load(export(ungated("hubert_base"), tmp_path / "model"), masked_group_norm=True)
     waveforms, mask = batch()
     together = model(waveforms, mask).last_hidden_state[1, :34]
